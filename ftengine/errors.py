@@ -1,0 +1,49 @@
+"""The one tree of errors, grouped by what a handler does about them.
+
+::
+
+    FtengineError                 anything this package raises on purpose
+    |-- ConfigError               the user edits the configuration or the command line   exit code 2
+    |-- CaseError                 this CT is skipped, counted and named                  exit code 1 (4 when no case is left)
+    |-- StoreError                the store is unreadable or damaged: convert again      exit code 3
+    |-- KernelInputError          a caller's bug: wrong shape, dtype or device           exit code 2
+    `-- RejectionError            training would be on nothing: the run stops            exit code 4
+
+Every message says where, what was found, what was wanted, and the next step.
+"""
+
+
+class FtengineError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+    exit_code = 2
+
+
+class ConfigError(FtengineError):
+    """The configuration or the command line is wrong; the user edits it."""
+
+    exit_code = 2
+
+
+class CaseError(FtengineError):
+    """One CT or label cannot be used; skip it, count it, name it."""
+
+    exit_code = 1
+
+
+class StoreError(FtengineError):
+    """The store cannot be trusted: unknown format, missing or damaged data, or rows that do not fit their arrays."""
+
+    exit_code = 3
+
+
+class KernelInputError(FtengineError, ValueError):
+    """A tensor given to a kernel has the wrong shape, dtype, device or layout; raised before any launch."""
+
+    exit_code = 2
+
+
+class RejectionError(FtengineError):
+    """Quality control rejected so many patches that training would see almost no synthetic tumour."""
+
+    exit_code = 4
