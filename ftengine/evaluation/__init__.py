@@ -1,0 +1,1 @@
+"""Prediction on whole volumes, metrics, pictures and reports."""

@@ -1,0 +1,1 @@
+"""From the store to batches: plan, reads ahead, the DALI graph, stages."""

@@ -1,0 +1,1 @@
+"""The chunked store: layout, index, conversion, reading, export."""

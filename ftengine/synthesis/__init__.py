@@ -1,0 +1,1 @@
+"""Painting tumours: shapes, textures and Eq. 1, on a batch."""

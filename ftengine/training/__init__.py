@@ -1,0 +1,1 @@
+"""Networks, losses, the two training stages, checkpoints."""

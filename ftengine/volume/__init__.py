@@ -1,0 +1,1 @@
+"""Files to volumes: readers, resampling and the phantom."""
