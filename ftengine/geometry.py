@@ -6,7 +6,7 @@ LPS world coordinates: both are converted here and nowhere else.
 """
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,7 +92,7 @@ def float_zyx(values: Any) -> FloatZYX:
 
 def reverse_axes(array: NDArray[ScalarT]) -> NDArray[ScalarT]:
     """An x, y, z array as z, y, x or the reverse: a view with the axes in the opposite order."""
-    return cast("NDArray[ScalarT]", array.transpose(tuple(reversed(range(array.ndim)))))
+    return array.transpose(tuple(reversed(range(array.ndim))))
 
 
 def mm_to_vox(length_mm_zyx: FloatZYX | float, spacing_mm_zyx: FloatZYX) -> FloatZYX:
@@ -110,7 +110,9 @@ def checked_grid(grid: Grid, where: str, *, tolerance: float = 2e-3) -> Grid:
     """
     matrix = grid.matrix
     if not np.isfinite(matrix).all():
-        raise CaseError(f"{where}: the affine holds NaN or infinity; want finite numbers. Repair the header or leave the case out.")
+        raise CaseError(
+            f"{where}: the affine holds NaN or infinity; want finite numbers. Repair the header or leave the case out."
+        )
     if min(grid.shape_zyx) < 1:
         raise CaseError(f"{where}: shape_zyx={grid.shape_zyx} has an empty axis; want a volume. Leave the case out.")
     spacing = grid.spacing_mm_zyx
@@ -156,6 +158,12 @@ def to_ras(array: NDArray[ScalarT], grid: Grid) -> tuple[NDArray[ScalarT], Grid]
     source, flip = ras_permutation(grid)
     moved = array.transpose(source)
     moved = moved[tuple(slice(None, None, -1) if f else slice(None) for f in flip)]
+    return np.ascontiguousarray(moved), ras_grid(grid)
+
+
+def ras_grid(grid: Grid) -> Grid:
+    """The grid that ``to_ras`` gives an array on ``grid``."""
+    source, flip = ras_permutation(grid)
     to_old = np.zeros((4, 4))  # new voxel (x, y, z, 1) -> old voxel (x, y, z, 1)
     to_old[3, 3] = 1.0
     for new_axis in range(3):
@@ -163,7 +171,7 @@ def to_ras(array: NDArray[ScalarT], grid: Grid) -> tuple[NDArray[ScalarT], Grid]
         to_old[2 - old_axis, 2 - new_axis] = -1.0 if flip[new_axis] else 1.0
         if flip[new_axis]:
             to_old[2 - old_axis, 3] = grid.shape_zyx[old_axis] - 1
-    return np.ascontiguousarray(moved), grid_from_matrix(int_zyx(moved.shape), grid.matrix @ to_old)
+    return grid_from_matrix(int_zyx(grid.shape_zyx[axis] for axis in source), grid.matrix @ to_old)
 
 
 def from_ras(array: NDArray[ScalarT], native: Grid) -> NDArray[ScalarT]:
@@ -178,7 +186,9 @@ def resampled_grid(grid: Grid, spacing_mm_zyx: FloatZYX) -> Grid:
     old = grid.spacing_mm_zyx
     shape = int_zyx(max(1, round(n * o / s)) for n, o, s in zip(grid.shape_zyx, old, spacing_mm_zyx, strict=True))
     scale = np.array([s / o for o, s in zip(old, spacing_mm_zyx, strict=True)])
-    first = (np.array(grid.shape_zyx) - 1) / 2 - scale * (np.array(shape) - 1) / 2  # old index of the new voxel (0, 0, 0)
+    first = (np.array(grid.shape_zyx) - 1) / 2 - scale * (
+        np.array(shape) - 1
+    ) / 2  # old index of the new voxel (0, 0, 0)
     to_old = np.diag([*scale[::-1], 1.0])
     to_old[:3, 3] = first[::-1]
     return grid_from_matrix(shape, grid.matrix @ to_old)
@@ -192,7 +202,14 @@ def index_of_origin(inner: Grid, outer: Grid) -> FloatZYX:
 
 def grid_offset_vox(a: Grid, b: Grid) -> float:
     """Largest distance, in voxels of ``a``, between equal corner indices of two grids of one shape: 0 for the same grid."""
-    corners = np.array([[x, y, z, 1.0] for x in (0, a.shape_zyx[2] - 1) for y in (0, a.shape_zyx[1] - 1) for z in (0, a.shape_zyx[0] - 1)])
+    corners = np.array(
+        [
+            [x, y, z, 1.0]
+            for x in (0, a.shape_zyx[2] - 1)
+            for y in (0, a.shape_zyx[1] - 1)
+            for z in (0, a.shape_zyx[0] - 1)
+        ]
+    )
     difference = np.linalg.solve(a.matrix, (corners @ b.matrix.T).T).T - corners
     return float(np.abs(difference[:, :3]).max())
 

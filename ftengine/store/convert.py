@@ -1,0 +1,175 @@
+"""From files to a store: read, turn to RAS+, resample, write, commit; one bad file never stops the others."""
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ftengine.config import RegionConfig
+from ftengine.errors import CaseError, ConfigError
+from ftengine.store import index
+from ftengine.store.writer import Provenance, create_store, write_volume
+from ftengine.volume.discover import Source
+from ftengine.volume.readers import probe, read_volume
+from ftengine.volume.resample import resample
+
+Annotation = Literal["auto", "tumor", "organ"]
+
+
+@dataclass(frozen=True)
+class CaseOutcome:
+    """What became of one source."""
+
+    case: str
+    status: Literal["converted", "skipped", "failed", "planned"]
+    reason: str = ""  # why it failed or was skipped; empty for a converted case
+    notes: tuple[str, ...] = ()
+    shape_zyx: tuple[int, int, int] | None = None
+    stored_bytes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class ConversionReport:
+    """All outcomes of one conversion."""
+
+    store: str
+    region: str
+    outcomes: list[CaseOutcome] = field(default_factory=list)
+
+    def count(self, status: str) -> int:
+        """Number of cases with a status."""
+        return sum(o.status == status for o in self.outcomes)
+
+    @property
+    def exit_code(self) -> int:
+        """0 all usable, 1 some failed, 4 none usable."""
+        if self.count("failed") == 0 and self.outcomes:
+            return 0
+        return 4 if self.count("failed") == len(self.outcomes) else 1
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for ``--json``."""
+        counts = {status: self.count(status) for status in ("converted", "skipped", "failed", "planned")}
+        return {"store": self.store, "region": self.region, **counts, "cases": [asdict(o) for o in self.outcomes]}
+
+
+def convert_cases(
+    sources: Sequence[Source],
+    store: str | Path,
+    region: RegionConfig,
+    *,
+    annotation: Annotation = "auto",
+    split: str = "",
+    label_map: Mapping[int, int] | None = None,
+    assume_orientation: str | None = None,
+    dry_run: bool = False,
+    on_start: Callable[[str], None] = lambda _case: None,
+    on_outcome: Callable[[CaseOutcome], None] = lambda _outcome: None,
+) -> ConversionReport:
+    """Convert sources into ``store``, made if it does not exist; a case whose source hash is already committed is skipped.
+
+    A file that cannot be used is reported and the rest goes on. Ctrl-C between or inside cases leaves a valid store.
+    ``on_start`` and ``on_outcome`` are called for each case, for progress. Raises ConfigError and StoreError for the store itself.
+    """
+    report = ConversionReport(str(store), region.name)
+    if dry_run:
+        for source in sources:
+            report.outcomes.append(_plan(source, region))
+            on_outcome(report.outcomes[-1])
+        return report
+    if annotation not in ("auto", "tumor", "organ"):
+        raise ConfigError(f"--annotated {annotation}: want auto, tumor or organ.")
+    root = create_store(store, region)
+    rows = index.read_index(root)
+    known = {
+        case: (image_hash, label_hash)
+        for case, image_hash, label_hash in zip(
+            rows.column("case").to_pylist(),
+            rows.column("source_sha256").to_pylist(),
+            rows.column("label_sha256").to_pylist(),
+            strict=True,
+        )
+    }
+    try:
+        for source in sources:
+            on_start(source.case)
+            started = time.perf_counter()
+            try:
+                outcome = _convert_one(source, root, region, known, annotation, split, label_map, assume_orientation)
+            except CaseError as error:
+                outcome = CaseOutcome(source.case, "failed", reason=str(error), seconds=time.perf_counter() - started)
+            except OSError as error:
+                if not isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
+                    raise  # a full disk and the like concern the store, not the case
+                reason = f"{error.filename}: {error.strerror}. Check the path and its permissions."
+                outcome = CaseOutcome(source.case, "failed", reason=reason, seconds=time.perf_counter() - started)
+            report.outcomes.append(outcome)
+            on_outcome(outcome)
+    finally:
+        index.compact_index(root)
+    return report
+
+
+def _plan(source: Source, region: RegionConfig) -> CaseOutcome:
+    try:
+        info = probe(source.image)
+    except CaseError as error:
+        return CaseOutcome(source.case, "failed", reason=str(error))
+    scale = np.array(info.spacing_mm_zyx) / np.array(region.spacing_mm_zyx)
+    z, y, x = (max(1, round(n * s)) for n, s in zip(info.shape_zyx, scale, strict=True))
+    return CaseOutcome(source.case, "planned", shape_zyx=(z, y, x), stored_bytes=z * y * x * 2)
+
+
+def _convert_one(
+    source: Source,
+    root: Path,
+    region: RegionConfig,
+    known: Mapping[str, tuple[str, str]],
+    annotation: Annotation,
+    split: str,
+    label_map: Mapping[int, int] | None,
+    assume_orientation: str | None,
+) -> CaseOutcome:
+    started = time.perf_counter()
+    image_hash = _sha256(source.files)
+    label_hash = "" if source.label is None else _sha256((source.label,))
+    if known.get(source.case) == (image_hash, label_hash):
+        return CaseOutcome(source.case, "skipped", reason="already converted from the same file")
+    volume = read_volume(
+        source.image,
+        source.label,
+        series_files=source.series_files,
+        label_values=region.labels.values(),
+        label_map=label_map,
+        assume_orientation=assume_orientation,
+    )
+    stored = resample(volume, region.spacing_mm_zyx)
+    image = stored.image_hu if stored.image_hu.dtype == np.int16 else np.rint(stored.image_hu).astype(np.int16)
+    provenance = Provenance(
+        source=source.image.name,
+        source_sha256=image_hash,
+        label_source="" if source.label is None else source.label.name,
+        label_sha256=label_hash,
+        annotation=annotation if stored.label is not None else "auto",
+        split=split,
+        notes=stored.notes,
+    )
+    row = write_volume(root, source.case, image, stored.label, stored.grid, volume.native, region, provenance)
+    z, y, x = image.shape
+    return CaseOutcome(
+        source.case, "converted", "", stored.notes, (z, y, x), row["stored_bytes"], time.perf_counter() - started
+    )
+
+
+def _sha256(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

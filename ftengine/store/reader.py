@@ -1,0 +1,174 @@
+"""Read boxes of volumes from a store: tensorstore, its own threads, no GIL, every chunk checked against its CRC."""
+
+import json
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+from numpy.typing import NDArray
+
+from ftengine.errors import ConfigError, StoreError
+from ftengine.geometry import Box, FloatZYX, Grid, IntZYX, float_zyx, int_zyx
+from ftengine.store import index, layout
+from ftengine.types import Patch
+
+_MAX_OPEN_ARRAYS = 512  # open arrays hold metadata and a file path only, no descriptor
+
+
+def local_root(path: str | Path) -> Path:
+    """The folder of a store given as a path; a URL is refused."""
+    if "://" in str(path):
+        raise ConfigError(f"{path}: remote stores are not supported in this version; want a local folder.")
+    return Path(path).expanduser()
+
+
+def open_store(path: str | Path) -> "Store":
+    """Open a store for reading. Raises StoreError where it is missing, of an unknown format version, or damaged."""
+    return Store(path)
+
+
+class Store:
+    """A store of one region and spacing, opened for reading; safe to use from many threads."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = local_root(path)
+        attributes = _read_attributes(self.path)
+        self.region: str = attributes["region"]
+        self.spacing_mm_zyx: FloatZYX = float_zyx(attributes["spacing_mm_zyx"])
+        self.labels: dict[str, int] = dict(attributes["labels"])
+        self.organs: dict[str, dict[str, int]] = dict(attributes["organs"])
+        self.window_hu: tuple[float, float] = (attributes["window_hu"][0], attributes["window_hu"][1])
+        self.created_by: str = attributes["created_by"]
+        self.index = index.read_index(self.path)
+        self.cases: list[str] = self.index.column("case").to_pylist()
+        self._row_of = {case: row for row, case in enumerate(self.cases)}
+        self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+        self._open: OrderedDict[str, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    def __repr__(self) -> str:
+        return f"<Store {self.path} region={self.region} volumes={len(self)}>"
+
+    def row_number(self, case: str) -> int:
+        """The row of a case in ``index``; StoreError for a case that is not there."""
+        try:
+            return self._row_of[case]
+        except KeyError:
+            raise StoreError(
+                f"{self.path}: holds no case {case!r}; 'ftengine store info {self.path} --cases' lists them."
+            ) from None
+
+    def row(self, case: str) -> dict[str, Any]:
+        """The index row of a case."""
+        row: dict[str, Any] = self.index.slice(self.row_number(case), 1).to_pylist()[0]
+        return row
+
+    def shape_zyx(self, case: str) -> IntZYX:
+        """Voxels of the stored volume."""
+        return int_zyx(self.index.column("shape_zyx")[self.row_number(case)].as_py())
+
+    def grid(self, case: str) -> Grid:
+        """Where the stored volume lies in the patient."""
+        return Grid(self.shape_zyx(case), tuple(self.index.column("affine_ras")[self.row_number(case)].as_py()))
+
+    def native_grid(self, case: str) -> Grid:
+        """The grid of the file that was converted, in its own axis order."""
+        row = self.row_number(case)
+        shape = int_zyx(self.index.column("native_shape_zyx")[row].as_py())
+        return Grid(shape, tuple(self.index.column("native_affine_ras")[row].as_py()))
+
+    def has_label(self, case: str) -> bool:
+        """Whether the case was converted with a label file."""
+        return bool(self.index.column("annotation")[self.row_number(case)].as_py() != "none")
+
+    def read(self, case: str, origin_zyx: IntZYX, shape_zyx: IntZYX) -> Patch:
+        """Read a box: image int16 HU and label uint8 [z, y, x]; outside the volume -1024 and 0, label 0 for a case without one.
+
+        Both arrays are fetched at the same time. Raises StoreError naming the volume when a chunk is missing, fails its checksum
+        or does not fit the index.
+        """
+        volume_shape = self.shape_zyx(case)
+        box = Box(int_zyx(origin_zyx), int_zyx(shape_zyx))
+        if min(box.shape_zyx) < 1:
+            raise ConfigError(f"{case}: shape_zyx={box.shape_zyx}; want at least one voxel on each axis.")
+        image = np.full(box.shape_zyx, layout.AIR_HU, dtype=np.int16)
+        label = np.zeros(box.shape_zyx, dtype=np.uint8)
+        inside = box.inside(volume_shape)
+        if min(inside.shape_zyx) > 0:
+            place = Box(
+                int_zyx(i - o for i, o in zip(inside.origin_zyx, box.origin_zyx, strict=True)), inside.shape_zyx
+            ).slices()
+            source = inside.slices()
+            targets: list[tuple[str, NDArray[Any]]] = [("0", image[place])]
+            if self.has_label(case):
+                targets.append(("labels/seg/0", label[place]))
+            try:
+                pending = [self._array(case, name, volume_shape)[source].read(order="C") for name, _ in targets]
+                for (_, target), future in zip(targets, pending, strict=True):
+                    target[...] = future.result()
+            except (ValueError, OSError) as error:
+                raise self._damaged(case, error) from error
+        return Patch(case, box, image, label)
+
+    def read_volume(self, case: str) -> Patch:
+        """Read a whole volume as one patch."""
+        return self.read(case, (0, 0, 0), self.shape_zyx(case))
+
+    def _array(self, case: str, name: str, shape_zyx: IntZYX) -> Any:
+        key = f"{layout.volume_path(case)}/{name}"
+        with self._lock:
+            if key in self._open:
+                self._open.move_to_end(key)
+                return self._open[key]
+        spec = {
+            "driver": "zarr3",
+            "kvstore": {"driver": "file", "path": f"{self.path / key}/"},
+            "fill_missing_data_reads": False,  # a missing chunk is an error, not air
+        }
+        array = ts.open(spec, open=True, read=True, context=self._context).result()
+        if tuple(array.shape) != shape_zyx:
+            raise StoreError(
+                f"{self.path / key}: shape_zyx is {tuple(array.shape)}, the index says {shape_zyx}. Convert this case again."
+            )
+        with self._lock:
+            self._open[key] = array
+            while len(self._open) > _MAX_OPEN_ARRAYS:
+                self._open.popitem(last=False)
+        return array
+
+    def _damaged(self, case: str, error: Exception) -> StoreError:
+        what = " ".join(str(error).split("[source locations", maxsplit=1)[0].split())
+        return StoreError(
+            f"{self.path / layout.volume_path(case)}: a chunk is missing or damaged ({what[:300]}). Convert this case again."
+        )
+
+
+def _read_attributes(root: Path) -> dict[str, Any]:
+    file = root / "zarr.json"
+    if not file.exists():
+        raise StoreError(f"{root}: is not a store (no zarr.json). Make one with 'ftengine convert SRC {root}'.")
+    try:
+        attributes: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["attributes"]["ftengine"]
+        version = attributes["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(
+            f"{file}: is not an ftengine store (attributes.ftengine.format cannot be read). Make one with 'ftengine convert'."
+        ) from error
+    if version != layout.FORMAT:
+        raise StoreError(
+            f"{root}: has store format {version!r}; this version of ftengine reads format {layout.FORMAT}. Use the ftengine that wrote it, or convert again."
+        )
+    missing = [
+        key
+        for key in ("region", "spacing_mm_zyx", "labels", "organs", "window_hu", "created_by")
+        if key not in attributes
+    ]
+    if missing:
+        raise StoreError(f"{file}: attributes.ftengine lacks {missing}. The store is damaged: convert again.")
+    return attributes

@@ -1,0 +1,181 @@
+"""Write volumes into a store of format 1: data first, made durable, then the row that commits them."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import BloscCodec, Crc32cCodec
+
+from ftengine import __version__
+from ftengine.config import RegionConfig
+from ftengine.errors import ConfigError, StoreError
+from ftengine.geometry import Grid
+from ftengine.store import index, layout
+from ftengine.store.reader import local_root, open_store
+from ftengine.volume.lesions import find_lesions
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a volume came from: names below the converted folder and hashes, never header text."""
+
+    source: str
+    source_sha256: str
+    label_source: str = ""
+    label_sha256: str = ""
+    annotation: str = (
+        "auto"  # auto: tumor where a tumour voxel is found, organ where there is a label, none without one
+    )
+    split: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def create_store(path: str | Path, region: RegionConfig) -> Path:
+    """Make an empty store, or check that an existing one has this region, spacing and label table. Returns its folder."""
+    root = local_root(path)
+    if (root / "zarr.json").exists():
+        store = open_store(root)
+        have = (store.region, store.spacing_mm_zyx, store.labels)
+        want = (region.name, region.spacing_mm_zyx, region.labels)
+        if have != want:
+            raise ConfigError(
+                f"{root}: holds region {have[0]} at {have[1]} mm with labels {have[2]}; this conversion is for {want[0]} at {want[1]} mm "
+                f"with labels {want[2]}. A store has one region and spacing: choose another STORE or --region."
+            )
+        return root
+    if root.exists() and any(root.iterdir()):
+        raise StoreError(
+            f"{root}: exists, is not empty and is not a store (no zarr.json). Choose a new or empty folder."
+        )
+    root.mkdir(parents=True, exist_ok=True)
+    group = zarr.create_group(root, zarr_format=3)
+    group.create_group("volumes")
+    group.attrs["ftengine"] = layout.store_attributes(region, created_by=f"ftengine {__version__}")
+    index.sync_tree([root])
+    return root
+
+
+def write_volume(
+    root: Path,
+    case: str,
+    image_hu: NDArray[np.int16],
+    label: NDArray[np.uint8] | None,
+    grid: Grid,
+    native: Grid,
+    region: RegionConfig,
+    provenance: Provenance,
+) -> dict[str, Any]:
+    """Write one volume and commit it; returns its index row.
+
+    image_hu, label: [z, y, x] on ``grid``, RAS+, at the region's spacing. An existing volume of that name is replaced: its row is
+    withdrawn first, so that a reader never meets a row whose data are half written. If anything fails, nothing of the volume stays.
+    """
+    layout.check_case_name(case)
+    folder = root / layout.volume_path(case)
+    index.drop_case(root, case)
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        _ensure_parent_groups(root, case)
+        image_group = zarr.create_group(folder, zarr_format=3)
+        _write_array(image_group, image_hu, layout.AIR_HU, layout.IMAGE_CODEC)
+        image_group.attrs["ome"] = layout.image_attributes(case, region.spacing_mm_zyx, region.window_hu)
+        if label is not None:
+            labels_group = image_group.create_group("labels")
+            labels_group.attrs["ome"] = {"version": "0.5", "labels": ["seg"]}
+            seg_group = labels_group.create_group("seg")
+            _write_array(seg_group, label, 0, layout.LABEL_CODEC)
+            seg_group.attrs["ome"] = layout.label_attributes(region.spacing_mm_zyx, region.labels)
+        index.sync_tree([folder])
+        for parent in _parents_below(root, folder):
+            index.sync_folder(parent)
+        row = _row(case, folder, image_hu, label, grid, native, region, provenance)
+        index.append_row(root, row)
+    except BaseException:  # also Ctrl-C: leave no trace of a volume without a row
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return row
+
+
+def _write_array(group: zarr.Group, data: NDArray[Any], fill: int, codec: dict[str, Any]) -> None:
+    shape = (data.shape[0], data.shape[1], data.shape[2])
+    array = group.create_array(
+        "0",
+        config={"write_empty_chunks": True},  # otherwise a lost shard reads as air, in silence
+        shape=shape,
+        dtype=data.dtype,
+        chunks=(layout.CHUNK,) * 3,
+        shards=layout.shard_shape(shape),
+        fill_value=fill,
+        dimension_names=("z", "y", "x"),
+        compressors=[BloscCodec(**codec), Crc32cCodec()],
+        chunk_key_encoding={"name": "default", "separator": "/"},
+    )
+    array[...] = data
+
+
+def _parents_below(root: Path, folder: Path) -> list[Path]:
+    return [p for p in folder.parents if p.is_relative_to(root)]
+
+
+def _ensure_parent_groups(root: Path, case: str) -> None:
+    """Zarr v3 has no implicit groups: viewers list a dataset's volumes only if every folder on the way is a group."""
+    parts = layout.volume_path(case).split("/")[:-1]
+    for depth in range(1, len(parts) + 1):
+        folder = root.joinpath(*parts[:depth])
+        if not (folder / "zarr.json").exists():
+            zarr.create_group(folder, zarr_format=3)
+
+
+def _row(
+    case: str,
+    folder: Path,
+    image_hu: NDArray[np.int16],
+    label: NDArray[np.uint8] | None,
+    grid: Grid,
+    native: Grid,
+    region: RegionConfig,
+    provenance: Provenance,
+) -> dict[str, Any]:
+    lesions = [] if label is None else find_lesions(label, region.tumor_values, region.spacing_mm_zyx)
+    annotation = provenance.annotation
+    if annotation == "auto":
+        annotation = "none" if label is None else "tumor" if lesions else "organ"
+    located = {} if label is None else index.locate_classes(label, case)
+    class_voxels = (
+        [0] * region.num_classes if label is None else np.bincount(label.ravel(), minlength=region.num_classes).tolist()
+    )
+    return {
+        "case": case,
+        "dataset": case.split("/", maxsplit=1)[0],
+        "path": layout.volume_path(case),
+        "shape_zyx": list(image_hu.shape),
+        "spacing_mm_zyx": list(region.spacing_mm_zyx),
+        "affine_ras": list(grid.affine_ras),
+        "source": provenance.source,
+        "source_sha256": provenance.source_sha256,
+        "label_source": provenance.label_source,
+        "label_sha256": provenance.label_sha256,
+        "native_shape_zyx": list(native.shape_zyx),
+        "native_affine_ras": list(native.affine_ras),
+        "region": region.name,
+        "annotation": annotation,
+        "split": provenance.split,
+        "fold": -1,
+        "class_voxels": class_voxels,
+        "class_chunks": [
+            {"value": value, "chunk": where.chunk, "voxels": where.voxels, "anchor": where.anchor}
+            for value, where in located.items()
+        ],
+        "body_chunks": np.packbits(index.body_chunks(image_hu, label, region.window_hu[0])).tobytes(),
+        "num_tumors": len(lesions),
+        "tumor_values": [lesion.value for lesion in lesions],
+        "tumor_diameters_mm": [lesion.diameter_mm for lesion in lesions],
+        "hu_percentiles": np.percentile(image_hu[::2, ::2, ::2], index.HU_PERCENTILES).tolist(),
+        "stored_bytes": sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()),
+        "notes": list(provenance.notes),
+        "engine_version": __version__,
+    }

@@ -1,0 +1,56 @@
+"""Single lesions of a label: connected components with their size."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.ndimage as ndi
+from numpy.typing import NDArray
+from scipy.spatial import ConvexHull, QhullError
+from scipy.spatial.distance import pdist
+
+from ftengine.geometry import FloatZYX
+
+
+@dataclass(frozen=True)
+class Lesion:
+    """One connected component: its label value, volume and longest axial diameter."""
+
+    value: int
+    num_voxels: int
+    volume_ml: float
+    diameter_mm: float
+
+
+def find_lesions(label: NDArray[np.uint8], values: tuple[int, ...], spacing_mm_zyx: FloatZYX) -> list[Lesion]:
+    """The 26-connected components of each label value, ordered by value, then by position.
+
+    ``diameter_mm`` is the longest distance between two voxel borders of one axial slice (the WHO measure): the largest distance
+    of voxel centres plus one voxel.
+    """
+    voxel_ml = float(np.prod(spacing_mm_zyx)) / 1000.0
+    lesions = []
+    for value in values:
+        selected = label == value
+        if not selected.any():
+            continue
+        components, _ = ndi.label(selected, structure=np.ones((3, 3, 3)))
+        for number, box in enumerate(ndi.find_objects(components), start=1):
+            voxels = components[box] == number
+            diameter = max(_longest_distance_mm(plane, spacing_mm_zyx) for plane in voxels if plane.any())
+            count = int(voxels.sum())
+            lesions.append(Lesion(value, count, count * voxel_ml, diameter))
+    return lesions
+
+
+def _longest_distance_mm(plane: NDArray[np.bool_], spacing_mm_zyx: FloatZYX) -> float:
+    """Largest distance of two voxel centres of an axial (y, x) plane, plus one voxel (the mean of its two sides)."""
+    spacing_yx = np.array(spacing_mm_zyx[1:])
+    points = np.argwhere(plane) * spacing_yx
+    if len(points) > 16:  # only corners of the hull can be farthest apart
+        try:
+            points = points[ConvexHull(points).vertices]
+        except QhullError:  # all on one line: the two ends are enough
+            order = np.lexsort(points.T)
+            points = points[order[[0, -1]]]
+    longest = float(pdist(points).max()) if len(points) > 1 else 0.0
+    return longest + float(spacing_yx.mean())
