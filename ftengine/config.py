@@ -137,10 +137,10 @@ class SynthesisConfig(_Section):
     sizes: dict[str, SizeClassConfig] = _RELEASED_SIZES_MM
     size_weights: dict[str, float] = {"tiny": 0.25, "small": 0.25, "medium": 0.25, "large": 0.25}  # released, abdomen
     min_organ_voxels: int = Field(
-        64, ge=1
+        default=64, ge=1
     )  # an organ with fewer voxels in the patch is not painted: no room for a tiny tumour
     center_margin_mm: float = Field(
-        3.0, ge=0.0
+        default=3.0, ge=0.0
     )  # erosion of the organ for the centres; released: 5 x 5 voxels of 1.5 mm
     texture_sigma_mm: Range = (0.75, 2.25)  # g(x) of Eq. 1; few-labels trial: U(0.5, 1.5) voxels of 1.5 mm
     edge_sigma_mm: float = Field(
@@ -148,7 +148,7 @@ class SynthesisConfig(_Section):
     )  # 0: hard mask as in the paper; the few-labels trial gained with 1.2 mm
     contrast_factor: Range = (1.0, 1.0)  # times tanh(G(x)), drawn uniformly; the few-labels trial gained with (0.5, 2)
     fixed_contrast: float = Field(
-        0.2, gt=-1.0, lt=1.0
+        default=0.2, gt=-1.0, lt=1.0
     )  # in place of tanh(G(x)) where no generator is given: about -50 HU in liver
 
     @model_validator(mode="after")
@@ -198,7 +198,6 @@ class GeneratorConfig(_Section):
     width: int = Field(
         default=8, ge=1
     )  # channels of the first convolution; the released network has 32 and costs 2.4 times S
-    normalization: Literal["instance", "batch"] = "instance"  # instance: a batch equals its members
     initial_scale: Positive = 0.05  # standard deviation of G's last layer, so that the first tumours are faint
 
 

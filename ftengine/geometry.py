@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ftengine.errors import CaseError
+from ftengine.errors import CaseError, ConfigError
 
 IntZYX: TypeAlias = tuple[int, int, int]
 FloatZYX: TypeAlias = tuple[float, float, float]
@@ -215,11 +215,38 @@ def grid_offset_vox(a: Grid, b: Grid) -> float:
 
 
 def grid_from_sitk(image: Any) -> Grid:
-    """The grid of a 3-D SimpleITK image, whose array (``GetArrayFromImage``) is z, y, x and whose world is LPS."""
+    """The grid of the first three axes of a SimpleITK image, or of a reader whose header is read.
+
+    Its array (``GetArrayFromImage``) is z, y, x and its world is LPS.
+    """
     matrix = np.eye(4)
-    matrix[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing())
-    matrix[:3, 3] = image.GetOrigin()
-    return grid_from_matrix(int_zyx(reversed(image.GetSize())), _LPS_TO_RAS @ matrix)
+    direction = np.array(image.GetDirection()).reshape(image.GetDimension(), -1)
+    matrix[:3, :3] = direction[:3, :3] * np.array(image.GetSpacing()[:3])
+    matrix[:3, 3] = image.GetOrigin()[:3]
+    return grid_from_lps(int_zyx(reversed(image.GetSize()[:3])), matrix)
+
+
+def grid_from_lps(shape_zyx: IntZYX, matrix: NDArray[np.float64]) -> Grid:
+    """The grid of an array of ``shape_zyx`` whose (x, y, z) -> world 4 x 4 ``matrix`` is in LPS mm, as DICOM and ITK write it."""
+    return grid_from_matrix(shape_zyx, _LPS_TO_RAS @ matrix)
+
+
+def grid_from_codes(shape_zyx: IntZYX, spacing_mm_zyx: FloatZYX, codes: str) -> Grid:
+    """The grid of an array without a header's orientation: ``codes`` names where its x, y and z axes run to, such as "LPS" or "RAS".
+
+    Voxel (0, 0, 0) lies at the origin. Raises ConfigError for anything but three letters, one of each pair R/L, A/P, S/I.
+    """
+    matrix = np.zeros((4, 4))
+    matrix[3, 3] = 1.0
+    letters = codes.upper()
+    used = [next((axis for axis, pair in enumerate(("RL", "AP", "SI")) if letter in pair), -1) for letter in letters]
+    if sorted(used) != [0, 1, 2]:
+        raise ConfigError(
+            f"assumed orientation {codes!r}; want three letters, one of each pair R/L, A/P and S/I, such as RAS or LPS."
+        )
+    for voxel_axis, (patient_axis, letter) in enumerate(zip(used, letters, strict=True)):
+        matrix[patient_axis, voxel_axis] = spacing_mm_zyx[2 - voxel_axis] * (1.0 if letter in "RAS" else -1.0)
+    return grid_from_matrix(shape_zyx, matrix)
 
 
 def sitk_frame(grid: Grid) -> dict[str, tuple[float, ...]]:

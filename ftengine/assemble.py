@@ -1,0 +1,341 @@
+"""The one place that knows all stages: wires store, plan, pipeline, synthesis, quality control and training together."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from ftengine.config import Config
+from ftengine.errors import ConfigError
+from ftengine.geometry import Box, FloatZYX, int_zyx
+from ftengine.loader.loader import Loader
+from ftengine.loader.pipeline import PatchPipeline
+from ftengine.loader.plan import Mix, Plan
+from ftengine.loader.stages import Stage
+from ftengine.quality.gate import QualityGate, Tally
+from ftengine.quality.judge import SegmenterJudge
+from ftengine.store.reader import Store, open_store
+from ftengine.synthesis.center import choose_center
+from ftengine.synthesis.engine import Address, Generator, Judge, Synthesizer
+from ftengine.training.checkpoint import load_generator, load_segmenter
+from ftengine.training.run import Progress, TrainingResult
+from ftengine.training.segmentation import train_segmenter
+from ftengine.training.synthesis import train_generator
+from ftengine.types import Batch
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` is the first GPU where there is one, else the CPU. Raises ConfigError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device={name}: want auto, cpu, cuda or cuda:N.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device={name}: want auto, cpu, cuda or cuda:N.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device={name}: this machine has {torch.cuda.device_count()} CUDA devices. 'ftengine doctor' shows why."
+        )
+    return device
+
+
+class SynthesisStage:
+    """A loader stage: paints eligible patches, judges them, counts verdicts at the gate."""
+
+    name = "synthesis + qc"
+
+    def __init__(self, synthesizer: Synthesizer, gate: QualityGate) -> None:
+        self._synthesizer = synthesizer
+        self.gate = gate
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Paint a batch; raises RejectionError where almost nothing passes."""
+        addresses = [Address(r.request.epoch, r.request.index) for r in batch.records]
+        painting = self._synthesizer.paint(batch.image, batch.label, addresses)
+        for record, painted in zip(batch.records, painting.painted, strict=True):
+            record.painted = painted
+            if painted is not None:
+                self.gate.record(painted)
+        return Batch(painting.image, painting.label, batch.records)
+
+
+def build_loader(
+    config: Config,
+    store: Store,
+    *,
+    mix: Mix = "mixed",
+    split: str | None = None,
+    stages: tuple[Stage, ...] = (),
+) -> Loader:
+    """A loader of batches from ``store``: iterable of Batch, with ``state_dict`` and ``load_state_dict``.
+
+    mix: "annotated" draws from tumour-annotated volumes only, "mixed" also from organ-labelled ones, ``loader.annotated_fraction`` of a
+    batch from the former. split: only rows of that split. stages: run on each batch, e.g. a ``SynthesisStage``. Raises ConfigError where
+    store and configuration do not fit each other.
+    """
+    check_region(config, store)
+    device = resolve_device(config.device)
+    plan = Plan(config, store, mix=mix, split=split)
+    device_id = None if device.type == "cpu" else device.index or 0
+    return Loader(store, plan, lambda: PatchPipeline(config, plan.batch_size, device_id=device_id), stages)
+
+
+def check_region(config: Config, store: Store) -> None:
+    """ConfigError where the configuration is for another region, spacing or label table than the store."""
+    have = (store.region, store.spacing_mm_zyx, store.labels)
+    want = (config.region.name, config.region.spacing_mm_zyx, config.region.labels)
+    if have != want:
+        raise ConfigError(
+            f"{store.path}: holds region {have[0]} at {have[1]} mm with labels {have[2]}; the configuration is for {want[0]} at {want[1]} mm "
+            f"with labels {want[2]}. Choose the preset or --config that the store was converted with."
+        )
+
+
+def config_for_store(store: Store) -> Config:
+    """The preset of the store's region, spacing and labels; ConfigError where no preset fits (a --config is needed then)."""
+    for name in (store.region, "demo"):
+        try:
+            config = Config.preset(name)
+            check_region(config, store)
+        except ConfigError:
+            continue
+        return config
+    raise ConfigError(
+        f"{store.path}: no preset has region {store.region} at {store.spacing_mm_zyx} mm with labels {store.labels}; give --config FILE."
+    )
+
+
+def build_synthesis_stage(config: Config, generator: Generator | None, judge: Judge | None) -> SynthesisStage:
+    """The painting stage of a configuration; ``generator`` and ``judge`` as ``Synthesizer`` takes them."""
+    synthesizer = Synthesizer(
+        config.region, config.synthesis, seed=config.seed, generator=generator, judge=judge, retries=config.qc.retries
+    )
+    return SynthesisStage(synthesizer, QualityGate(config.qc))
+
+
+def build_judge(config: Config, segmenter: nn.Module) -> SegmenterJudge:
+    """Quality control with a frozen segmenter; the released variant counts any tumour class and wants P > T."""
+    released = config.synthesis.variant == "released"
+    return SegmenterJudge(segmenter, config.qc, config.region, any_tumor=released, strict=released)
+
+
+def load_painters(
+    config: Config, generator_path: str | Path | None, judge_path: str | Path | None
+) -> tuple[nn.Module | None, SegmenterJudge | None]:
+    """Generator and judge from their checkpoints, frozen, on the configured device; None for a path that is not given."""
+    device = resolve_device(config.device)
+    generator = judge = None
+    if generator_path is not None:
+        generator, trained = load_generator(generator_path)
+        _same_region(config, trained, generator_path)
+        generator.to(device).requires_grad_(requires_grad=False)
+    if judge_path is not None:
+        segmenter, trained = load_segmenter(judge_path)
+        _same_region(config, trained, judge_path)
+        judge = build_judge(config, segmenter.to(device).requires_grad_(requires_grad=False))
+    return generator, judge
+
+
+def _same_region(config: Config, trained: Config, path: str | Path) -> None:
+    keys = ("name", "spacing_mm_zyx", "window_hu", "labels", "organs")
+    for key in keys:
+        have, want = getattr(trained.region, key), getattr(config.region, key)
+        if have != want:
+            raise ConfigError(
+                f"{path}: was trained with region.{key}={have}; this run has {want}. Use the checkpoint of this region."
+            )
+
+
+def train_segmentation(
+    config: Config,
+    store_path: str | Path,
+    out: str | Path,
+    *,
+    generator_path: str | Path | None = None,
+    judge_path: str | Path | None = None,
+    init: str | Path | None = None,
+    split: str | None = None,
+    resume: bool = False,
+    on_step: Progress = lambda _step, _values: None,
+) -> TrainingResult:
+    """``ftengine train seg``: the baseline without ``generator_path``, else a student with online synthesis and quality control."""
+    store = open_store(store_path)
+    stage = None
+    if generator_path is not None:
+        stage = build_synthesis_stage(config, *load_painters(config, generator_path, judge_path))
+    elif judge_path is not None:
+        raise ConfigError("--judge without --synth: a judge needs painted tumours; give --synth G.pt too.")
+    with build_loader(
+        config, store, mix="mixed" if stage else "annotated", split=split, stages=(stage,) if stage else ()
+    ) as loader:
+        return train_segmenter(
+            config,
+            loader,
+            out,
+            device=resolve_device(config.device),
+            init=init,
+            resume=resume,
+            on_step=on_step,
+            quality=dict if stage is None else lambda: quality_figures(stage.gate),
+        )
+
+
+def train_synthesis(
+    config: Config,
+    store_path: str | Path,
+    out: str | Path,
+    *,
+    baseline: str | Path,
+    split: str | None = None,
+    resume: bool = False,
+    on_step: Progress = lambda _step, _values: None,
+) -> TrainingResult:
+    """``ftengine train synth``: the generator against a frozen baseline segmenter."""
+    store = open_store(store_path)
+    segmenter, trained = load_segmenter(baseline)
+    _same_region(config, trained, baseline)
+    for_loader = config.with_overrides({"training.batch_size": config.generator_training.batch_size})
+    with build_loader(for_loader, store, mix="mixed", split=split) as loader:
+        return train_generator(
+            config, loader, segmenter, out, device=resolve_device(config.device), resume=resume, on_step=on_step
+        )
+
+
+def quality_figures(gate: QualityGate) -> dict[str, Any]:
+    """Pass rates for the log: floats by name, and the counts by organ and size class."""
+
+    def table(tallies: dict[str, Tally]) -> dict[str, dict[str, float]]:
+        return {name: {"painted": t.painted, "passed": t.passed, "draws": t.draws} for name, t in tallies.items()}
+
+    rates = {f"qc/pass_rate/{name}": t.pass_rate for name, t in {**gate.by_organ(), **gate.by_size()}.items()}
+    return {
+        "qc/pass_rate": gate.total().pass_rate,
+        **rates,
+        "by_organ": table(gate.by_organ()),
+        "by_size": table(gate.by_size()),
+    }
+
+
+@dataclass(frozen=True)
+class SynthesisResult:
+    """One painted CT. image_hu int16, label and mask uint8, all [z, y, x]; proportion is P of Eq. 4, NaN without a judge.
+
+    Where ``passed`` is false, image and label are the ones given (Eq. 5) and mask shows where the tumour would have been.
+    """
+
+    image_hu: NDArray[np.int16]
+    label: NDArray[np.uint8]
+    mask: NDArray[np.uint8]
+    proportion: float
+    passed: bool
+
+
+def synthesize(
+    image_hu: NDArray[np.int16],
+    label: NDArray[np.uint8],
+    organ: str,
+    *,
+    seed: int = 0,
+    spacing_mm_zyx: FloatZYX | None = None,
+    generator: Generator | str | Path | None = None,
+    judge: nn.Module | str | Path | None = None,
+    config: Config | None = None,
+) -> SynthesisResult:
+    """Paint one tumour into ``organ`` of a CT.
+
+    image_hu: int16 HU [z, y, x], RAS+; label: uint8 of the same shape with the region's values (the organ must be there). A volume
+    larger than the region's patch is painted in one patch around the tumour's place. generator, judge: networks or checkpoint files;
+    generator None: a fixed contrast instead of tanh(G(x)); judge None: no quality control. config: its region and synthesis sections
+    apply (default: the abdomen preset, or the chest one where ``organ`` is lung). Voxels outside the mask come back bit-identical.
+    Raises ConfigError for an unknown organ, shapes that differ or an organ that the label does not hold.
+    """
+    if config is None:
+        config = Config.preset("chest" if organ == "lung" else "abdomen")
+    region = config.region
+    if organ not in region.organs:
+        raise ConfigError(f"organ={organ!r}: region {region.name} has {', '.join(region.organs)}.")
+    image_hu, label = np.asarray(image_hu), np.asarray(label)
+    if image_hu.ndim != 3 or image_hu.shape != label.shape:
+        raise ConfigError(
+            f"image_hu has shape {image_hu.shape} and label {label.shape}; want two equal [z, y, x] shapes."
+        )
+    if not np.issubdtype(image_hu.dtype, np.integer) or not np.issubdtype(label.dtype, np.integer):
+        raise ConfigError(
+            f"image_hu is {image_hu.dtype} and label {label.dtype}; want integer HU and integer label values."
+        )
+    spacing = spacing_mm_zyx or region.spacing_mm_zyx
+    inside = label == region.organs[organ].organ
+    if not inside.any():
+        raise ConfigError(
+            f"label holds no {organ} (value {region.organs[organ].organ}); want at least one voxel of it."
+        )
+
+    box = _working_box(config, inside, seed, spacing)
+    place = box.slices()
+    low, high = region.window_hu
+    device = resolve_device(config.device)
+    window = np.clip((image_hu[place].astype(np.float32) - low) / (high - low), 0.0, 1.0)
+    only_organ = np.where(inside[place], label[place], 0).astype(
+        np.uint8
+    )  # real tumours nearby neither forbid nor take part
+    image_batch = torch.from_numpy(window)[None, None].to(device)
+    label_batch = torch.from_numpy(only_organ)[None, None].to(device)
+    synthesis = config.synthesis.model_copy(update={"fraction": 1.0, "min_organ_voxels": 1})
+    loaded_generator = load_generator(generator)[0].to(device) if isinstance(generator, str | Path) else generator
+    segmenter = load_segmenter(judge)[0] if isinstance(judge, str | Path) else judge
+    synthesizer = Synthesizer(
+        region,
+        synthesis,
+        seed=seed,
+        generator=None if loaded_generator is None else _AnySize(loaded_generator, 8),
+        judge=None if segmenter is None else build_judge(config, _AnySize(segmenter.to(device).eval(), 32)),
+        retries=config.qc.retries,
+        spacing_mm_zyx=spacing,
+    )
+    painting = synthesizer.paint(image_batch, label_batch, [Address(0, 0)])
+    painted = painting.painted[0]
+    assert painted is not None  # noqa: S101 - fraction 1 and an organ that is there: always painted
+    mask = np.zeros(label.shape, dtype=np.uint8)
+    mask[place] = painting.mask[0, 0].cpu().numpy()
+    new_image, new_label = image_hu.astype(np.int16, copy=True), label.astype(np.uint8, copy=True)
+    if painted.passed:
+        change = (painting.image - image_batch)[0, 0].cpu().numpy() * (high - low)
+        new_image[place] += np.rint(change).astype(np.int16)  # HU outside the window keep their distance to it
+        new_label[mask.astype(bool)] = region.organs[organ].tumor
+    return SynthesisResult(new_image, new_label, mask, painted.proportion, painted.passed)
+
+
+def _working_box(config: Config, inside: NDArray[np.bool_], seed: int, spacing: FloatZYX) -> Box:
+    """The whole volume where it fits a patch, else a patch around a voxel of the organ."""
+    shape = int_zyx(inside.shape)
+    patch = config.region.patch_zyx
+    if all(n <= p for n, p in zip(shape, patch, strict=True)):
+        return Box((0, 0, 0), shape)
+    center = choose_center(
+        inside, config.synthesis.center_margin_mm, spacing, float(np.random.default_rng(seed).random())
+    )
+    size = int_zyx(min(n, p) for n, p in zip(shape, patch, strict=True))
+    origin = int_zyx(min(max(c - s // 2, 0), n - s) for c, s, n in zip(center, size, shape, strict=True))
+    return Box(origin, size)
+
+
+class _AnySize(nn.Module):
+    """Evaluates a network on any size: pads by replication to a multiple of its stride, and crops the result."""
+
+    def __init__(self, network: Any, multiple: int) -> None:
+        super().__init__()
+        self._network, self._multiple = network, multiple
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z, y, x_size = x.shape[2:]
+        missing = [-n % self._multiple for n in (z, y, x_size)]
+        padded = nn.functional.pad(x, (0, missing[2], 0, missing[1], 0, missing[0]), mode="replicate")
+        with torch.no_grad():
+            result: torch.Tensor = self._network(padded)
+        return result[:, :, :z, :y, :x_size]

@@ -1,0 +1,47 @@
+"""The judge: the frozen baseline segmenter S says which part of a painted tumour it sees as that tumour (Eq. 4-5)."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ftengine.config import QualityConfig, RegionConfig
+from ftengine.kernels import tumor_proportion
+
+
+class SegmenterJudge:
+    """P = share of the mask's voxels whose most probable class, by S, is the painted organ's tumour; passed where P >= T.
+
+    ``any_tumor`` and ``strict`` give the released behaviour: any tumour class counts, and P > T.
+    """
+
+    def __init__(
+        self,
+        segmenter: Callable[[torch.Tensor], torch.Tensor],
+        config: QualityConfig,
+        region: RegionConfig,
+        *,
+        any_tumor: bool = False,
+        strict: bool = False,
+    ) -> None:
+        """segmenter: float32 [B, 1, z, y, x] -> logits [B, classes, z, y, x], in eval mode. Threshold None keeps every patch."""
+        self._segmenter = segmenter
+        self._threshold = config.threshold
+        self._tumor_values = region.tumor_values
+        self._any_tumor = any_tumor
+        self._strict = strict
+
+    def __call__(
+        self, image: torch.Tensor, mask: torch.Tensor, tumor_values: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Judge painted patches: (P float32 [B], passed bool [B]). image: [B, 1, z, y, x]; mask: uint8 [B, z, y, x]."""
+        with torch.no_grad():
+            classes = self._segmenter(image).argmax(1)
+        if self._any_tumor:
+            predicted = torch.isin(classes, torch.tensor(self._tumor_values, device=classes.device))
+        else:
+            predicted = classes == torch.tensor(tumor_values, device=classes.device).view(-1, 1, 1, 1)
+        proportion = tumor_proportion(predicted, mask)
+        if self._threshold is None:
+            return proportion, torch.ones_like(proportion, dtype=torch.bool)
+        passed = proportion > self._threshold if self._strict else proportion >= self._threshold
+        return proportion, passed

@@ -1,0 +1,229 @@
+"""Paint tumours on a batch: draw, place, texture, Eq. 1, quality control, Eq. 5. The one obvious way, for every caller.
+
+``Synthesizer.place`` and ``Synthesizer.blend`` are the differentiable core that generator training uses; ``Synthesizer.paint`` adds
+the judge and gives the batch that segmentation training sees.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ftengine.config import RegionConfig, SynthesisConfig
+from ftengine.geometry import FloatZYX, IntZYX, mm_to_vox
+from ftengine.kernels import gaussian_blur, masked_blend, tumor_mask
+from ftengine.synthesis.center import choose_center, choose_center_released
+from ftengine.synthesis.released import ABDOMEN_SIGMAS, CHEST_SIGMAS, TextureFields, released_blend
+from ftengine.synthesis.shape import PatchDraw, draw_patch, organs_in_patch
+from ftengine.types import Painted
+
+
+class Generator(Protocol):
+    """G: float32 [B, 1, z, y, x] in [0, 1] -> [B, organs, z, y, x], before tanh; one channel an organ, in the region's order."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Evaluate G."""
+        ...
+
+
+class Judge(Protocol):
+    """Quality control: painted image float32 [B, 1, z, y, x], mask uint8 [B, z, y, x], tumour label value of each patch."""
+
+    def __call__(
+        self, image: torch.Tensor, mask: torch.Tensor, tumor_values: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Judge the patches: P of Eq. 4 (float32 [B]) and whether it passes (bool [B])."""
+        ...
+
+
+@dataclass(frozen=True)
+class Address:
+    """The place of a patch in a run; its tumour is a function of (seed, epoch, index)."""
+
+    epoch: int
+    index: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Tumours drawn for some patches of a batch.
+
+    rows: the patches they are for. mask: uint8 [R, z, y, x], hard. organ: uint8 [R, z, y, x], the healthy tissue of the painted organ.
+    """
+
+    rows: list[int]
+    draws: list[PatchDraw]
+    centers: list[tuple[IntZYX, ...]]
+    mask: torch.Tensor
+    organ: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Painting:
+    """A batch after synthesis and quality control; tensors as in ``Batch``. mask: uint8 [B, 1, z, y, x], also of rejected patches."""
+
+    image: torch.Tensor
+    label: torch.Tensor
+    mask: torch.Tensor
+    painted: list[Painted | None]
+
+
+class Synthesizer:
+    """Paints tumours for one region and configuration. Holds no random state: everything follows from seed and addresses."""
+
+    def __init__(
+        self,
+        region: RegionConfig,
+        config: SynthesisConfig,
+        *,
+        seed: int,
+        generator: Generator | None = None,
+        judge: Judge | None = None,
+        retries: int = 0,
+        spacing_mm_zyx: FloatZYX | None = None,
+    ) -> None:
+        """``generator`` None: ``config.fixed_contrast`` takes the place of tanh(G(x)). ``judge`` None: every painted patch is kept."""
+        self.region = region
+        self.config = config
+        self._seed = seed
+        self._generator = generator
+        self._judge = judge
+        self._retries = retries
+        self._spacing = spacing_mm_zyx or region.spacing_mm_zyx
+        self._is_chest = "lung" in region.organs
+        self._fields = TextureFields(seed, CHEST_SIGMAS if self._is_chest else ABDOMEN_SIGMAS)
+
+    def draw(self, label: torch.Tensor, addresses: Sequence[Address], *, draw: int = 0) -> dict[int, PatchDraw]:
+        """Decide, for each patch of a batch, whether and what to paint: {row: draw}. label: uint8 [B, 1, z, y, x]."""
+        drawn = {}
+        for row, address in enumerate(addresses):
+            organs = organs_in_patch(label[row].cpu().numpy(), self.region, self.config.min_organ_voxels)
+            patch_draw = draw_patch(
+                organs, self.config, self._spacing, seed=self._seed, epoch=address.epoch, index=address.index, draw=draw
+            )
+            if patch_draw is not None:
+                drawn[row] = patch_draw
+        return drawn
+
+    def place(self, label: torch.Tensor, drawn: dict[int, PatchDraw]) -> Placement:
+        """Choose the centres inside the organs and rasterise the masks. label: uint8 [B, 1, z, y, x]."""
+        rows, draws = list(drawn), list(drawn.values())
+        values = torch.tensor(
+            [self.region.organs[d.organ].organ for d in draws], dtype=torch.uint8, device=label.device
+        )
+        organ = (label[rows, 0] == values.view(-1, 1, 1, 1)).to(torch.uint8)
+        host_organ = organ.cpu().numpy().astype(bool)
+        centers = [
+            tuple(self._center(o, t.center_draw) for t in d.tumors) for o, d in zip(host_organ, draws, strict=True)
+        ]
+        mask = torch.zeros_like(organ)
+        shape = (organ.shape[1], organ.shape[2], organ.shape[3])
+        for number in range(self.config.num_tumors):
+            one = tumor_mask(
+                [c[number] for c in centers],
+                [d.tumors[number].radii_vox_zyx for d in draws],
+                torch.from_numpy(np.stack([d.tumors[number].warp for d in draws])),
+                shape,
+                organ,
+            )
+            mask |= one
+        return Placement(rows, draws, centers, mask, organ)
+
+    def difference(self, x: torch.Tensor, placement: Placement) -> torch.Tensor:
+        """G(x) before its activation, on the channel of each patch's organ: float32 [R, z, y, x]. x: [R, 1, z, y, x]."""
+        if self._generator is None:
+            return torch.full_like(x[:, 0], math.atanh(self.config.fixed_contrast))
+        output = self._generator(x)
+        if (
+            self.config.variant == "released"
+        ):  # renamed to label 1 before the channel is picked: always channel 0 (reference 1.6 #12)
+            return output[:, 0]
+        channels = [self.region.organ_channel[d.organ] for d in placement.draws]
+        return output[list(range(len(channels))), channels]
+
+    def blend(self, x: torch.Tensor, g: torch.Tensor, placement: Placement) -> torch.Tensor:
+        """Eq. 1 with the drawn textures: float32 [R, z, y, x]; differentiable in ``g``. x, g: [R, z, y, x]."""
+        if self.config.variant == "released":
+            return self._blend_released(x, g, placement)
+        draws = placement.draws
+        texture = gaussian_blur(x, [mm_to_vox(d.texture_sigma_mm, self._spacing) for d in draws])
+        factors = torch.tensor([d.contrast_factor for d in draws], dtype=x.dtype, device=x.device)
+        texture *= factors.view(-1, 1, 1, 1)
+        mask = placement.mask.to(x.dtype)
+        if self.config.edge_sigma_mm > 0:
+            mask = gaussian_blur(mask, mm_to_vox(self.config.edge_sigma_mm, self._spacing))
+        return masked_blend(x, g, texture, mask)
+
+    def paint(self, image: torch.Tensor, label: torch.Tensor, addresses: Sequence[Address]) -> Painting:
+        """Paint every eligible patch of a batch, judge it, and give failed ones back as they were (Eq. 5).
+
+        image: float32 [B, 1, z, y, x] in [0, 1]; label: uint8 [B, 1, z, y, x]. The inputs are not changed. A patch is eligible when it
+        holds at least ``min_organ_voxels`` of an organ and no labelled tumour. The label inside an accepted M becomes the organ's
+        tumour class. A failed patch is drawn again up to ``retries`` times; G, which never sees M, runs once for all draws.
+        """
+        out = Painting(image.clone(), label.clone(), torch.zeros_like(label), [None] * len(addresses))
+        with torch.no_grad():
+            pending = self.draw(label, addresses)
+            g_of_row: dict[int, torch.Tensor] = {}
+            for draw in range(self._retries + 1):
+                if not pending:
+                    break
+                placement = self.place(label, pending)
+                x = image[placement.rows]
+                if draw == 0:
+                    g_of_row = dict(zip(placement.rows, self.difference(x, placement), strict=True))
+                g = torch.stack([g_of_row[row] for row in placement.rows])
+                failed = self._accept(out, x, self.blend(x[:, 0], g, placement), placement, draw)
+                if draw < self._retries and failed:
+                    redrawn = self.draw(label, addresses, draw=draw + 1)
+                    pending = {row: redrawn[row] for row in failed}
+                else:
+                    pending = {}
+        return out
+
+    def _accept(
+        self, out: Painting, x: torch.Tensor, painted: torch.Tensor, placement: Placement, draw: int
+    ) -> list[int]:
+        """Write accepted patches into ``out``; returns the rows that failed."""
+        tumor_values = [self.region.organs[d.organ].tumor for d in placement.draws]
+        num_voxels = placement.mask.flatten(1).sum(1, dtype=torch.int64).tolist()
+        if self._judge is None:
+            proportions = [float("nan")] * len(num_voxels)
+            passed = [n > 0 for n in num_voxels]
+        else:
+            proportion, verdict = self._judge(painted.unsqueeze(1), placement.mask, tumor_values)
+            proportions = proportion.tolist()
+            passed = [v and n > 0 for v, n in zip(verdict.tolist(), num_voxels, strict=True)]
+        for i, row in enumerate(placement.rows):
+            out.mask[row, 0] = placement.mask[i]
+            if passed[i]:
+                out.image[row, 0] = painted[i]
+                out.label[row, 0].masked_fill_(placement.mask[i].bool(), tumor_values[i])
+            out.painted[row] = Painted(
+                organ=placement.draws[i].organ,
+                size_class=placement.draws[i].tumors[0].size_class,
+                center_zyx=placement.centers[i],
+                radii_vox_zyx=tuple(t.radii_vox_zyx for t in placement.draws[i].tumors),
+                num_voxels=num_voxels[i],
+                proportion=proportions[i],
+                passed=passed[i],
+                num_draws=draw + 1,
+            )
+        return [row for i, row in enumerate(placement.rows) if not passed[i]]
+
+    def _center(self, organ: NDArray[np.bool_], draw: tuple[float, float]) -> IntZYX:
+        if self.config.variant == "released":
+            return choose_center_released(organ, draw)
+        return choose_center(organ, self.config.center_margin_mm, self._spacing, draw[0])
+
+    def _blend_released(self, x: torch.Tensor, g: torch.Tensor, placement: Placement) -> torch.Tensor:
+        shape = (x.shape[1], x.shape[2], x.shape[3])
+        texture = torch.stack([self._fields.crop(d.texture_draw, shape) for d in placement.draws]).to(x.device)
+        soft = gaussian_blur(placement.mask.to(x.dtype), [(d.edge_sigma_vox,) * 3 for d in placement.draws])
+        activated = torch.sigmoid(g) if self._is_chest and self._generator is not None else torch.tanh(g)
+        sign = 1.0 if self._is_chest else -1.0
+        return released_blend(x, activated, placement.organ.to(x.dtype), texture, soft, sign=sign)

@@ -1,0 +1,113 @@
+"""Segmentation training: the baseline S on labelled data, and the student with painted tumours (Eq. 5-6 happen in the loader)."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ftengine.config import Config
+from ftengine.loader.loader import Loader
+from ftengine.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from ftengine.training.losses import segmentation_loss
+from ftengine.training.networks import build_segmenter
+from ftengine.training.run import CHECKPOINT, Progress, Run, TrainingResult, learning_rate, run_steps
+from ftengine.types import Batch
+
+
+def train_segmenter(
+    config: Config,
+    loader: Loader,
+    out: str | Path,
+    *,
+    device: torch.device,
+    init: str | Path | None = None,
+    resume: bool = False,
+    on_step: Progress = lambda _step, _values: None,
+    quality: Callable[[], dict[str, Any]] = dict,
+) -> TrainingResult:
+    """Train for ``config.training.steps`` steps on the loader's batches; writes ``out/checkpoint.pt``.
+
+    init: a segmenter's checkpoint to start from (weights only). resume: go on from ``out``, to the same losses as without the break
+    (bit for bit on the CPU). ``quality`` gives the counts of quality control for the log. Ctrl-C and SIGTERM finish the step, save and
+    return with ``interrupted``. Source: FreeTumor 4.5 and Table A19: DiceCE, AdamW, warm-up and cosine per iteration.
+    """
+    settings = config.training
+    network = build_segmenter(config)
+    document: dict[str, Any] | None = None
+    if resume:
+        document = load_checkpoint(Path(out) / CHECKPOINT, "segmenter")
+        load_weights(network, Path(out) / CHECKPOINT, document)
+    elif init is not None:
+        load_weights(network, init, load_checkpoint(init, "segmenter"))
+    run = Run(out, config, resume=resume)
+    network.to(device).train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    first_step = 0
+    losses: list[float] = []
+    if document is not None:
+        optimizer.load_state_dict(document["optimizer"])
+        loader.load_state_dict(document["loader"])
+        first_step, losses = document["step"], list(document["losses"])
+        run.keep_log_until(first_step)
+    loss_function = segmentation_loss()
+
+    def train_step(batch: Batch, step: int) -> Callable[[], dict[str, float]]:
+        rate = learning_rate(
+            step, base=settings.learning_rate, warmup_steps=settings.warmup_steps, steps=settings.steps
+        )
+        loss = _step(network, optimizer, loss_function, batch.image.to(device), batch.label.to(device), rate, config)
+
+        def figures() -> dict[str, float]:
+            losses.append(float(loss))
+            painted = sum(r.painted is not None and r.painted.passed for r in batch.records) / len(batch.records)
+            counts = {name: value for name, value in quality().items() if isinstance(value, float)}
+            return {"loss": losses[-1], "learning_rate": rate, "painted_fraction": painted, **counts}
+
+        return figures
+
+    def save(step: int) -> None:
+        contents = {
+            "model": network.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "loader": loader.state_dict(),
+            "step": step,
+            "losses": losses,
+        }
+        save_checkpoint(run.checkpoint, "segmenter", config, contents)
+
+    done, meter = run_steps(
+        run,
+        loader,
+        first_step=first_step,
+        steps=settings.steps,
+        log_every=settings.log_every,
+        checkpoint_every=settings.checkpoint_every,
+        train_step=train_step,
+        save=save,
+        on_step=on_step,
+    )
+    stall, busy = meter.summary(settings.batch_size), loader.clock.seconds()
+    return TrainingResult(run.checkpoint, done, losses, stall, busy, quality(), interrupted=done < settings.steps)
+
+
+def _step(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss_function: nn.Module,
+    image: torch.Tensor,
+    label: torch.Tensor,
+    rate: float,
+    config: Config,
+) -> torch.Tensor:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+    with torch.autocast(image.device.type, dtype=torch.bfloat16, enabled=config.training.precision == "bf16"):
+        loss: torch.Tensor = loss_function(network(image), label)
+    loss.backward()
+    if config.training.clip_norm is not None:
+        nn.utils.clip_grad_norm_(network.parameters(), config.training.clip_norm)
+    optimizer.step()
+    return loss.detach()

@@ -1,0 +1,449 @@
+"""A DICOM series: every header is checked before SimpleITK decodes, and what it decoded is checked against the headers.
+
+=======  ==========================================================================================
+input    a folder of single-frame CT slices (or the files of one series), compressed or not
+does     headers by pydicom -> group by series, orientation, size and pixel spacing -> sort along the slice normal -> check gaps,
+         duplicates, tilt and completeness -> decode slice by slice through SimpleITK (GDCM) -> compare size, spacing, direction
+output   ``RawImage`` in HU, z y x = slice (along the normal), row, column
+raises   CaseError that names files, never header text: headers hold patients' data
+=======  ==========================================================================================
+
+SimpleITK's own series reader is not used. It drops a truncated slice, stacks a localizer, straightens a tilted gantry and
+stretches the spacing over a missing slice, all without an error.
+"""
+
+import math
+import struct
+import tempfile
+import warnings
+import zlib
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import SimpleITK as sitk
+from numpy.typing import NDArray
+from pydicom.errors import InvalidDicomError
+from pydicom.tag import Tag
+
+from ftengine.errors import CaseError
+from ftengine.geometry import Grid, grid_from_lps
+from ftengine.volume.values import MIN_AXIS_VOXELS, HuStack, RawImage, shown, volume_grid
+
+# between neighbouring slices, against the median gap: what rounded positions in headers explain
+GAP_TOLERANCE_MM, GAP_TOLERANCE = 0.02, 0.01
+# of a slice's position against the regular grid, in slices: the tolerance that labels have, too; accepted with a note
+POSITION_TOLERANCE_VOX = 0.1
+DUPLICATE_MM = 0.01
+# sideways shift over the whole stack, in pixels, before it counts as a tilted gantry
+DRIFT_TOLERANCE_VOX = 0.5
+_DIRECTION_TOLERANCE = 1e-3
+
+_DICOM_MAGIC = b"DICM"
+_PREAMBLE_BYTES = 128
+_META_START = b"\x02\x00\x00\x00UL\x04\x00"  # file meta information where the preamble was lost
+_GROUP_8 = b"\x08\x00"
+_PIXEL_DATA = b"\xe0\x7f\x10\x00"
+_ITEM, _SEQUENCE_END = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0"
+_UNDEFINED_LENGTH = 0xFFFFFFFF
+_CT = "1.2.840.10008.5.1.4.1.1.2"
+_CT_MULTIFRAME = ("1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2")  # enhanced, legacy converted
+_UNCOMPRESSED = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
+_DEFLATED = "1.2.840.10008.1.2.1.99"
+_IMPLICIT = "1.2.840.10008.1.2"
+_BIG_ENDIAN = "1.2.840.10008.1.2.2"
+_TAGS = [
+    "SOPClassUID", "Modality", "SeriesInstanceUID", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns",
+    "NumberOfFrames", "SamplesPerPixel", "BitsAllocated", "PhotometricInterpretation", "RescaleSlope", "RescaleIntercept",
+]  # fmt: skip
+# what pydicom raises for damaged bytes, found by cutting and flipping them; it documents no list
+_PARSE_ERRORS = (
+    InvalidDicomError, EOFError, OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, NotImplementedError,
+    RecursionError, struct.error, zlib.error, LookupError,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SliceHeader:
+    """What the checks need of one file. With a ``problem`` (why the file cannot be used) the geometry may be missing."""
+
+    path: Path
+    series: str  # groups files; never shown
+    problem: str = ""
+    has_preamble: bool = True
+    orientation: tuple[float, ...] = ()  # LPS cosines of a row's and a column's direction
+    position: tuple[float, ...] = ()  # LPS mm of the first pixel
+    num_rows: int = 0
+    num_columns: int = 0
+    spacing_mm_yx: tuple[float, float] = (0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class DicomFiles:
+    """The files of a folder, sorted out.
+
+    stacks: slices that belong together (series, orientation, size, pixel spacing), each in file name order.
+    broken: CT slices that cannot be used. num_other: readable DICOM that is no CT slice. num_junk: not DICOM at all.
+    """
+
+    stacks: tuple[tuple[SliceHeader, ...], ...]
+    broken: tuple[SliceHeader, ...]
+    num_other: int
+    num_junk: int
+
+    @property
+    def volumes(self) -> tuple[tuple[SliceHeader, ...], ...]:
+        """The stacks with enough slices to be volumes."""
+        return tuple(stack for stack in self.stacks if len(stack) >= MIN_AXIS_VOXELS)
+
+    def with_broken(self, stack: Sequence[SliceHeader]) -> tuple[Path, ...]:
+        """The files of a stack, and those broken ones that belong, or may belong, to it: reading them then refuses the series."""
+        series = stack[0].series if stack else ""
+        return tuple(sorted({h.path for h in stack} | {h.path for h in self.broken if h.series in ("", series)}))
+
+    def notes(self, used: Sequence[SliceHeader]) -> list[str]:
+        """What of the folder is left out when ``used`` is read."""
+        notes = []
+        if num_ignored := self.num_other + self.num_junk:
+            notes.append(f"{num_ignored:,} files of the folder ignored: {self.num_other:,} DICOM without a CT slice, {self.num_junk:,} not DICOM")
+        stubs = sum(len(stack) for stack in self.stacks if len(stack) < MIN_AXIS_VOXELS and stack != tuple(used))
+        if stubs:
+            notes.append(f"{stubs:,} slices of localizers or stubs left out")
+        series = used[0].series if used else ""
+        if num_broken := sum(h.series not in ("", series) for h in self.broken):
+            notes.append(f"{num_broken:,} unusable CT files of other series left out")
+        return notes
+
+
+def looks_like_dicom(path: Path) -> bool:
+    """Whether a file is DICOM by its first bytes, or claims to be by its name (``.dcm``); False where it cannot be opened."""
+    if path.suffix.lower() == ".dcm":
+        return True
+    try:
+        with path.open("rb") as file:
+            first = file.read(_PREAMBLE_BYTES + 4)
+    except OSError:
+        return False
+    if first[_PREAMBLE_BYTES:] == _DICOM_MAGIC or first.startswith(_META_START):
+        return True
+    # a bare data set without any header: group 8, a small element, then a VR or a short length
+    return first.startswith(_GROUP_8) and first[3:4] == b"\0" and (first[4:6].isupper() or first[6:8] == b"\0\0")
+
+
+def sort_out(files: Collection[Path]) -> DicomFiles:
+    """Read the headers of ``files`` and group them; no file is refused here, see ``DicomFiles``."""
+    broken: list[SliceHeader] = []
+    stacks: list[list[SliceHeader]] = []
+    num_other = num_junk = 0
+    for path in sorted(files):
+        if not looks_like_dicom(path):
+            num_junk += 1
+            continue
+        header = read_slice_header(path)
+        if header is None:
+            num_other += 1
+        elif header.problem:
+            broken.append(header)
+        else:
+            home = next((stack for stack in stacks if _belongs(header, stack[0])), None)
+            if home is None:
+                stacks.append([header])
+            else:
+                home.append(header)
+    return DicomFiles(tuple(tuple(s) for s in stacks), tuple(broken), num_other, num_junk)
+
+
+def _belongs(header: SliceHeader, first: SliceHeader) -> bool:
+    return (
+        header.series == first.series
+        and (header.num_rows, header.num_columns) == (first.num_rows, first.num_columns)
+        and bool(np.allclose(header.orientation, first.orientation, rtol=0, atol=_DIRECTION_TOLERANCE))
+        and bool(np.allclose(header.spacing_mm_yx, first.spacing_mm_yx, rtol=1e-3, atol=0))
+    )
+
+
+def read_slice_header(path: Path) -> SliceHeader | None:
+    """The header of one file that looks like DICOM: None if it is readable but no CT slice (a report, a contour set, another modality)."""
+    try:
+        with path.open("rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pydicom quotes header values in its warnings
+            first = file.read(_PREAMBLE_BYTES + 4)
+            has_preamble = first[_PREAMBLE_BYTES:] == _DICOM_MAGIC
+            if not has_preamble and not first.startswith(_META_START):
+                return SliceHeader(path, "", "is not a DICOM file (no DICM mark and no file meta information)")
+            file.seek(0)
+            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(_TAGS), force=not has_preamble)
+            syntax = str(header.file_meta.get("TransferSyntaxUID", ""))
+            sop_class = str(header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID", ""))
+            is_ct = str(header.get("Modality") or "") == "CT"
+            has_place = "ImagePositionPatient" in header and "ImageOrientationPatient" in header
+            if not sop_class and not is_ct and not has_place:
+                return SliceHeader(path, "", "cannot be read (its DICOM header is cut short)")
+            if sop_class not in (_CT, *_CT_MULTIFRAME) and not (is_ct and has_place):
+                return None
+            series = str(header.get("SeriesInstanceUID") or "")
+            problem = _problem(header, sop_class)
+            if not problem and syntax != _DEFLATED:
+                problem = _pixel_problem(file, path.stat().st_size, syntax, header)
+            if problem:
+                return SliceHeader(path, series, problem, has_preamble)
+            row_mm, column_mm = _numbers(header, "PixelSpacing", 2)
+            return SliceHeader(
+                path,
+                series,
+                has_preamble=has_preamble,
+                orientation=_numbers(header, "ImageOrientationPatient", 6),
+                position=_numbers(header, "ImagePositionPatient", 3),
+                num_rows=int(header.Rows),
+                num_columns=int(header.Columns),
+                spacing_mm_yx=(row_mm, column_mm),
+            )
+    except _PARSE_ERRORS:
+        return SliceHeader(path, "", "cannot be read (damaged DICOM header, or no permission)")
+
+
+def _numbers(header: Any, keyword: str, count: int) -> tuple[float, ...]:
+    """A tag's finite numbers, or () where it is missing, of another length or not numeric."""
+    try:
+        value = header.get(keyword)
+        values = tuple(float(v) for v in ([value] if count == 1 else value))
+    except _PARSE_ERRORS:
+        return ()
+    return values if len(values) == count and all(math.isfinite(v) for v in values) else ()
+
+
+def _problem(header: Any, sop_class: str) -> str:
+    """Why a CT file cannot be a slice of a stack, or ''."""
+    frames = _numbers(header, "NumberOfFrames", 1)
+    if sop_class in _CT_MULTIFRAME or (frames and frames[0] > 1):
+        return "is multi-frame DICOM, which is not supported (convert it to NIfTI)"
+    for keyword, count in (("ImagePositionPatient", 3), ("ImageOrientationPatient", 6), ("PixelSpacing", 2), ("Rows", 1), ("Columns", 1)):
+        if not _numbers(header, keyword, count):
+            return f"has no usable {keyword}"
+    if not _numbers(header, "RescaleSlope", 1) or not _numbers(header, "RescaleIntercept", 1) or float(header.RescaleSlope) == 0:
+        return "has no usable RescaleSlope and RescaleIntercept, so that its numbers are not HU"
+    if (_numbers(header, "SamplesPerPixel", 1) or (1.0,)) != (1.0,):
+        return "has several samples a pixel (colour)"
+    if str(header.get("PhotometricInterpretation") or "") != "MONOCHROME2":
+        return "is not MONOCHROME2 (GDCM would invert its numbers)"
+    row, column = np.array(_numbers(header, "ImageOrientationPatient", 6)).reshape(2, 3)
+    if abs(np.linalg.norm(row) - 1) > 1e-2 or abs(np.linalg.norm(column) - 1) > 1e-2 or abs(float(row @ column)) > 1e-2:
+        return "has an ImageOrientationPatient that is not two orthogonal directions"
+    return ""
+
+
+def _pixel_problem(file: Any, size_bytes: int, syntax: str, header: Any) -> str:
+    """Why the pixel data cannot be whole, or ''; ``file`` stands where pydicom stopped, at the tag of the pixel data."""
+    big, implicit = syntax == _BIG_ENDIAN, syntax == _IMPLICIT
+    start = file.read(8 if implicit else 12)
+    if (start[:4] != b"\x7f\xe0\x00\x10") if big else (start[:4] != _PIXEL_DATA):
+        return "is cut short (no pixel data)"
+    if len(start) < (8 if implicit else 12):
+        return "is cut short (no pixel data)"
+    (length,) = struct.unpack(">I" if big else "<I", start[-4:])
+    if length != _UNDEFINED_LENGTH:
+        want = int(header.Rows) * int(header.Columns) * int(header.get("BitsAllocated", 16)) // 8
+        got = min(length, size_bytes - file.tell())
+        if syntax in _UNCOMPRESSED and got < want:
+            return f"is cut short: {got:,} of {want:,} bytes of pixel data"
+        return "" if got == length else f"is cut short: {got:,} of {length:,} bytes of pixel data"
+    # encapsulated: a chain of items up to a delimiter; decoders fill the rest of a cut image with grey, so walk the chain
+    while True:
+        tag, size = file.read(4), file.read(4)
+        if tag == _SEQUENCE_END:
+            return ""
+        if tag != _ITEM or len(size) < 4:
+            return "is cut short (its compressed pixel data have no end)"
+        file.seek(struct.unpack("<I", size)[0], 1)
+
+
+def load_dicom(image: Path, files: Collection[Path] = ()) -> RawImage:
+    """Read one CT series as HU.
+
+    image: a folder (its sub-folders are not searched), or one file. files: which files of it to read; without them the folder must hold
+    one series. Raises CaseError naming the file and the numbers for everything that would move or invent anatomy.
+    """
+    where = shown(image)
+    stack, grid, notes = _checked_stack(image, files)
+    hu = HuStack(grid.shape_zyx, where)
+    with tempfile.TemporaryDirectory() as scratch:
+        for index, header in enumerate(stack):
+            hu.put(index, _decode(header, where, Path(scratch)))
+    values, hu_notes = hu.finish()
+    return RawImage(values, grid, notes=(*notes, *hu_notes))
+
+
+def probe_dicom(image: Path, files: Collection[Path] = ()) -> Grid:
+    """The grid of a series from its headers alone; raises CaseError as ``load_dicom`` does for headers."""
+    return _checked_stack(image, files, compare_duplicates=False)[1]
+
+
+def _checked_stack(
+    image: Path, files: Collection[Path], *, compare_duplicates: bool = True
+) -> tuple[list[SliceHeader], Grid, list[str]]:
+    """The slices of one series in order, their grid, and notes."""
+    where = shown(image)
+    if not files:
+        try:
+            files = [p for p in image.iterdir() if p.is_file() and not p.name.startswith(".")] if image.is_dir() else [image]
+        except OSError as error:
+            raise CaseError(f"{where}: cannot be read ({error.strerror or type(error).__name__}). Check the folder and its permissions.") from error
+    found = sort_out(files)
+    volumes = found.volumes
+    if len(volumes) > 1:
+        raise CaseError(
+            f"{where}: {len(volumes)} series of {', '.join(str(len(v)) for v in volumes)} slices in one folder; want one. "
+            "Convert the folder above it (each series becomes a case) or move each series to its own folder."
+        )
+    stack = list(volumes[0] if volumes else max(found.stacks, key=len, default=()))
+    series = stack[0].series if stack else ""
+    for header in found.broken:
+        if not stack or header.series in ("", series):
+            raise CaseError(f"{where}: {shown(Path(header.path.name))} {header.problem}; want whole CT slices. Replace the file or leave the case out.")
+    if not stack:
+        raise CaseError(
+            f"{where}: no CT slice: {found.num_other:,} DICOM files of another kind, {found.num_junk:,} files that are not DICOM; want the folder "
+            "of a CT series. Give the folder that holds the slices or leave it out."
+        )
+    if len(stack) < MIN_AXIS_VOXELS:
+        raise CaseError(
+            f"{where}: not a volume: {len(stack)} CT slice{'s' if len(stack) > 1 else ''}; want at least {MIN_AXIS_VOXELS}. "
+            "A scout, single slice or stub: leave it out, or give the whole series."
+        )
+    ordered, notes = _ordered(stack, where, compare_duplicates=compare_duplicates)
+    rescued = sum(not h.has_preamble for h in ordered)
+    if rescued:
+        notes.append(f"{rescued:,} files have no DICM preamble; read all the same")
+    grid, grid_notes = _regular_grid(ordered, where)
+    return ordered, volume_grid(grid, where), [*found.notes(stack), *notes, *grid_notes]
+
+
+def _normal(header: SliceHeader) -> NDArray[np.float64]:
+    row, column = np.array(header.orientation).reshape(2, 3)
+    normal = np.cross(row, column)
+    return np.asarray(normal / np.linalg.norm(normal), dtype=np.float64)
+
+
+def _ordered(stack: list[SliceHeader], where: str, *, compare_duplicates: bool) -> tuple[list[SliceHeader], list[str]]:
+    """The slices along their normal (never by InstanceNumber), equal twins dropped."""
+    normal = _normal(stack[0])
+    stack = sorted(stack, key=lambda h: (float(np.dot(h.position, normal)), h.path))
+    kept = stack[:1]
+    num_dropped = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        for header in stack[1:]:
+            if np.linalg.norm(np.subtract(header.position, kept[-1].position)) >= DUPLICATE_MM:
+                kept.append(header)
+                continue
+            if compare_duplicates:
+                a, b = (_decode(h, where, Path(scratch)) for h in (kept[-1], header))
+                if not np.array_equal(a, b):
+                    raise CaseError(
+                        f"{where}: {shown(Path(kept[-1].path.name))} and {shown(Path(header.path.name))} lie at the same position with different pixels; "
+                        "want one slice a position. Several phases or reconstructions? Split the series, one volume each."
+                    )
+            num_dropped += 1
+    return kept, [f"{num_dropped:,} duplicate slices (same position, same pixels) dropped"] if num_dropped else []
+
+
+def _regular_grid(stack: list[SliceHeader], where: str) -> tuple[Grid, list[str]]:
+    """The grid of ordered slices, or a CaseError for gaps, uneven spacing and a tilted gantry."""
+    first = stack[0]
+    row, column = np.array(first.orientation).reshape(2, 3)
+    normal = _normal(first)
+    positions = np.array([h.position for h in stack])
+    along = positions @ normal
+    gaps = np.diff(along)
+    if len(stack) < MIN_AXIS_VOXELS:
+        raise CaseError(f"{where}: not a volume: {len(stack)} slices at different positions; want at least {MIN_AXIS_VOXELS}. Leave it out.")
+    typical = float(np.median(gaps))
+    step = float((along[-1] - along[0]) / (len(stack) - 1))
+    index = np.arange(len(stack))
+    start = float(np.mean(along - step * index))
+    notes = []
+    if typical < DUPLICATE_MM or step < DUPLICATE_MM:
+        raise CaseError(f"{where}: most slices lie at one position; want slices behind one another. Several phases? Split the series, one volume each.")
+    uneven = np.abs(gaps - typical)
+    if uneven.max() > max(GAP_TOLERANCE_MM, GAP_TOLERANCE * typical):
+        deviation_vox = float(np.abs(along - start - step * index).max() / step)
+        if deviation_vox > POSITION_TOLERANCE_VOX:
+            raise CaseError(_gap_message(stack, gaps, typical, where))
+        notes.append(f"slice positions deviate by up to {deviation_vox:.2f} of a slice from even spacing; taken as even")
+
+    spacing_y, spacing_x = first.spacing_mm_yx
+    sideways = positions - positions[0] - np.outer(along - along[0], normal)
+    drift = np.stack([sideways @ row / spacing_x, sideways @ column / spacing_y])
+    if np.abs(drift).max() > DRIFT_TOLERANCE_VOX:
+        shift_mm = float(np.linalg.norm(sideways[-1]) / (len(stack) - 1))
+        raise CaseError(
+            f"{where}: the slices are sheared: they shift sideways by {shift_mm:.3g} mm a slice ({math.degrees(math.atan2(shift_mm, step)):.1f} degrees), "
+            "as from a tilted gantry; want slices straight behind one another. Resample the series to a straight grid first or leave the case out."
+        )
+    matrix = np.eye(4)
+    matrix[:3, 0], matrix[:3, 1], matrix[:3, 2] = row * spacing_x, column * spacing_y, normal * step
+    matrix[:3, 3] = np.mean(positions - np.outer(index * step, normal), axis=0)
+    return grid_from_lps((len(stack), first.num_rows, first.num_columns), matrix), notes
+
+
+def _gap_message(stack: list[SliceHeader], gaps: NDArray[np.float64], typical: float, where: str) -> str:
+    worst = int(np.argmax(np.abs(gaps - typical)))
+    before, behind = (shown(Path(stack[i].path.name)) for i in (worst, worst + 1))
+    times = gaps / typical
+    wide = times > 1.5
+    if np.all(np.abs(times - np.rint(times)) < 0.1) and wide.any() and times.min() > 0.5:
+        missing = int(np.rint(times[wide]).sum() - wide.sum())
+        return (
+            f"{where}: {missing} slice{'s' if missing > 1 else ''} missing: {gaps[worst]:.3f} mm between {before} and {behind}, {typical:.3f} mm elsewhere; "
+            "want even spacing. Add the missing files or leave the case out."
+        )
+    return (
+        f"{where}: uneven slice spacing: {gaps.min():.3f} to {gaps.max():.3f} mm (median {typical:.3f}, worst between {before} and {behind}); "
+        "want even spacing. Resample the series to an even one first or leave the case out."
+    )
+
+
+def _decode(header: SliceHeader, where: str, scratch: Path) -> NDArray[Any]:
+    """One slice [row, column] in HU through SimpleITK, compared with its header."""
+    path = header.path
+    name = shown(Path(path.name))
+    try:
+        if not header.has_preamble:  # SimpleITK refuses such a file; a copy with a preamble is the same data set
+            copy = scratch / "slice.dcm"
+            copy.write_bytes(bytes(_PREAMBLE_BYTES) + _DICOM_MAGIC + path.read_bytes())
+            path = copy
+        reader = sitk.ImageFileReader()
+        reader.SetImageIO("GDCMImageIO")
+        reader.SetFileName(str(path))
+        image = reader.Execute()
+    except RuntimeError as error:
+        raise CaseError(
+            f"{where}: the pixels of {name} cannot be decoded; the file is damaged or its compression is not supported. Replace it or leave the case out."
+        ) from error
+    except OSError as error:
+        raise CaseError(f"{where}: {name} cannot be read ({error.strerror or type(error).__name__}). Check the file and its permissions.") from error
+    size = (header.num_columns, header.num_rows, 1)
+    spacing = header.spacing_mm_yx[::-1]
+    direction = np.array(image.GetDirection()).reshape(image.GetDimension(), -1)
+    same = (
+        image.GetSize() == size
+        and image.GetNumberOfComponentsPerPixel() == 1
+        and np.allclose(image.GetSpacing()[:2], spacing, rtol=1e-3)
+        and np.allclose(direction[:3, :2].T.ravel(), header.orientation, atol=1e-2)
+        and np.allclose(image.GetOrigin(), header.position, atol=1e-2)
+    )
+    if not same:
+        raise CaseError(
+            f"{where}: SimpleITK reads {name} with another size, spacing or place than its header says; want agreement. Leave the case out, or convert it to NIfTI and check it."
+        )
+    array: NDArray[Any] = sitk.GetArrayFromImage(image)
+    return array[0]
+
+
+def slice_files(folder: Path) -> Iterator[Path]:
+    """The files directly in a folder that look like DICOM, sorted, hidden ones left out."""
+    for path in sorted(folder.iterdir()):
+        if not path.name.startswith(".") and path.is_file() and looks_like_dicom(path):
+            yield path

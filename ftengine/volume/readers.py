@@ -1,0 +1,151 @@
+"""One CT, with or without its label, from any supported file to a ``Volume``.
+
+=======  ==========================================================================================
+input    NIfTI, NRRD, MetaImage, or a folder of DICOM slices; the label in any of the first three
+does     picks the loader by the first bytes, turns image and label to RAS+, compares their grids
+output   ``Volume``: RAS+ z y x, HU in -1024..30000, label in the region's values, notes on every repair
+raises   CaseError (skip this case) and nothing else, whatever the file holds
+=======  ==========================================================================================
+"""
+
+import gzip
+import zlib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+
+from ftengine.errors import CaseError
+from ftengine.geometry import FloatZYX, Grid, IntZYX, grid_offset_vox, to_ras
+from ftengine.types import Volume
+from ftengine.volume.dicom import load_dicom, looks_like_dicom, probe_dicom
+from ftengine.volume.itk import NRRD_MAGIC, is_metaimage, load_itk, probe_itk
+from ftengine.volume.nifti import GZIP_MAGIC, is_nifti, load_nifti, probe_nifti
+from ftengine.volume.values import RawImage, shown, to_hu, to_label
+
+MAX_LABEL_OFFSET_VOX = 0.1  # between image and label: rounding of headers explains less, and a tumour's edge survives it
+SUPPORTED = "NIfTI (.nii, .nii.gz), NRRD (.nrrd, .nhdr), MetaImage (.mha, .mhd), or a folder of DICOM slices"
+_SNIFFED_BYTES = 1024
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a header says of a volume: its shape and spacing as they will be after turning to RAS+."""
+
+    shape_zyx: IntZYX
+    spacing_mm_zyx: FloatZYX
+
+
+def read_volume(
+    image: Path,
+    label: Path | None = None,
+    *,
+    label_values: Collection[int] | None = None,
+    label_map: Mapping[int, int] | None = None,
+    series_files: Collection[Path] = (),
+    assume_orientation: str | None = None,
+) -> Volume:
+    """Read one CT and, if given, its label.
+
+    image: a file, or a folder that holds one DICOM series. label: a file on the same grid; another axis order, flip or format is fine.
+    label_values: the labels of the region, all that may occur after ``label_map`` (file value -> region value; values that it does not
+    name stay); None allows 0 to 255. series_files: which files of a DICOM folder to read (``Source.files``). assume_orientation: where the
+    file's x, y and z run to ("RAS", "LPS"), used only for NIfTI and NRRD files whose header has no orientation.
+
+    Returns RAS+ z, y, x, C-contiguous: int16 HU (float32 only where the file holds fractions), clipped to -1024..30000 before anything
+    else is computed; label uint8 or None; ``native`` the grid of the file. Raises CaseError, one line, for everything that would train
+    on wrong anatomy: damaged, cut, sheared, unoriented, gapped, multi-phase, NaN, a label on another grid or with foreign values.
+    """
+    raw = _load(image, series_files, assume_orientation)
+    hu, notes = to_hu(raw, shown(image))
+    notes = [*raw.notes, *notes]
+    image_hu, grid = to_ras(hu, raw.grid)  # type: ignore[type-var]  # a union of two arrays, each of which fits
+    native = raw.grid
+    del raw, hu  # the native copy is as large as the volume
+    if label is None:
+        return Volume(image_hu, None, grid, native, tuple(notes))
+
+    where = shown(label)
+    raw_label = _load_label(label, assume_orientation)
+    label_grid = to_ras_grid(raw_label.grid)
+    if label_grid.shape_zyx != grid.shape_zyx:
+        raise CaseError(
+            f"{where}: label of shape {label_grid.shape_zyx} (z, y, x in RAS+) for an image of shape {grid.shape_zyx}, {shown(image)}; want the same "
+            "grid. Resample the label to the image or leave the case out."
+        )
+    offset = grid_offset_vox(grid, label_grid)
+    if offset > MAX_LABEL_OFFSET_VOX:
+        raise CaseError(
+            f"{where}: the label lies up to {offset:.2f} voxels off its image {shown(image)}; want at most {MAX_LABEL_OFFSET_VOX}. "
+            "Resample the label to the image's grid or leave the case out."
+        )
+    values = to_label(raw_label, where, label_values=label_values, label_map=label_map)
+    notes += [f"label: {note}" for note in raw_label.notes]
+    return Volume(image_hu, to_ras(values, raw_label.grid)[0], grid, native, tuple(notes))
+
+
+def probe(image: Path, *, series_files: Collection[Path] = (), assume_orientation: str | None = None) -> Probe:
+    """Shape and spacing from headers alone, for a listing without reading voxels; raises CaseError as ``read_volume`` does for headers."""
+    kind = _kind(image)
+    if kind == "dicom":
+        grid = probe_dicom(image, series_files)
+    elif kind == "nifti":
+        grid = probe_nifti(image, assume_orientation=assume_orientation)
+    else:
+        grid = probe_itk(image, assume_orientation=assume_orientation)
+    grid = to_ras_grid(grid)
+    return Probe(grid.shape_zyx, grid.spacing_mm_zyx)
+
+
+def to_ras_grid(grid: Grid) -> Grid:
+    """The grid that ``to_ras`` gives an array on ``grid``, without an array."""
+    empty = np.lib.stride_tricks.as_strided(np.zeros(1, dtype=np.uint8), shape=grid.shape_zyx, strides=(0, 0, 0))
+    return to_ras(empty, grid)[1]
+
+
+def _load(image: Path, series_files: Collection[Path], assume_orientation: str | None) -> RawImage:
+    kind = _kind(image)
+    if kind == "dicom":
+        return load_dicom(image, series_files)
+    if kind == "nifti":
+        return load_nifti(image, assume_orientation=assume_orientation)
+    return load_itk(image, assume_orientation=assume_orientation)
+
+
+def _load_label(label: Path, assume_orientation: str | None) -> RawImage:
+    kind = _kind(label)
+    if kind == "dicom":
+        raise CaseError(f"{shown(label)}: a label in DICOM; want NIfTI, NRRD or MetaImage. Convert it (DICOM SEG: dcmqi; RTSTRUCT: plastimatch).")
+    if kind == "nifti":
+        return load_nifti(label, assume_orientation=assume_orientation)
+    return load_itk(label, assume_orientation=assume_orientation)
+
+
+def _kind(path: Path) -> str:
+    """``dicom``, ``nifti`` or ``itk`` by what is there, not by the name; CaseError for anything else."""
+    where = shown(path)
+    try:
+        if path.is_dir():
+            return "dicom"
+        with path.open("rb") as file:
+            first = file.read(_SNIFFED_BYTES)
+            if first[:2] == GZIP_MAGIC:
+                file.seek(0)
+                with gzip.GzipFile(fileobj=file, mode="rb") as unzipped:
+                    first = unzipped.read(_SNIFFED_BYTES)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise CaseError(f"{where}: the gzip stream is cut short or damaged; want a whole file. Copy or download it again.") from error
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it
+        reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({type(error).__name__})"
+        raise CaseError(f"{where}: {reason}; want {SUPPORTED}. Check the path.") from error
+    if not first:
+        raise CaseError(f"{where}: an empty file; want {SUPPORTED}. Copy or download it again.")
+    if is_nifti(first):
+        return "nifti"
+    if first.startswith(NRRD_MAGIC) or is_metaimage(first):
+        return "itk"
+    if looks_like_dicom(path):
+        return "dicom"
+    raise CaseError(f"{where}: not an image by its first bytes; want {SUPPORTED}. Convert it or leave the case out.")
