@@ -382,7 +382,7 @@ def _unknown_key(key: str) -> str:
     )
     full = [k for k in known if k == near[0] or k.endswith(f".{near[0]}")] if near else []
     hint = f" Did you mean {full[0]}?" if full else ""
-    return f"{key}: there is no such key.{hint} 'ftengine config show' lists all keys."
+    return f"{key}: there is no such key.{hint} 'ftengine config' lists all keys."
 
 
 def _explain(error: ValidationError) -> Iterable[str]:

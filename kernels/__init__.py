@@ -1,4 +1,22 @@
-"""Kernels of the synthesis: one public function each, CPU tensors take the CPU path, CUDA tensors the CUDA kernel."""
+"""Kernels of the synthesis: one public function each, CPU tensors take the CPU path, CUDA tensors the CUDA kernel.
+
+Every function takes C-contiguous torch tensors indexed batch, z, y, x; checks them before anything runs
+(KernelInputError); writes into ``out`` where one is given; and on CUDA runs on torch's current stream without waiting
+for the device.
+
+::
+
+    <name>.py       the public function: what it promises, its CPU path, its launch
+    <name>.cu       the CUDA kernel (plain CUDA C++, no header; CuPy compiles it when the first CUDA tensor arrives)
+    <name>_ref.py   the same in NumPy, float64: slow, obvious, what the tests compare both with
+"""
 
 if __name__ != "ftengine.kernels":
     raise ImportError(f"import ftengine.kernels, not {__name__}: the folder is part of the package ftengine")
+
+from ftengine.kernels.gaussian_blur import gaussian_blur
+from ftengine.kernels.masked_blend import masked_blend
+from ftengine.kernels.tumor_mask import tumor_mask
+from ftengine.kernels.tumor_proportion import tumor_proportion
+
+__all__ = ["gaussian_blur", "masked_blend", "tumor_mask", "tumor_proportion"]

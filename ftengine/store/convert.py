@@ -79,7 +79,7 @@ def convert_cases(
     report = ConversionReport(str(store), region.name)
     if dry_run:
         for source in sources:
-            report.outcomes.append(_plan(source, region))
+            report.outcomes.append(_plan(source, region, assume_orientation))
             on_outcome(report.outcomes[-1])
         return report
     if annotation not in ("auto", "tumor", "organ"):
@@ -115,9 +115,9 @@ def convert_cases(
     return report
 
 
-def _plan(source: Source, region: RegionConfig) -> CaseOutcome:
+def _plan(source: Source, region: RegionConfig, assume_orientation: str | None) -> CaseOutcome:
     try:
-        info = probe(source.image)
+        info = probe(source.image, series_files=source.series_files, assume_orientation=assume_orientation)
     except CaseError as error:
         return CaseOutcome(source.case, "failed", reason=str(error))
     scale = np.array(info.spacing_mm_zyx) / np.array(region.spacing_mm_zyx)
@@ -150,6 +150,7 @@ def _convert_one(
     )
     stored = resample(volume, region.spacing_mm_zyx)
     image = stored.image_hu if stored.image_hu.dtype == np.int16 else np.rint(stored.image_hu).astype(np.int16)
+    notes = (*source.notes, *stored.notes)
     provenance = Provenance(
         source=source.image.name,
         source_sha256=image_hash,
@@ -157,12 +158,12 @@ def _convert_one(
         label_sha256=label_hash,
         annotation=annotation if stored.label is not None else "auto",
         split=split,
-        notes=stored.notes,
+        notes=notes,
     )
     row = write_volume(root, source.case, image, stored.label, stored.grid, volume.native, region, provenance)
     z, y, x = image.shape
     return CaseOutcome(
-        source.case, "converted", "", stored.notes, (z, y, x), row["stored_bytes"], time.perf_counter() - started
+        source.case, "converted", "", notes, (z, y, x), row["stored_bytes"], time.perf_counter() - started
     )
 
 

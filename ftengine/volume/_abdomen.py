@@ -3,7 +3,23 @@
 import numpy as np
 
 from ftengine.volume._anatomy import (
-    FAT_HU, MUSCLE_HU, Canvas, Scanner, Segment, Shape, jitter, paint_hollow, paint_ribs, paint_spine, paint_wall, path, rib, rotation, sizes, smooth_union, tree,
+    FAT_HU,
+    MUSCLE_HU,
+    Canvas,
+    Scanner,
+    Segment,
+    Shape,
+    jitter,
+    paint_hollow,
+    paint_ribs,
+    paint_spine,
+    paint_wall,
+    path,
+    rib,
+    rotation,
+    sizes,
+    smooth_union,
+    tree,
 )  # fmt: skip
 
 
@@ -119,7 +135,8 @@ def _liver(canvas: Canvas, rng: np.random.Generator) -> Shape:
     fissure = canvas.ellipsoid((44, 78, 24), (34, 26, 5), rotation(turn_z_deg=-12))
     behind = canvas.ellipsoid((60, -52, -28), (70, 62, 46))  # stomach, aorta and spine
     renal = canvas.ellipsoid((-16, -62, 58), (60, 34, 40))  # the bed of the right kidney: no liver behind it
-    return lobes.without(below).without(fissure).without(behind).without(renal)
+    midline = canvas.tubes(path((300, -62, 0, 40), (-300, -62, 0, 40)))
+    return lobes.without(below).without(fissure).without(behind).without(renal).without(midline)
 
 
 def _pancreas(canvas: Canvas, rng: np.random.Generator) -> Shape:

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ftengine.geometry import FloatZYX, IntZYX
+from ftengine.geometry import IntZYX
 
 Floats: TypeAlias = NDArray[np.float32]
 Slices: TypeAlias = tuple[slice, slice, slice]

@@ -4,8 +4,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ftengine.volume._anatomy import (
-    AIR_HU, CORTICAL_HU, FAT_HU, LUNG_GAS_HU, MARROW_HU, MUSCLE_HU, Canvas, Floats, Scanner, Segment, Shape,
-    jitter, paint_ribs, paint_spine, paint_wall, path, rib, rotation, sizes, smooth_union, tree,
+    AIR_HU,
+    CORTICAL_HU,
+    FAT_HU,
+    LUNG_GAS_HU,
+    MARROW_HU,
+    MUSCLE_HU,
+    Canvas,
+    Scanner,
+    Segment,
+    Shape,
+    jitter,
+    paint_ribs,
+    paint_spine,
+    paint_wall,
+    path,
+    rib,
+    rotation,
+    sizes,
+    smooth_union,
+    tree,
 )  # fmt: skip
 
 CAVITY_YX_MM, CAVITY_Y_MM = (84.0, 118.0), 4.0
@@ -24,9 +42,9 @@ def paint_chest(canvas: Canvas, rng: np.random.Generator, look: Scanner) -> dict
     neck = (1 - 0.55 * np.clip((height - 125) / 60, 0, 1)).astype(np.float32)
     body = paint_wall(canvas, rng, CAVITY_YX_MM, CAVITY_Y_MM, 14, neck)
     for side in (1, -1):
-        blade = canvas.ellipsoid(jitter(rng, (50, -74, side * 96), 3), (66, 3.5, 34), rotation(turn_z_deg=-side * 38), room_mm=11)
-        canvas.paint(blade.grown(10).within(body.grown(-5)), MUSCLE_HU, texture=1.5)
-        canvas.paint(blade.within(body.grown(-7)), CORTICAL_HU - 60)
+        spot, turn = jitter(rng, (50, -74, side * 96), 3), rotation(turn_z_deg=-side * 38)
+        canvas.paint(canvas.ellipsoid(spot, (74, 13, 44), turn).within(body.grown(-5)), MUSCLE_HU, texture=1.5)
+        canvas.paint(canvas.ellipsoid(spot, (66, 4, 34), turn).within(body.grown(-7)), CORTICAL_HU - 60)
         pectoral = canvas.ellipsoid((45, 90, side * 68), (60, 15, 46), rotation(turn_z_deg=-side * 22)).within(body.grown(-6))
         canvas.paint(pectoral, MUSCLE_HU, texture=1.5)
         canvas.paint(canvas.tubes(path((300, -96, side * 28, 17), (-300, -96, side * 28, 17))), MUSCLE_HU, texture=2)
@@ -142,7 +160,7 @@ def _paint_mediastinum(canvas: Canvas, rng: np.random.Generator, look: Scanner, 
 def _great_vessels() -> dict[str, list[Segment]]:
     return {
         "aorta": path((-46, 16, -2, 14), (-20, 26, 12, 15), (12, 24, 18, 15), (34, 12, 10, 14), (40, -8, -4, 13), (30, -28, -18, 12.5), (0, -40, -22, 12), (-300, -38, -12, 11)),
-        "arch": [*path((40, 10, 8, 5.5), (80, 4, 16, 5), (150, 12, 30, 4)), *path((42, -4, 0, 4), (150, 2, -22, 3.5)), *path((38, -14, -8, 4.5), (90, -10, -22, 4.5), (110, 4, -70, 4))],
-        "veins": [*path((-60, 16, 30, 10), (0, 12, 32, 9), (50, 18, 28, 8.5), (90, 22, 36, 7), (150, 10, 42, 6)), *path((50, 20, 28, 6), (64, 30, -20, 6), (100, 20, -50, 5.5)), *path((-85, 6, 24, 12), (-150, -12, 20, 12))],
+        "arch": [*path((40, 10, 8, 5.5), (80, 4, 12, 5), (150, 12, 22, 4)), *path((42, -4, 0, 4), (150, 2, -22, 3.5)), *path((38, -14, -8, 4.5), (90, -10, -17, 4.5), (150, 2, -36, 4))],
+        "veins": [*path((-60, 16, 30, 10), (0, 12, 32, 9), (50, 18, 26, 8.5), (90, 22, 24, 7), (150, 10, 36, 6)), *path((50, 20, 26, 6), (64, 28, -14, 6), (110, 20, -20, 5.5), (150, 10, -36, 5)), *path((-85, 6, 24, 12), (-150, -12, 20, 12))],
         "lung_arteries": [*path((-46, 42, -14, 12), (-18, 32, -16, 13), (0, 10, -18, 12), (-4, -10, -36, 9), (-18, -16, -46, 7)), *path((-8, 14, -14, 10), (-12, 2, 18, 9.5), (-12, -6, 38, 8), (-22, -12, 48, 6))],
     }  # fmt: skip

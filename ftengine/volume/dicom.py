@@ -17,7 +17,7 @@ import struct
 import tempfile
 import warnings
 import zlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,7 @@ import numpy as np
 import pydicom
 import SimpleITK as sitk
 from numpy.typing import NDArray
-from pydicom.errors import InvalidDicomError
-from pydicom.tag import Tag
+from pydicom.errors import BytesLengthException, InvalidDicomError
 
 from ftengine.errors import CaseError
 from ftengine.geometry import Grid, grid_from_lps
@@ -61,7 +60,7 @@ _TAGS = [
 ]  # fmt: skip
 # what pydicom raises for damaged bytes, found by cutting and flipping them; it documents no list
 _PARSE_ERRORS = (
-    InvalidDicomError, EOFError, OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, NotImplementedError,
+    InvalidDicomError, BytesLengthException, EOFError, OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, NotImplementedError,
     RecursionError, struct.error, zlib.error, LookupError,
 )  # fmt: skip
 
@@ -108,7 +107,9 @@ class DicomFiles:
         """What of the folder is left out when ``used`` is read."""
         notes = []
         if num_ignored := self.num_other + self.num_junk:
-            notes.append(f"{num_ignored:,} files of the folder ignored: {self.num_other:,} DICOM without a CT slice, {self.num_junk:,} not DICOM")
+            notes.append(
+                f"{num_ignored:,} files of the folder ignored: {self.num_other:,} DICOM without a CT slice, {self.num_junk:,} not DICOM"
+            )
         stubs = sum(len(stack) for stack in self.stacks if len(stack) < MIN_AXIS_VOXELS and stack != tuple(used))
         if stubs:
             notes.append(f"{stubs:,} slices of localizers or stubs left out")
@@ -220,10 +221,20 @@ def _problem(header: Any, sop_class: str) -> str:
     frames = _numbers(header, "NumberOfFrames", 1)
     if sop_class in _CT_MULTIFRAME or (frames and frames[0] > 1):
         return "is multi-frame DICOM, which is not supported (convert it to NIfTI)"
-    for keyword, count in (("ImagePositionPatient", 3), ("ImageOrientationPatient", 6), ("PixelSpacing", 2), ("Rows", 1), ("Columns", 1)):
+    for keyword, count in (
+        ("ImagePositionPatient", 3),
+        ("ImageOrientationPatient", 6),
+        ("PixelSpacing", 2),
+        ("Rows", 1),
+        ("Columns", 1),
+    ):
         if not _numbers(header, keyword, count):
             return f"has no usable {keyword}"
-    if not _numbers(header, "RescaleSlope", 1) or not _numbers(header, "RescaleIntercept", 1) or float(header.RescaleSlope) == 0:
+    if (
+        not _numbers(header, "RescaleSlope", 1)
+        or not _numbers(header, "RescaleIntercept", 1)
+        or float(header.RescaleSlope) == 0
+    ):
         return "has no usable RescaleSlope and RescaleIntercept, so that its numbers are not HU"
     if (_numbers(header, "SamplesPerPixel", 1) or (1.0,)) != (1.0,):
         return "has several samples a pixel (colour)"
@@ -288,9 +299,15 @@ def _checked_stack(
     where = shown(image)
     if not files:
         try:
-            files = [p for p in image.iterdir() if p.is_file() and not p.name.startswith(".")] if image.is_dir() else [image]
+            files = (
+                [p for p in image.iterdir() if p.is_file() and not p.name.startswith(".")]
+                if image.is_dir()
+                else [image]
+            )
         except OSError as error:
-            raise CaseError(f"{where}: cannot be read ({error.strerror or type(error).__name__}). Check the folder and its permissions.") from error
+            raise CaseError(
+                f"{where}: cannot be read ({error.strerror or type(error).__name__}). Check the folder and its permissions."
+            ) from error
     found = sort_out(files)
     volumes = found.volumes
     if len(volumes) > 1:
@@ -298,11 +315,14 @@ def _checked_stack(
             f"{where}: {len(volumes)} series of {', '.join(str(len(v)) for v in volumes)} slices in one folder; want one. "
             "Convert the folder above it (each series becomes a case) or move each series to its own folder."
         )
-    stack = list(volumes[0] if volumes else max(found.stacks, key=len, default=()))
+    by_length = sorted(found.stacks, key=len)
+    stack = list(by_length[-1]) if by_length else []
     series = stack[0].series if stack else ""
     for header in found.broken:
         if not stack or header.series in ("", series):
-            raise CaseError(f"{where}: {shown(Path(header.path.name))} {header.problem}; want whole CT slices. Replace the file or leave the case out.")
+            raise CaseError(
+                f"{where}: {shown(Path(header.path.name))} {header.problem}; want whole CT slices. Replace the file or leave the case out."
+            )
     if not stack:
         raise CaseError(
             f"{where}: no CT slice: {found.num_other:,} DICOM files of another kind, {found.num_junk:,} files that are not DICOM; want the folder "
@@ -358,20 +378,26 @@ def _regular_grid(stack: list[SliceHeader], where: str) -> tuple[Grid, list[str]
     along = positions @ normal
     gaps = np.diff(along)
     if len(stack) < MIN_AXIS_VOXELS:
-        raise CaseError(f"{where}: not a volume: {len(stack)} slices at different positions; want at least {MIN_AXIS_VOXELS}. Leave it out.")
+        raise CaseError(
+            f"{where}: not a volume: {len(stack)} slices at different positions; want at least {MIN_AXIS_VOXELS}. Leave it out."
+        )
     typical = float(np.median(gaps))
     step = float((along[-1] - along[0]) / (len(stack) - 1))
     index = np.arange(len(stack))
     start = float(np.mean(along - step * index))
     notes = []
     if typical < DUPLICATE_MM or step < DUPLICATE_MM:
-        raise CaseError(f"{where}: most slices lie at one position; want slices behind one another. Several phases? Split the series, one volume each.")
+        raise CaseError(
+            f"{where}: most slices lie at one position; want slices behind one another. Several phases? Split the series, one volume each."
+        )
     uneven = np.abs(gaps - typical)
     if uneven.max() > max(GAP_TOLERANCE_MM, GAP_TOLERANCE * typical):
         deviation_vox = float(np.abs(along - start - step * index).max() / step)
         if deviation_vox > POSITION_TOLERANCE_VOX:
             raise CaseError(_gap_message(stack, gaps, typical, where))
-        notes.append(f"slice positions deviate by up to {deviation_vox:.2f} of a slice from even spacing; taken as even")
+        notes.append(
+            f"slice positions deviate by up to {deviation_vox:.2f} of a slice from even spacing; taken as even"
+        )
 
     spacing_y, spacing_x = first.spacing_mm_yx
     sideways = positions - positions[0] - np.outer(along - along[0], normal)
@@ -423,7 +449,9 @@ def _decode(header: SliceHeader, where: str, scratch: Path) -> NDArray[Any]:
             f"{where}: the pixels of {name} cannot be decoded; the file is damaged or its compression is not supported. Replace it or leave the case out."
         ) from error
     except OSError as error:
-        raise CaseError(f"{where}: {name} cannot be read ({error.strerror or type(error).__name__}). Check the file and its permissions.") from error
+        raise CaseError(
+            f"{where}: {name} cannot be read ({error.strerror or type(error).__name__}). Check the file and its permissions."
+        ) from error
     size = (header.num_columns, header.num_rows, 1)
     spacing = header.spacing_mm_yx[::-1]
     direction = np.array(image.GetDirection()).reshape(image.GetDimension(), -1)
@@ -440,10 +468,3 @@ def _decode(header: SliceHeader, where: str, scratch: Path) -> NDArray[Any]:
         )
     array: NDArray[Any] = sitk.GetArrayFromImage(image)
     return array[0]
-
-
-def slice_files(folder: Path) -> Iterator[Path]:
-    """The files directly in a folder that look like DICOM, sorted, hidden ones left out."""
-    for path in sorted(folder.iterdir()):
-        if not path.name.startswith(".") and path.is_file() and looks_like_dicom(path):
-            yield path

@@ -1,34 +1,38 @@
-"""NRRD and MetaImage through SimpleITK, after a check that every byte of voxels is there.
+"""NRRD and MetaImage: the header through SimpleITK, the voxels by ourselves.
 
 =======  ==========================================================================================
-input    .nrrd, .nhdr (detached data), .mha, .mhd (detached data)
-does     reads the text header itself to find the voxels, verifies their length and their gzip or zlib checksum, then lets SimpleITK read
-output   ``RawImage`` in the file's own axis order; ITK turns every NRRD ``space`` into LPS
+input    .nrrd, .nhdr (detached data), .mha, .mhd (detached data); raw or compressed with gzip or zlib
+does     SimpleITK reads the header and turns every NRRD ``space`` into LPS; the voxels are decompressed here, checksum and length verified
+output   ``RawImage`` in the file's own axis order
 raises   CaseError for missing or damaged data, vectors, more than three axes, and NRRD files without an orientation
 =======  ==========================================================================================
 
-The check is needed: SimpleITK reads a MetaImage with one flipped byte in its compressed voxels without an error (half of the
-voxels were wrong in our trial), and ignores the checksum behind a gzip NRRD.
+SimpleITK's own decoding is not used. Of a compressed MetaImage with one flipped byte, with a wrong CompressedDataSize, or without
+that optional field, it returns wrong voxels (four in ten, in our trial) without an error; behind a gzip NRRD it ignores the checksum.
 """
 
 import gzip
 import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 import SimpleITK as sitk
+from numpy.typing import NDArray
 
 from ftengine.errors import CaseError
 from ftengine.geometry import Grid, grid_from_codes, grid_from_sitk
-from ftengine.volume.values import RawImage, shown, volume_grid
+from ftengine.volume.values import MAX_DEFLATE_RATIO, RawImage, shown, volume_grid
 
 NRRD_MAGIC = b"NRRD000"
 _READ_BYTES = 1 << 16  # compressed; at most 64 MB once inflated
 _MAX_HEADER_BYTES = 1 << 16
-_BYTES = {
-    getattr(sitk, f"sitk{kind}"): num_bytes
-    for kind, num_bytes in {"Int8": 1, "UInt8": 1, "Int16": 2, "UInt16": 2, "Int32": 4, "UInt32": 4, "Int64": 8, "UInt64": 8, "Float32": 4, "Float64": 8}.items()
+# the spaces that ITK turns into LPS; "scanner-xyz" and the like do not say where left is
+_NRRD_SPACES = ("right-anterior-superior", "ras", "left-anterior-superior", "las", "left-posterior-superior", "lps")
+_DTYPES = {
+    getattr(sitk, f"sitk{name}"): np.dtype(name.lower())
+    for name in ("Int8", "UInt8", "Int16", "UInt16", "Int32", "UInt32", "Int64", "UInt64", "Float32", "Float64")
 }
 
 
@@ -43,56 +47,77 @@ def load_itk(path: Path, *, assume_orientation: str | None = None) -> RawImage:
     assume_orientation: where x, y and z run to ("RAS", "LPS"), used only for a NRRD file without a ``space``.
     """
     where = shown(path)
-    reader, grid, squeeze, notes = _open(path, where, assume_orientation)
-    _check_payload(path, where, int(np.prod(grid.shape_zyx, dtype=np.int64)) * _BYTES[reader.GetPixelID()])
-    try:
-        image = reader.Execute()
-    except RuntimeError as error:  # the only exception of SimpleITK; its text spans lines and names source files, so it is not shown
-        raise CaseError(f"{where}: SimpleITK cannot decode the voxels; the file is damaged or incomplete. Write or copy it again.") from error
-    if squeeze:
-        image = image[:, :, :, 0]
-    return RawImage(sitk.GetArrayFromImage(image), grid, notes=tuple(notes))
+    grid, dtype, notes = _checked_header(path, where, assume_orientation)
+    return RawImage(_read_voxels(path, where, grid, dtype, notes), grid, notes=tuple(notes))
 
 
 def probe_itk(path: Path, *, assume_orientation: str | None = None) -> Grid:
     """The grid of a NRRD or MetaImage file from its header alone; raises CaseError as ``load_itk`` does for headers."""
-    return _open(path, shown(path), assume_orientation)[1]
+    return _checked_header(path, shown(path), assume_orientation)[0]
 
 
-def _open(path: Path, where: str, assume_orientation: str | None) -> tuple[Any, Grid, bool, list[str]]:
-    """A SimpleITK reader with its header read, the grid, whether a fourth axis of length 1 is to be dropped, and notes."""
+def data_files(path: Path) -> tuple[Path, ...]:
+    """The file, and the detached file of its voxels if it names one: everything that decides what is read. Never raises CaseError."""
+    try:
+        fields, is_nrrd, _ = _text_header(path, shown(path))
+    except CaseError:
+        return (path,)  # reading it will say what is wrong
+    name = fields.get("datafile", "LOCAL") if is_nrrd else fields["elementdatafile"]
+    return (path,) if name.upper() == "LOCAL" or not _is_inside(name) else (path, path.parent / name)
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a data file's name stays in the header's own folder: a header must not pull any file of the machine into a store."""
+    return "\0" not in name and not PurePath(name).is_absolute() and ".." not in PurePath(name).parts
+
+
+def _checked_header(path: Path, where: str, assume_orientation: str | None) -> tuple[Grid, np.dtype[Any], list[str]]:
+    """Grid, dtype (native byte order) and notes of a header, or a CaseError."""
     fields, is_nrrd, _ = _text_header(path, where)
+    for key in () if is_nrrd else ("dimsize", "elementtype"):
+        if key not in fields:
+            raise CaseError(f"{where}: a MetaImage header without {key!r}; want all its fields. Write the file again.")
     reader = sitk.ImageFileReader()
     reader.SetImageIO("NrrdImageIO" if is_nrrd else "MetaImageIO")  # by content: ITK itself goes by the name
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
-        raise CaseError(f"{where}: SimpleITK cannot read the header; it is damaged or incomplete. Write the file again or leave the case out.") from error
+        raise CaseError(
+            f"{where}: SimpleITK cannot read the header; it is damaged or incomplete. Write the file again or leave the case out."
+        ) from error
     notes: list[str] = []
     size = reader.GetSize()
     if reader.GetNumberOfComponents() != 1:
-        raise CaseError(f"{where}: {reader.GetNumberOfComponents()} numbers a voxel (colour, vector or phases); want one. Split the file, one volume each.")
-    if reader.GetPixelID() not in _BYTES:
-        raise CaseError(f"{where}: complex or unknown voxels; want one real number a voxel. This is not a CT in HU: leave it out.")
+        raise CaseError(
+            f"{where}: {reader.GetNumberOfComponents()} numbers a voxel (colour, vector or phases); want one. Split the file, one volume each."
+        )
+    if reader.GetPixelID() not in _DTYPES:
+        raise CaseError(
+            f"{where}: complex or unknown voxels; want one real number a voxel. This is not a CT in HU: leave it out."
+        )
     for axis, length in enumerate(size[3:], start=4):
         if length != 1:
-            raise CaseError(f"{where}: {len(size)}-D: axis {axis} has {length} entries; want one 3-D volume. Split the file, one volume each.")
-    squeeze = len(size) == 4
-    if squeeze:
-        notes.append("4-D with a single entry on the fourth axis: read as 3-D")
-    elif len(size) != 3:
+            raise CaseError(
+                f"{where}: {len(size)}-D: axis {axis} has {length} entries; want one 3-D volume. Split the file, one volume each."
+            )
+    if len(size) > 3:
+        notes.append(f"{len(size)}-D with single entries behind the third axis: read as 3-D")
+    elif len(size) < 3:
         raise CaseError(f"{where}: not a volume: {len(size)} axes; want three. Leave it out, or give the whole series.")
     grid = grid_from_sitk(reader)
-    if is_nrrd and "space" not in fields and "space dimension" not in fields:
+    oriented = fields.get("space", "").lower() in _NRRD_SPACES and "spacedirections" in fields
+    if is_nrrd and not oriented:
         if assume_orientation is None:
             raise CaseError(
-                f"{where}: a NRRD file without 'space': left and right are unknown; want an orientation. "
+                f"{where}: a NRRD file without an anatomical 'space' and 'space directions': left and right are unknown; want an orientation. "
                 "Repair the header, or state it (assume orientation RAS or LPS) if you know it."
             )
         grid = grid_from_codes(grid.shape_zyx, grid.spacing_mm_zyx, assume_orientation)
         notes.append(f"no orientation in the header: {assume_orientation.upper()} assumed, as asked")
-    return reader, volume_grid(grid, where), squeeze, notes
+    if not is_nrrd and not {"transformmatrix", "rotation", "orientation"} & set(fields):
+        notes.append("no TransformMatrix: the axes are taken as left, posterior, superior, MetaImage's default")
+    return volume_grid(grid, where), _DTYPES[reader.GetPixelID()], notes
 
 
 def _text_header(path: Path, where: str) -> tuple[dict[str, str], bool, int]:
@@ -101,10 +126,14 @@ def _text_header(path: Path, where: str) -> tuple[dict[str, str], bool, int]:
         with path.open("rb") as file:
             head = file.read(_MAX_HEADER_BYTES)
     except OSError as error:
-        raise CaseError(f"{where}: cannot be read ({error.strerror or type(error).__name__}). Check the file and its permissions.") from error
+        raise CaseError(
+            f"{where}: cannot be read ({error.strerror or type(error).__name__}). Check the file and its permissions."
+        ) from error
     is_nrrd = head.startswith(NRRD_MAGIC)
     if not is_nrrd and not is_metaimage(head):
-        raise CaseError(f"{where}: neither NRRD nor MetaImage by its first bytes. Write the file again or leave the case out.")
+        raise CaseError(
+            f"{where}: neither NRRD nor MetaImage by its first bytes. Write the file again or leave the case out."
+        )
     fields: dict[str, str] = {}
     position = 0
     while position < len(head):
@@ -121,51 +150,102 @@ def _text_header(path: Path, where: str) -> tuple[dict[str, str], bool, int]:
             return fields, is_nrrd, position
     if is_nrrd and "datafile" in fields:
         return fields, is_nrrd, len(head)  # the header of a detached file may end with the file
-    raise CaseError(f"{where}: the header has no end within {_MAX_HEADER_BYTES:,} bytes; want where the voxels are. Write the file again.")
+    raise CaseError(
+        f"{where}: the header has no end within {_MAX_HEADER_BYTES:,} bytes; want where the voxels are. Write the file again."
+    )
 
 
-def _check_payload(path: Path, where: str, num_bytes: int) -> None:
-    """CaseError unless the file that holds the voxels is there, is whole, and (when compressed) has a right checksum."""
+def _read_voxels(path: Path, where: str, grid: Grid, dtype: np.dtype[Any], notes: list[str]) -> NDArray[Any]:
+    """The voxels z, y, x; CaseError unless the file that holds them is there, is whole and has a right checksum."""
     fields, is_nrrd, header_bytes = _text_header(path, where)
     name = fields.get("datafile", "LOCAL") if is_nrrd else fields["elementdatafile"]
     if name.upper().startswith("LIST") or "%" in name:
-        raise CaseError(f"{where}: its voxels are spread over several files; want one file. Write it again as one .nrrd, .mha or .nii.gz.")
+        raise CaseError(
+            f"{where}: its voxels are spread over several files; want one file. Write it again as one .nrrd, .mha or .nii.gz."
+        )
     data = path
     if name.upper() != "LOCAL":
-        # a header must not be able to pull any file of the machine into a store
-        if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
-            raise CaseError(f"{where}: its data file lies outside its own folder; want it beside the header. Move both into one folder.")
+        if not _is_inside(name):
+            raise CaseError(
+                f"{where}: its data file lies outside its own folder; want it beside the header. Move both into one folder."
+            )
         data = path.parent / name
         header_bytes = 0
-    if is_nrrd:
-        encoding = fields.get("encoding", "").lower()
-        compression = "gzip" if encoding in ("gzip", "gz") else ""
-        if encoding not in ("raw", "gzip", "gz"):
-            raise CaseError(f"{where}: NRRD encoding other than raw and gzip; want one of these. Write the file again.")
-        lines, skip = _whole_number(fields, "lineskip", where), _whole_number(fields, "byteskip", where)
-    else:
-        if fields.get("binarydata", "").lower()[:1] not in ("t", "1"):
-            raise CaseError(f"{where}: a MetaImage with its voxels as text; want BinaryData = True. Write the file again.")
-        compression = "zlib" if fields.get("compresseddata", "").lower()[:1] in ("t", "1") else ""
-        lines, skip = 0, _whole_number(fields, "headersize", where)
+    compression, big_endian = _encoding(fields, where, is_nrrd=is_nrrd)
+    lines = _whole_number(fields, "lineskip", where)
+    skip = _whole_number(fields, "byteskip" if is_nrrd else "headersize", where)
+    voxels = np.empty(grid.shape_zyx, dtype=dtype.newbyteorder(">" if big_endian else "<"))
     try:
         with data.open("rb") as file:
-            file.seek(header_bytes)
-            for _ in range(lines):
-                file.readline()
-            got = _inflated_bytes(file, compression) if compression else data.stat().st_size - file.tell()
-            got -= max(skip, 0)  # -1 says: the voxels are the last bytes
+            size_bytes = data.stat().st_size
+            if voxels.nbytes > size_bytes * (MAX_DEFLATE_RATIO if compression else 1):
+                raise CaseError(
+                    f"{shown(data)}: cut short: the header promises {voxels.nbytes:,} bytes of voxels, the file has "
+                    f"{size_bytes:,} bytes. Copy or write it again."
+                )
+            if is_nrrd:
+                file.seek(header_bytes)
+                for _ in range(lines):
+                    file.readline()
+            else:
+                file.seek(skip if skip > 0 else header_bytes)  # HeaderSize counts from the start of the data file
+            if skip < 0:  # the voxels are the last bytes, whatever stands before them
+                if compression:
+                    raise CaseError(
+                        f"{where}: compressed voxels at an unknown place (skip of -1). Write the file again."
+                    )
+                file.seek(size_bytes - voxels.nbytes)
+            got, surplus = _fill(voxels, _blocks(file, compression), skip if is_nrrd and skip > 0 else 0)
     except (zlib.error, EOFError, gzip.BadGzipFile) as error:
-        raise CaseError(f"{shown(data)}: the compressed voxels are cut short or damaged; want a whole file. Copy or write it again.") from error
+        raise CaseError(
+            f"{shown(data)}: the compressed voxels are cut short or damaged; want a whole file. Copy or write it again."
+        ) from error
     except OSError as error:
         raise CaseError(
-            f"{where}: its voxels in {shown(data)} cannot be read ({error.strerror or type(error).__name__}). Put the data file beside its header."
+            f"{where}: its voxels in {shown(data)} cannot be read ({error.strerror or type(error).__name__}). "
+            "Put the data file beside its header."
         ) from error
-    if got < num_bytes:
-        raise CaseError(f"{shown(data)}: cut short: {max(got, 0):,} of {num_bytes:,} bytes of voxels. Copy or write it again.")
+    if got < voxels.nbytes:
+        raise CaseError(
+            f"{shown(data)}: cut short: {got:,} of {voxels.nbytes:,} bytes of voxels. Copy or write it again."
+        )
+    if surplus:
+        notes.append(f"{surplus:,} bytes behind the voxels were ignored")
+    return voxels if voxels.dtype.isnative else voxels.astype(dtype)
 
 
-def _whole_number(fields: dict[str, str], key: str, where: str) -> int:
+def _encoding(fields: Mapping[str, str], where: str, *, is_nrrd: bool) -> tuple[str, bool]:
+    """How the voxels are compressed ("", "gzip" or "zlib") and whether they are big-endian."""
+    if is_nrrd:
+        encoding = fields.get("encoding", "").lower()
+        if encoding not in ("raw", "gzip", "gz"):
+            raise CaseError(f"{where}: NRRD encoding other than raw and gzip; want one of these. Write the file again.")
+        return "" if encoding == "raw" else "gzip", fields.get("endian", "").lower() == "big"
+    if not _is_true(fields.get("binarydata", "")):
+        raise CaseError(f"{where}: a MetaImage with its voxels as text; want BinaryData = True. Write the file again.")
+    big_endian = fields.get("binarydatabyteordermsb", fields.get("elementbyteordermsb", ""))
+    return "zlib" if _is_true(fields.get("compresseddata", "")) else "", _is_true(big_endian)
+
+
+def _is_true(text: str) -> bool:
+    return text[:1] in ("T", "t", "1")
+
+
+def _fill(voxels: NDArray[Any], blocks: Iterator[bytes], skip: int) -> tuple[int, int]:
+    """Fill the array from a stream of blocks after ``skip`` bytes: (bytes put in, bytes left over). Runs the stream to its end."""
+    target = voxels.data.cast("B")
+    got = surplus = 0
+    for block in blocks:
+        dropped = min(skip, len(block))
+        skip -= dropped
+        used = min(len(block) - dropped, len(target) - got)
+        target[got : got + used] = block[dropped : dropped + used]
+        got += used
+        surplus += len(block) - dropped - used
+    return got, surplus
+
+
+def _whole_number(fields: Mapping[str, str], key: str, where: str) -> int:
     """A header field as an integer, 0 where it is missing."""
     try:
         return int(fields.get(key, "0"))
@@ -173,17 +253,15 @@ def _whole_number(fields: dict[str, str], key: str, where: str) -> int:
         raise CaseError(f"{where}: header field {key!r} is not a whole number. Write the file again.") from error
 
 
-def _inflated_bytes(file: IO[bytes], encoding: str) -> int:
-    """Length of the decompressed rest of a file; raises zlib.error, EOFError or BadGzipFile for damage, a wrong checksum and a missing end."""
-    total = 0
-    if encoding == "gzip":
-        with gzip.GzipFile(fileobj=file, mode="rb") as unzipped:
-            while block := unzipped.read(_READ_BYTES):
-                total += len(block)
-        return total
-    stream = zlib.decompressobj()
-    while not stream.eof and (block := file.read(_READ_BYTES)):
-        total += len(stream.decompress(block))
-    if not stream.eof:
-        raise EOFError("the zlib stream has no end")
-    return total
+def _blocks(file: IO[bytes], compression: str) -> Iterator[bytes]:
+    """The rest of a file, decompressed; raises zlib.error, EOFError or BadGzipFile for damage, a wrong checksum and a missing end."""
+    if compression == "zlib":
+        stream = zlib.decompressobj()
+        while not stream.eof and (block := file.read(_READ_BYTES)):
+            yield stream.decompress(block)
+        if not stream.eof:
+            raise EOFError("the zlib stream has no end")
+        return
+    source: IO[bytes] = cast("IO[bytes]", gzip.GzipFile(fileobj=file, mode="rb")) if compression == "gzip" else file
+    while block := source.read(_READ_BYTES):
+        yield block

@@ -13,7 +13,7 @@ SimpleITK is not used here: it reads the lost half of a truncated file, and NaN,
 import gzip
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
@@ -25,14 +25,13 @@ from numpy.typing import NDArray
 
 from ftengine.errors import CaseError
 from ftengine.geometry import Grid, grid_from_codes, grid_from_matrix, int_zyx, reverse_axes
-from ftengine.volume.values import RawImage, shown, volume_grid
+from ftengine.volume.values import MAX_DEFLATE_RATIO, RawImage, shown, to_label, volume_grid
 
 GZIP_MAGIC = b"\x1f\x8b"
 MAX_FORM_DISTANCE_MM = 1.0  # qform and sform further apart than this are worth a note
 _NIFTI1_BYTES, _NIFTI2_BYTES = 348, 540
 _READ_BYTES = 4 << 20
 _MAX_OFFSET = 1 << 30  # extensions are small; a wild offset is a damaged header
-_MAX_DEFLATE_RATIO = 1032  # of deflate itself: a header that promises more is lying, and nothing is allocated for it
 _METRE, _MILLIMETRE, _MICRON = 1, 2, 3  # xyzt_units, lowest three bits
 _UNIT_NAMES = {_METRE: "metres", _MICRON: "microns"}
 _WRITABLE = frozenset(np.dtype(t) for t in (np.uint8, np.int16, np.uint16, np.int32, np.float32))
@@ -54,6 +53,15 @@ def load_nifti(path: Path, *, assume_orientation: str | None = None) -> RawImage
     where = shown(path)
     with _opened(path) as (stream, compressed):
         return _load(stream, where, path, compressed=compressed, assume_orientation=assume_orientation)
+
+
+def read_label(path: Path, label_values: Collection[int] | None = None) -> tuple[NDArray[np.uint8], Grid]:
+    """A NIfTI label map as written: uint8 z, y, x in the file's own axis order, and its grid (``to_ras`` turns both).
+
+    label_values: the labels that may occur; None allows 0 to 255. Raises CaseError as ``load_nifti`` does, and for other values.
+    """
+    raw = load_nifti(path)
+    return to_label(raw, shown(path), label_values=label_values, label_map=None), raw.grid
 
 
 def probe_nifti(path: Path, *, assume_orientation: str | None = None) -> Grid:
@@ -78,31 +86,37 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], bool]]:
             f"{where}: the gzip stream is cut short or damaged ({type(error).__name__}); want a whole file. Copy or download it again."
         ) from error
     except OSError as error:
-        raise CaseError(f"{where}: cannot be read ({error.strerror or type(error).__name__}). Check the file and its permissions.") from error
+        raise CaseError(
+            f"{where}: cannot be read ({error.strerror or type(error).__name__}). Check the file and its permissions."
+        ) from error
 
 
 def _load(stream: IO[bytes], where: str, path: Path, *, compressed: bool, assume_orientation: str | None) -> RawImage:
     header, consumed = _read_header(stream, where)
     grid, dtype, slope, intercept, notes = _checked_header(header, where, assume_orientation)
     if compressed != path.name.lower().endswith(".gz"):
-        notes.append(f"the file is {'gzip-compressed' if compressed else 'not gzip-compressed'}, against its name; read by its content")
+        notes.append(
+            f"the file is {'gzip-compressed' if compressed else 'not gzip-compressed'}, against its name; read by its content"
+        )
 
     offset = float(header["vox_offset"])
     lowest = consumed + 4  # four bytes say whether extensions follow
     if offset == 0:
         offset = lowest  # some tools leave it open
     if not lowest <= offset <= _MAX_OFFSET:
-        raise CaseError(f"{where}: the header puts the voxels at byte {offset:g}; want {lowest} or more. Write the file again.")
+        raise CaseError(
+            f"{where}: the header puts the voxels at byte {offset:g}; want {lowest} or more. Write the file again."
+        )
     num_bytes = int(np.prod(grid.shape_zyx, dtype=np.int64)) * dtype.itemsize
     size_bytes = path.stat().st_size
-    if num_bytes > size_bytes * (_MAX_DEFLATE_RATIO if compressed else 1):
+    if num_bytes > size_bytes * (MAX_DEFLATE_RATIO if compressed else 1):
         raise CaseError(
             f"{where}: cut short: the header promises {num_bytes:,} bytes of voxels, the file has {size_bytes:,} bytes. Copy or download it again."
         )
     _skip(stream, int(offset) - consumed)
     x, y, z = reversed(grid.shape_zyx)
     voxels = np.empty((x, y, z), dtype=dtype, order="F")
-    got = _read_into(stream, memoryview(reverse_axes(voxels)).cast("B"))
+    got = _read_into(stream, reverse_axes(voxels).data.cast("B"))
     if got != num_bytes:
         raise CaseError(f"{where}: cut short: {got:,} of {num_bytes:,} bytes of voxels. Copy or download it again.")
     surplus = 0
@@ -122,10 +136,14 @@ def _read_header(stream: IO[bytes], where: str) -> tuple[Any, int]:
             return nib.Nifti2Header(binaryblock=first, check=False), _NIFTI2_BYTES
     elif first[344:348] == b"n+1\0":
         return nib.Nifti1Header(binaryblock=first, check=False), _NIFTI1_BYTES
-    raise CaseError(f"{where}: not a NIfTI file by its first bytes; want single-file NIfTI-1 or NIfTI-2. Convert it or leave the case out.")
+    raise CaseError(
+        f"{where}: not a NIfTI file by its first bytes; want single-file NIfTI-1 or NIfTI-2. Convert it or leave the case out."
+    )
 
 
-def _checked_header(header: Any, where: str, assume_orientation: str | None) -> tuple[Grid, np.dtype[Any], float, float, list[str]]:
+def _checked_header(
+    header: Any, where: str, assume_orientation: str | None
+) -> tuple[Grid, np.dtype[Any], float, float, list[str]]:
     """Grid, dtype, slope, intercept and notes of a header, or a CaseError."""
     notes: list[str] = []
     try:
@@ -133,7 +151,9 @@ def _checked_header(header: Any, where: str, assume_orientation: str | None) -> 
         dtype = np.dtype(header.get_data_dtype())
         slope, intercept = header.get_slope_inter()
     except (HeaderDataError, KeyError, ValueError, OverflowError) as error:
-        raise CaseError(f"{where}: the NIfTI header is damaged (shape, data type or scaling). Write the file again or leave the case out.") from error
+        raise CaseError(
+            f"{where}: the NIfTI header is damaged (shape, data type or scaling). Write the file again or leave the case out."
+        ) from error
     if dtype.names is not None or dtype.kind not in "iuf" or dtype.itemsize > 8:
         raise CaseError(
             f"{where}: {'RGB' if dtype.names is not None else 'complex or unknown'} voxels; want one real number a voxel. "
@@ -165,19 +185,23 @@ def _checked_header(header: Any, where: str, assume_orientation: str | None) -> 
     )
 
 
-def _oriented(header: Any, shape_zyx: tuple[int, int, int], where: str, assume_orientation: str | None) -> tuple[Grid, list[str]]:
+def _oriented(
+    header: Any, shape_zyx: tuple[int, int, int], where: str, assume_orientation: str | None
+) -> tuple[Grid, list[str]]:
     """The grid by sform, else by qform, else as assumed; and notes."""
     sform, _ = header.get_sform(coded=True)
     try:
         qform, _ = header.get_qform(coded=True)
     except (HeaderDataError, ValueError, FloatingPointError, np.linalg.LinAlgError) as error:
         if sform is None:
-            raise CaseError(f"{where}: the qform is damaged and there is no sform; want an orientation. Repair the header.") from error
+            raise CaseError(
+                f"{where}: the qform is damaged and there is no sform; want an orientation. Repair the header."
+            ) from error
         return grid_from_matrix(shape_zyx, sform), ["the qform is damaged; the sform is used"]
     if sform is not None:
         grid = grid_from_matrix(shape_zyx, sform)
         apart = _distance_mm(grid, grid_from_matrix(shape_zyx, qform)) if qform is not None else 0.0
-        if apart > MAX_FORM_DISTANCE_MM:
+        if not apart <= MAX_FORM_DISTANCE_MM:  # NaN, from a damaged qform, is worth the note too
             return grid, [f"sform and qform differ by up to {apart:.1f} mm; the sform is used"]
         return grid, []
     if qform is not None:
@@ -196,9 +220,17 @@ def _oriented(header: Any, shape_zyx: tuple[int, int, int], where: str, assume_o
 
 def _distance_mm(a: Grid, b: Grid) -> float:
     """Largest distance of equal corner voxels of two grids of one shape."""
-    corners = np.array([[x, y, z, 1.0] for x in (0, a.shape_zyx[2] - 1) for y in (0, a.shape_zyx[1] - 1) for z in (0, a.shape_zyx[0] - 1)])
-    apart = (corners @ (a.matrix - b.matrix).T)[:, :3]
-    return float(np.linalg.norm(apart, axis=1).max())
+    corners = np.array(
+        [
+            [x, y, z, 1.0]
+            for x in (0, a.shape_zyx[2] - 1)
+            for y in (0, a.shape_zyx[1] - 1)
+            for z in (0, a.shape_zyx[0] - 1)
+        ]
+    )
+    with np.errstate(all="ignore"):
+        apart = (corners @ (a.matrix - b.matrix).T)[:, :3]
+        return float(np.linalg.norm(apart, axis=1).max())
 
 
 def _skip(stream: IO[bytes], num_bytes: int) -> None:
@@ -239,7 +271,9 @@ def write_nifti(path: Path, array_zyx: NDArray[Any], grid: Grid) -> None:
         with temporary.open("wb") as file:
             if path.name.lower().endswith(".gz"):
                 # no name and no time of day in the gzip header: equal volumes give equal bytes, and nothing leaks
-                with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0, compresslevel=_COMPRESS_LEVEL) as stream:
+                with gzip.GzipFile(
+                    filename="", mode="wb", fileobj=file, mtime=0, compresslevel=_COMPRESS_LEVEL
+                ) as stream:
                     image.to_stream(stream)
             else:
                 image.to_stream(file)

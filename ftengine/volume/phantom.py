@@ -18,18 +18,28 @@ view shows more of the patient, then air; beyond about 200 mm above and below th
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
 import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
+from scipy.ndimage import label as find_pieces
 
 from ftengine.errors import ConfigError
 from ftengine.geometry import FloatZYX, Grid, IntZYX, float_zyx, from_ras, grid_from_matrix, int_zyx, reverse_axes
 from ftengine.rng import Purpose, patch_rng
 from ftengine.volume._abdomen import paint_abdomen
-from ftengine.volume._anatomy import Canvas, Floats, Scanner, Shape, Slices, drawn_tissues, lattice_field, random_lattice, rotation
+from ftengine.volume._anatomy import (
+    Canvas,
+    Floats,
+    Scanner,
+    Shape,
+    Slices,
+    drawn_tissues,
+    lattice_field,
+    random_lattice,
+    rotation,
+)
 from ftengine.volume._chest import paint_chest
 
 __all__ = ["KINDS", "LABELS", "SCANNERS", "Phantom", "PlacedTumor", "Scanner", "Tumor", "TumorSpec", "make_phantom", "write_phantom_dataset"]
@@ -169,6 +179,7 @@ def make_phantom(
     texture = 4.5 * lattice_field(random_lattice(look_rng, 96), world_mm, 4.0) + 4.0 * lattice_field(random_lattice(look_rng, 32), world_mm, 13.0)
     canvas = Canvas(tuple(w / s for w, s in zip(world_mm, scale, strict=True)), anatomy_rng, texture)
     organs = PAINTERS[region](canvas, anatomy_rng, look)
+    _drop_specks(canvas, region, organs)
     placed = _paint_tumors(canvas, region, organs, tumors, look, world_mm, spacing_mm_zyx, float(np.mean(scale)), tumor_rng)
 
     x0, y0, z0 = (float(w[0]) for w in reversed(world_mm))
@@ -282,6 +293,17 @@ def _scanned(hu: Floats, scanner: Scanner, spacing_mm_zyx: FloatZYX, rng: np.ran
         radius = max(scanner.fov_radius_mm, min(float(o[-1]) for o in offset))
         image[:, np.hypot(offset[0][:, None], offset[1][None, :]) > radius] = PADDING_HU
     return np.clip(np.rint(image), PADDING_HU, MAX_HU).astype(np.int16)
+
+
+def _drop_specks(canvas: Canvas, region: str, organs: Mapping[str, Shape]) -> None:
+    """Clear the crumbs of an organ that its neighbours cut off: pieces below 2 % of its largest."""
+    for name, shape in organs.items():
+        label_zyx = canvas.label[shape.box]
+        pieces, _ = find_pieces(label_zyx == LABELS[region][name])
+        sizes = np.bincount(pieces.ravel())[1:]
+        if sizes.size > 1:
+            small = np.concatenate([[False], sizes < 0.02 * sizes.max()])
+            label_zyx[small[pieces]] = 0
 
 
 def _paint_tumors(

@@ -16,16 +16,19 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ftengine.errors import CaseError
-from ftengine.geometry import FloatZYX, Grid, IntZYX, grid_offset_vox, to_ras
+from ftengine.geometry import FloatZYX, IntZYX, grid_offset_vox, ras_grid, to_ras
 from ftengine.types import Volume
 from ftengine.volume.dicom import load_dicom, looks_like_dicom, probe_dicom
 from ftengine.volume.itk import NRRD_MAGIC, is_metaimage, load_itk, probe_itk
 from ftengine.volume.nifti import GZIP_MAGIC, is_nifti, load_nifti, probe_nifti
 from ftengine.volume.values import RawImage, shown, to_hu, to_label
 
-MAX_LABEL_OFFSET_VOX = 0.1  # between image and label: rounding of headers explains less, and a tumour's edge survives it
+MAX_LABEL_OFFSET_VOX = (
+    0.1  # between image and label: rounding of headers explains less, and a tumour's edge survives it
+)
 SUPPORTED = "NIfTI (.nii, .nii.gz), NRRD (.nrrd, .nhdr), MetaImage (.mha, .mhd), or a folder of DICOM slices"
 _SNIFFED_BYTES = 1024
 
@@ -61,15 +64,16 @@ def read_volume(
     raw = _load(image, series_files, assume_orientation)
     hu, notes = to_hu(raw, shown(image))
     notes = [*raw.notes, *notes]
-    image_hu, grid = to_ras(hu, raw.grid)  # type: ignore[type-var]  # a union of two arrays, each of which fits
+    turned, grid = to_ras(hu, raw.grid)
+    image_hu = cast("NDArray[np.int16] | NDArray[np.float32]", turned)
     native = raw.grid
-    del raw, hu  # the native copy is as large as the volume
+    del raw, hu, turned  # the native copy is as large as the volume
     if label is None:
         return Volume(image_hu, None, grid, native, tuple(notes))
 
     where = shown(label)
     raw_label = _load_label(label, assume_orientation)
-    label_grid = to_ras_grid(raw_label.grid)
+    label_grid = ras_grid(raw_label.grid)
     if label_grid.shape_zyx != grid.shape_zyx:
         raise CaseError(
             f"{where}: label of shape {label_grid.shape_zyx} (z, y, x in RAS+) for an image of shape {grid.shape_zyx}, {shown(image)}; want the same "
@@ -95,14 +99,8 @@ def probe(image: Path, *, series_files: Collection[Path] = (), assume_orientatio
         grid = probe_nifti(image, assume_orientation=assume_orientation)
     else:
         grid = probe_itk(image, assume_orientation=assume_orientation)
-    grid = to_ras_grid(grid)
+    grid = ras_grid(grid)
     return Probe(grid.shape_zyx, grid.spacing_mm_zyx)
-
-
-def to_ras_grid(grid: Grid) -> Grid:
-    """The grid that ``to_ras`` gives an array on ``grid``, without an array."""
-    empty = np.lib.stride_tricks.as_strided(np.zeros(1, dtype=np.uint8), shape=grid.shape_zyx, strides=(0, 0, 0))
-    return to_ras(empty, grid)[1]
 
 
 def _load(image: Path, series_files: Collection[Path], assume_orientation: str | None) -> RawImage:
@@ -117,7 +115,9 @@ def _load(image: Path, series_files: Collection[Path], assume_orientation: str |
 def _load_label(label: Path, assume_orientation: str | None) -> RawImage:
     kind = _kind(label)
     if kind == "dicom":
-        raise CaseError(f"{shown(label)}: a label in DICOM; want NIfTI, NRRD or MetaImage. Convert it (DICOM SEG: dcmqi; RTSTRUCT: plastimatch).")
+        raise CaseError(
+            f"{shown(label)}: a label in DICOM; want NIfTI, NRRD or MetaImage. Convert it (DICOM SEG: dcmqi; RTSTRUCT: plastimatch)."
+        )
     if kind == "nifti":
         return load_nifti(label, assume_orientation=assume_orientation)
     return load_itk(label, assume_orientation=assume_orientation)
@@ -136,9 +136,13 @@ def _kind(path: Path) -> str:
                 with gzip.GzipFile(fileobj=file, mode="rb") as unzipped:
                     first = unzipped.read(_SNIFFED_BYTES)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise CaseError(f"{where}: the gzip stream is cut short or damaged; want a whole file. Copy or download it again.") from error
+        raise CaseError(
+            f"{where}: the gzip stream is cut short or damaged; want a whole file. Copy or download it again."
+        ) from error
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it
-        reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({type(error).__name__})"
+        reason = (
+            "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({type(error).__name__})"
+        )
         raise CaseError(f"{where}: {reason}; want {SUPPORTED}. Check the path.") from error
     if not first:
         raise CaseError(f"{where}: an empty file; want {SUPPORTED}. Copy or download it again.")

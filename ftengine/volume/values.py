@@ -23,9 +23,12 @@ from ftengine.geometry import Grid, IntZYX, checked_grid
 
 MIN_HU = -1024  # the value of air and of padding everywhere in ftengine; scanners pad with -2000, -3024 and others
 MAX_HU = 30_000  # far above metal (our own test CT reaches 3382), and rounding at int16's end cannot wrap
-MIN_AXIS_VOXELS = 4  # scouts, single slices and two- or three-slice stubs are not volumes: nothing 3-D can be learnt from them
+MIN_AXIS_VOXELS = (
+    4  # scouts, single slices and two- or three-slice stubs are not volumes: nothing 3-D can be learnt from them
+)
 INTEGER_TOLERANCE = 1e-3  # a stored 1.0000001 is a rounded 1; a stored 1.5 is not
 AIR_HU = -200  # a CT volume without any voxel below this shows no air and no lung: perhaps not HU
+MAX_DEFLATE_RATIO = 1032  # of deflate itself: a header that promises more is lying, and no memory is touched for it
 _COUNTED_RANGE = 1 << 17  # labels within this span are counted by bincount, wilder ones by sorting
 _MAX_LISTED = 10
 
@@ -49,7 +52,11 @@ class RawImage:
 def shown(path: Path) -> str:
     """The path as one printable line: control characters and undecodable bytes of a file name are escaped."""
     text = str(path)
-    return text if text.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return (
+        text
+        if text.isprintable()
+        else "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    )
 
 
 def volume_grid(grid: Grid, where: str) -> Grid:
@@ -130,7 +137,9 @@ def _hu_notes(image: NDArray[np.int16] | NDArray[np.float32], num_low: int, num_
     if num_high:
         notes.append(f"{num_high:,} voxels above {MAX_HU} HU set to {MAX_HU}")
     if image.dtype != np.int16:
-        notes.append("the file holds fractions of a HU; they are kept here and rounded half to even when the volume is resampled")
+        notes.append(
+            "the file holds fractions of a HU; they are kept here and rounded half to even when the volume is resampled"
+        )
     lowest = float(image.min())
     if lowest > AIR_HU:
         notes.append(f"no air in the volume: its lowest value is {lowest:g} HU; check that this is a CT in HU")

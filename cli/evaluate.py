@@ -1,0 +1,77 @@
+"""``ftengine evaluate``: Dice and detection."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from ftengine.cli.console import JsonOption, QuietOption, SplitOption, print_json, stdout
+
+if TYPE_CHECKING:
+    from ftengine.evaluation.evaluate import Evaluation
+
+
+def evaluate(
+    predicted: Annotated[
+        Path, typer.Argument(metavar="PRED|CKPT", help="A file or folder of predictions, or a checkpoint.")
+    ],
+    truth: Annotated[Path, typer.Argument(metavar="TRUTH|STORE", help="A file or folder of true labels, or a store.")],
+    region: Annotated[
+        str, typer.Option(help="Preset whose labels the files have: abdomen, chest or demo.")
+    ] = "abdomen",
+    split: SplitOption = None,
+    overlap: Annotated[float | None, typer.Option(help="Overlap of the windows for a checkpoint.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="Write one line per case and class.")
+    ] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Score predictions against true labels: Dice per class (Eq. 9) and volume-level detection (Eq. 7, 10, 11)."""
+    from ftengine.assemble import resolve_device
+    from ftengine.config import Config
+    from ftengine.evaluation.evaluate import evaluate_checkpoint, evaluate_folders
+    from ftengine.evaluation.metrics import CaseScore
+    from ftengine.store.reader import open_store
+
+    def show(score: CaseScore) -> None:
+        if not (quiet or as_json):
+            figures = ", ".join(f"{n} {c.dice:.3f}" for n, c in score.classes.items() if c.truth_voxels)
+            typer.echo(f"{score.case}: {figures or 'nothing in the truth'}", err=True)
+
+    if (truth / "zarr.json").exists():
+        result = evaluate_checkpoint(
+            predicted, open_store(truth), device=resolve_device(device), split=split, overlap=overlap, on_case=show
+        )
+    else:
+        result = evaluate_folders(predicted, truth, Config.preset(region).region, on_case=show)
+    if csv_file is not None:
+        from ftengine.evaluation.evaluate import write_csv
+
+        write_csv(result, csv_file)
+    if as_json:
+        print_json(result.to_json())
+    else:
+        _print(result)
+    raise typer.Exit(result.exit_code)
+
+
+def _print(result: "Evaluation") -> None:
+    from ftengine.evaluation.metrics import summarize
+
+    table = Table("class", "Dice", "volumes", "sensitivity", "specificity", "precision", "F1", "tp/fp/tn/fn")
+    for name, row in summarize(result.cases).items():
+        figures = (row[k] for k in ("sensitivity", "specificity", "precision", "f1"))
+        counts = "/".join(str(row[k]) for k in ("tp", "fp", "tn", "fn"))
+        table.add_row(
+            name, _figure(row["dice"]), str(row["num_volumes_with_truth"]), *(_figure(f) for f in figures), counts
+        )
+    stdout().print(table)
+    for case, reason in result.failed.items():
+        typer.echo(f"failed: {case}: {reason}", err=True)
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

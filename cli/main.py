@@ -1,0 +1,79 @@
+"""The command ``ftengine``: all commands, and what becomes of errors."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from ftengine import __version__
+from ftengine.cli import config, convert, demo, doctor, evaluate, predict, preview, store, train
+from ftengine.cli.console import EXIT_CODES
+from ftengine.errors import FtengineError
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="ftengine",
+    help="Data engine of FreeTumor: tumour segmentation on CT with tumours painted while the segmenter trains.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,  # our errors are one line; locals of a traceback could hold patient data
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command(name="demo")(demo.demo)
+app.command(name="convert")(convert.convert)
+app.add_typer(store.app, name="store")
+app.add_typer(train.app, name="train")
+app.command(name="predict")(predict.predict)
+app.command(name="evaluate")(evaluate.evaluate)
+app.command(name="preview")(preview.preview)
+app.command(name="config")(config.config)
+app.command(name="doctor")(doctor.doctor)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"ftengine {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error; allowed anywhere on the line.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Data engine of FreeTumor."""
+
+
+def run() -> None:
+    """Entry point: errors of ours become their text and exit code, Ctrl-C becomes 130; ``--debug`` shows tracebacks."""
+    debug = "--debug" in sys.argv
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    try:
+        app(args=arguments)
+    except FtengineError as error:
+        if debug:
+            raise
+        typer.echo(f"ftengine: error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        typer.echo("ftengine: interrupted; what was committed is kept, the same command goes on.", err=True)
+        sys.exit(INTERRUPTED)
+    except MemoryError:
+        if debug:
+            raise
+        typer.echo(
+            "ftengine: error: out of memory. Use a smaller batch or patch (--set training.batch_size=1), or convert fewer at once.",
+            err=True,
+        )
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,163 @@
+"""``ftengine train``: the two training stages."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from ftengine.cli.console import (
+    ConfigOption,
+    JsonOption,
+    QuietOption,
+    Reporter,
+    SetOption,
+    SplitOption,
+    print_json,
+    progress,
+    stdout,
+)
+
+if TYPE_CHECKING:
+    from ftengine.training.run import TrainingResult
+
+app = typer.Typer(help="Train the segmenter (seg) or the tumour generator (synth).", no_args_is_help=True)
+
+StoreArgument = Annotated[str, typer.Argument(metavar="STORE")]
+OutOption = Annotated[
+    Path, typer.Option("--out", metavar="RUN", help="Folder of the run: configuration, logs, checkpoint.")
+]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, to the same losses.")]
+INTERRUPTED = 130
+
+
+@app.command()
+def seg(
+    store: StoreArgument,
+    out: OutOption,
+    synth: Annotated[
+        Path | None, typer.Option("--synth", metavar="G.pt", help="Generator: paint tumours while training.")
+    ] = None,
+    judge: Annotated[
+        Path | None, typer.Option("--judge", metavar="S.pt", help="Baseline segmenter that judges painted tumours.")
+    ] = None,
+    init: Annotated[
+        Path | None, typer.Option("--init", metavar="S.pt", help="Start from the weights of this segmenter.")
+    ] = None,
+    split: SplitOption = None,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    resume: ResumeOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Train a segmenter: the baseline on tumour-annotated volumes, or with --synth also on organ-labelled ones with painted tumours."""
+    from ftengine.assemble import train_segmentation
+    from ftengine.cli.console import load_config
+    from ftengine.store.reader import open_store
+
+    chosen = load_config(config or _config_of(out, resume=resume), assignments, open_store(store))
+    with progress("training", chosen.training.steps, quiet=quiet or as_json) as reporter:
+        result = train_segmentation(
+            chosen,
+            store,
+            out,
+            generator_path=synth,
+            judge_path=judge,
+            init=init,
+            split=split,
+            resume=resume,
+            on_step=_StepReporter(reporter, "loss"),
+        )
+    _finish(result, as_json=as_json)
+
+
+@app.command()
+def synth(
+    store: StoreArgument,
+    baseline: Annotated[
+        Path,
+        typer.Option("--baseline", metavar="S.pt", help="Frozen segmenter that the painted tumours must convince."),
+    ],
+    out: OutOption,
+    split: SplitOption = None,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    resume: ResumeOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Train the generator against a frozen baseline segmenter and a classifier (Eq. 1-3)."""
+    from ftengine.assemble import train_synthesis
+    from ftengine.cli.console import load_config
+    from ftengine.store.reader import open_store
+
+    chosen = load_config(config or _config_of(out, resume=resume), assignments, open_store(store))
+    with progress("training the generator", chosen.generator_training.steps, quiet=quiet or as_json) as reporter:
+        result = train_synthesis(
+            chosen,
+            store,
+            out,
+            baseline=baseline,
+            split=split,
+            resume=resume,
+            on_step=_StepReporter(reporter, "loss_seen"),
+        )
+    _finish(result, as_json=as_json)
+
+
+def _config_of(out: Path, *, resume: bool) -> Path | None:
+    """A resumed run uses its own configuration unless another is given."""
+    file = out / "config.yaml"
+    return file if resume and file.exists() else None
+
+
+class _StepReporter:
+    """Shows a training step: loss and the share of the step that waited for data."""
+
+    def __init__(self, reporter: Reporter, name: str) -> None:
+        self._reporter, self._name = reporter, name
+
+    def __call__(self, step: int, values: dict[str, float]) -> None:
+        """Advance by one step."""
+        line = ""
+        if values:
+            loss = f"{values[self._name]:.4f}" if self._name in values else "-"
+            line = f"step {step}: {self._name} {loss}, {values['step_s']:.2f} s a step, waited {values['wait_s']:.3f} s"
+            self._reporter.figures(f"{self._name} {loss}")
+        self._reporter.advance(line)
+
+
+def _finish(result: "TrainingResult", *, as_json: bool) -> None:
+    if as_json:
+        quality = {k: v for k, v in result.quality.items() if not k.startswith("qc/pass_rate/")}
+        print_json(
+            {
+                "checkpoint": str(result.checkpoint),
+                "steps": result.steps,
+                "interrupted": result.interrupted,
+                "losses": [x if x == x else None for x in result.losses],  # noqa: PLR0124 - NaN is the value that differs from itself
+                "stall": result.stall,
+                "busy_s": result.busy_s,
+                "quality": quality,
+            }
+        )
+    else:
+        console = stdout()
+        state = "interrupted, state saved; --resume goes on" if result.interrupted else "done"
+        console.print(f"{state}: {result.steps} steps, checkpoint {result.checkpoint}", highlight=False)
+        console.print(
+            f"training waited for data {result.stall['wait_fraction']:.1%} of the time; {result.stall['patches_per_s']:.2f} patches/s, "
+            f"median step {result.stall['median_step_s']:.3f} s",
+            highlight=False,
+        )
+        table = Table("part of the loader", "busy s")
+        for name, seconds in sorted(result.busy_s.items(), key=lambda item: -item[1]):
+            table.add_row(name, f"{seconds:.1f}")
+        console.print(table)
+        if "qc/pass_rate" in result.quality:
+            console.print(
+                f"quality control passed {result.quality['qc/pass_rate']:.1%} of the painted patches", highlight=False
+            )
+    if result.interrupted:
+        raise typer.Exit(INTERRUPTED)

@@ -1,0 +1,154 @@
+"""Evaluate a checkpoint on a store, or a folder of predictions against a folder of truths."""
+
+import csv
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ftengine.config import RegionConfig
+from ftengine.errors import CaseError, ConfigError
+from ftengine.evaluation.infer import predict_volume
+from ftengine.evaluation.metrics import CaseScore, score_case, summarize
+from ftengine.geometry import grid_offset_vox, to_ras
+from ftengine.store.reader import Store
+from ftengine.training.checkpoint import load_segmenter
+from ftengine.volume.nifti import read_label
+
+OnCase = Callable[[CaseScore], None]
+
+
+@dataclass
+class Evaluation:
+    """Scores of all volumes; ``failed`` names the files that could not be scored and why."""
+
+    cases: list[CaseScore] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def exit_code(self) -> int:
+        """0 all scored, 1 some failed, 4 none scored."""
+        return 4 if not self.cases else 1 if self.failed else 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for ``--json``; a Dice without a truth is None."""
+        cases = [
+            {
+                "case": score.case,
+                "classes": {
+                    n: {**asdict(c), "dice": None if np.isnan(c.dice) else c.dice, "outcome": c.outcome}
+                    for n, c in score.classes.items()
+                },
+            }
+            for score in self.cases
+        ]
+        return {"summary": summarize(self.cases), "cases": cases, "failed": self.failed}
+
+
+def evaluate_checkpoint(
+    checkpoint: str | Path,
+    store: Store,
+    *,
+    device: torch.device,
+    split: str | None = None,
+    cases: Sequence[str] | None = None,
+    overlap: float | None = None,
+    on_case: OnCase = lambda _score: None,
+) -> Evaluation:
+    """Predict the labelled volumes of a store (of a split, or the named ones) on the store's grid and score them.
+
+    ``overlap`` replaces the checkpoint's ``inference.overlap``. Raises ConfigError where nothing is left to score.
+    """
+    network, config = load_segmenter(checkpoint)
+    if store.labels != config.region.labels or store.spacing_mm_zyx != config.region.spacing_mm_zyx:
+        raise ConfigError(
+            f"{checkpoint}: was trained for labels {config.region.labels} at {config.region.spacing_mm_zyx} mm; {store.path} has "
+            f"{store.labels} at {store.spacing_mm_zyx} mm. Evaluate on a store of the same region."
+        )
+    if overlap is not None:
+        config = config.with_overrides({"inference.overlap": overlap})
+    wanted = list(cases) if cases is not None else _labelled_cases(store, split)
+    if not wanted:
+        raise ConfigError(
+            f"{store.path}: no labelled volume{'' if split is None else f' in split {split!r}'} to evaluate on."
+        )
+    result = Evaluation()
+    for case in wanted:
+        patch = store.read_volume(case)
+        result.cases.append(
+            score_case(case, predict_volume(network, patch.image, config, device), patch.label, store.labels)
+        )
+        on_case(result.cases[-1])
+    return result
+
+
+def _labelled_cases(store: Store, split: str | None) -> list[str]:
+    annotation = store.index.column("annotation").to_pylist()
+    splits = store.index.column("split").to_pylist()
+    return [
+        case
+        for case, kind, part in zip(store.cases, annotation, splits, strict=True)
+        if kind == "tumor" and (split is None or part == split)
+    ]
+
+
+def evaluate_folders(
+    predictions: Path, truths: Path, region: RegionConfig, *, on_case: OnCase = lambda _score: None
+) -> Evaluation:
+    """Score label files of a folder against the files of the same relative name in another, each pair on its own grid.
+
+    A truth without a prediction is listed as failed, never left out in silence; so is a pair on different grids.
+    """
+    found = sorted(p for p in truths.rglob("*.nii*") if p.is_file()) if truths.is_dir() else [truths]
+    if not found or not truths.exists():
+        raise ConfigError(f"{truths}: holds no label files (.nii or .nii.gz); want the true labels.")
+    result = Evaluation()
+    for truth_file in found:
+        name = truth_file.relative_to(truths).as_posix() if truths.is_dir() else truth_file.name
+        predicted_file = _matching(predictions, name)
+        try:
+            if predicted_file is None:
+                raise CaseError(
+                    f"{name}: has no prediction in {predictions}; want a file of the same name (with or without _label)."
+                )
+            truth, truth_grid = to_ras(*read_label(truth_file, region.labels.values()))
+            predicted, predicted_grid = to_ras(*read_label(predicted_file, region.labels.values()))
+            if truth.shape == predicted.shape and grid_offset_vox(truth_grid, predicted_grid) > 0.1:
+                raise CaseError(
+                    f"{predicted_file}: lies on another grid than {truth_file}; want the same affine within 0.1 voxel."
+                )
+            result.cases.append(score_case(name, predicted, truth, region.labels))
+            on_case(result.cases[-1])
+        except CaseError as error:
+            result.failed[name] = str(error)
+    return result
+
+
+def _matching(predictions: Path, name: str) -> Path | None:
+    """The prediction of a truth file: the same name, or the CT's name where the truth has a _label, _seg or _mask behind it."""
+    if predictions.is_file():
+        return predictions
+    stem = name.removesuffix(".gz").removesuffix(".nii")
+    bases = [stem, *(stem.removesuffix(s) for s in ("_label", "_seg", "_mask") if stem.endswith(s))]
+    for base in bases:
+        for tail in ("", "_ct", "_image"):
+            for extension in (".nii.gz", ".nii"):
+                candidate = predictions / f"{base}{tail}{extension}"
+                if candidate.is_file():
+                    return candidate
+    return None
+
+
+def write_csv(result: Evaluation, path: Path) -> None:
+    """One line per case and class; a case name that a spreadsheet would take for a formula gets a leading apostrophe."""
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["case", "class", "dice", "truth_voxels", "predicted_voxels", "overlap_voxels", "outcome"])
+        for score in result.cases:
+            case = f"'{score.case}" if score.case[:1] in "=+-@" else score.case
+            for name, c in score.classes.items():
+                dice = "" if np.isnan(c.dice) else f"{c.dice:.6f}"
+                writer.writerow([case, name, dice, c.truth_voxels, c.predicted_voxels, c.overlap_voxels, c.outcome])

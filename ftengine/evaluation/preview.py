@@ -1,0 +1,586 @@
+"""Pictures of what training sees and of what it leads to: painted patches, volumes with their labels, predictions beside the truth."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil, isnan, prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from ftengine.config import Config
+from ftengine.errors import ConfigError
+from ftengine.evaluation.metrics import score_case
+from ftengine.evaluation.pictures import (
+    DEFAULT_WIDTH_PX,
+    FAILED_COLOR,
+    MASK_COLOR,
+    PASSED_COLOR,
+    PREDICTION_COLOR,
+    SHEET_WIDTH_IN,
+    Panel,
+    PanelGrid,
+    Sheet,
+    View,
+    central_voxel,
+    class_color,
+    classes_of,
+    equivalent_diameter_mm,
+    legend_rows,
+    shortened,
+    three_views,
+)
+from ftengine.geometry import FloatZYX, IntZYX, float_zyx, int_zyx
+from ftengine.loader.pipeline import PatchPipeline
+from ftengine.loader.plan import Mix, Plan
+from ftengine.store.reader import Store
+from ftengine.synthesis.engine import Address, Generator, Judge, Synthesizer
+from ftengine.synthesis.shape import organs_in_patch
+from ftengine.types import Augmentation, Painted, Patch, PatchRequest
+
+TRIES_PER_SHEET = 100  # patches looked at for one sheet: eligible ones are rarer than 1 in 100 only where a run would starve too
+
+Segmenter = Callable[[torch.Tensor], torch.Tensor]
+_VIEW_NOTE = "Radiological view: R, the patient's right, is on the left of axial and coronal pictures. Planes run through"
+
+
+@dataclass(frozen=True)
+class SheetInfo:
+    """One painted patch and its sheet.
+
+    diameter_mm: of the sphere with the mask's volume. contrast_hu: mean change inside the mask. proportion: P of Eq. 4, NaN without a
+    judge. passed: whether training would get it painted. (seed, epoch, index) is the patch's address.
+    """
+
+    path: Path
+    case: str
+    organ: str
+    size_class: str
+    diameter_mm: float
+    contrast_hu: float
+    proportion: float
+    passed: bool
+    num_draws: int
+    seed: int
+    epoch: int
+    index: int
+
+    @property
+    def title(self) -> str:
+        """One line for a caption."""
+        verdict = (
+            "not judged"
+            if isnan(self.proportion)
+            else f"P = {self.proportion:.2f}, {'passed' if self.passed else 'failed'}"
+        )
+        return (
+            f"{self.case}: synthetic {self.size_class} {self.organ} tumour, {self.diameter_mm:.0f} mm, "
+            f"{_signed(self.contrast_hu)} HU, {verdict}"
+        )
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """A painted patch; arrays are [z, y, x] on one grid, images in HU inside the window. predicted: the judge's tumour, or None."""
+
+    request: PatchRequest
+    painted: Painted
+    original_hu: NDArray[np.float32]
+    synthetic_hu: NDArray[np.float32]
+    mask: NDArray[np.bool_]
+    predicted: NDArray[np.bool_] | None
+
+
+class _Witness:
+    """Asks the judge and keeps the image it judged: a failed patch is handed back unpainted (Eq. 5), but a sheet shows why it failed."""
+
+    def __init__(self, judge: Judge) -> None:
+        self._judge = judge
+        self.image: torch.Tensor | None = None
+
+    def __call__(
+        self, image: torch.Tensor, mask: torch.Tensor, tumor_values: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.image = image
+        return self._judge(image, mask, tumor_values)
+
+
+def preview(
+    config: Config,
+    store: Store,
+    out: Path,
+    *,
+    num_sheets: int,
+    generator: Generator | None = None,
+    judge: Judge | None = None,
+    segmenter: Segmenter | None = None,
+    mix: Mix = "mixed",
+    split: str | None = None,
+    on_sheet: Callable[[SheetInfo], None] = lambda _sheet: None,
+    width_px: int = DEFAULT_WIDTH_PX,
+) -> list[SheetInfo]:
+    """Draw ``out/sheet-000.png`` and following: patches as the loader reads them, painted and judged, one sheet a painted patch.
+
+    Patches come in the loader's order, from epoch 0 on, through the loader's own plan, reader and DALI graph; tumours have the
+    addresses they have in training, and every eligible patch is painted whatever ``synthesis.fraction`` says. One difference: the
+    random flips, turns and intensity changes are left out, so that the pictures stay in radiological orientation; where training draws
+    some for a patch, the tumour it paints there lies elsewhere in the same organ. A sheet has three planes through the tumour and the
+    columns original, mask outline, synthetic, difference in HU and, with ``segmenter``, that network's prediction.
+
+    config: for the store's region. generator, judge: as ``Synthesizer`` takes them, on the configured device; generator None paints a
+    fixed contrast, judge None keeps every tumour. segmenter: float32 [1, 1, z, y, x] -> logits [1, classes, z, y, x], the network the
+    judge asks; a module is moved to the device and set to eval mode. split: only volumes of that split. on_sheet: called after each sheet.
+    width_px: width of the PNGs. Tries ``TRIES_PER_SHEET`` patches a sheet, and returns fewer sheets than asked where those do not
+    suffice. Raises ConfigError where none can be painted, where configuration and store differ, or for ``num_sheets`` below 1.
+    """
+    if num_sheets < 1:
+        raise ConfigError(f"num_sheets={num_sheets}; want at least 1.")
+    if (store.spacing_mm_zyx, store.labels) != (config.region.spacing_mm_zyx, config.region.labels):
+        raise ConfigError(
+            f"{store.path}: holds {store.region} at {store.spacing_mm_zyx} mm with labels {store.labels}; the configuration is for "
+            f"{config.region.name} at {config.region.spacing_mm_zyx} mm with labels {config.region.labels}. Choose the store's own."
+        )
+    sheets: list[SheetInfo] = []
+    refused: Counter[str] = Counter()
+    painter = _Painter(config, store, generator, judge, segmenter)
+    for request in _requests(Plan(config, store, mix=mix, split=split), num_sheets * TRIES_PER_SHEET):
+        sample = painter.paint(request, refused)
+        if sample is None:
+            continue
+        sheets.append(_draw_sample(out / f"sheet-{len(sheets):03d}.png", config, sample, width_px))
+        on_sheet(sheets[-1])
+        if len(sheets) == num_sheets:
+            break
+    if not sheets:
+        raise ConfigError(_nothing_to_paint(config, store, split, refused))
+    return sheets
+
+
+def _requests(plan: Plan, count: int) -> Iterator[PatchRequest]:
+    """The first ``count`` requests of a run, in the loader's order."""
+    per_epoch = plan.batches_per_epoch * plan.batch_size
+    for number in range(count):
+        yield plan.request(*divmod(number, per_epoch))
+
+
+def _nothing_to_paint(config: Config, store: Store, split: str | None, refused: Counter[str]) -> str:
+    where = "" if split is None else f" of split {split!r}"
+    counts = "; ".join(f"{reason}: {count}" for reason, count in refused.most_common())
+    return (
+        f"{store.path}: none of {refused.total()} patches{where} can be painted ({counts}). A patch is painted where its label holds at least "
+        f"synthesis.min_organ_voxels={config.synthesis.min_organ_voxels} voxels of {' or '.join(config.region.organs)} and no tumour. Convert "
+        "volumes with organ labels, raise loader.positive_fraction where organs are small, or lower synthesis.min_organ_voxels."
+    )
+
+
+class _Painter:
+    """Turns patch requests into painted samples, one at a time."""
+
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        generator: Generator | None,
+        judge: Judge | None,
+        segmenter: Segmenter | None,
+    ) -> None:
+        device = _device(config)
+        self._config, self._store = config, store
+        self._pipeline = PatchPipeline(config, 1, device_id=None if device.type == "cpu" else device.index or 0)
+        self._witness = None if judge is None else _Witness(judge)
+        self._segmenter = segmenter.to(device).eval() if isinstance(segmenter, nn.Module) else segmenter
+        self._synthesizer = Synthesizer(
+            config.region,
+            config.synthesis.model_copy(update={"fraction": 1.0}),
+            seed=config.seed,
+            generator=generator,
+            judge=self._witness,
+            retries=config.qc.retries,
+        )
+
+    def paint(self, request: PatchRequest, refused: Counter[str]) -> _Sample | None:
+        """Read and paint; None, with the reason counted in ``refused``, for a patch that is not eligible."""
+        patch = self._store.read(request.case, request.box.origin_zyx, request.box.shape_zyx)
+        reason = self._ineligible(patch)
+        if reason is not None:
+            refused[reason] += 1
+            return None
+        image, label = self._pipeline([patch], [Augmentation()])
+        painting = self._synthesizer.paint(image, label, [Address(request.epoch, request.index)])
+        painted = painting.painted[0]
+        if painted is None or painted.num_voxels == 0:
+            refused["the drawn tumour holds no voxel of the organ"] += 1
+            return None
+        synthetic = painting.image if self._witness is None else self._witness.image
+        assert synthetic is not None  # noqa: S101 - a patch that was painted was judged
+        return _Sample(
+            request,
+            painted,
+            self._hu(image),
+            self._hu(synthetic),
+            painting.mask[0, 0].cpu().numpy().astype(bool),
+            self._predicted(synthetic, painted.organ),
+        )
+
+    def _ineligible(self, patch: Patch) -> str | None:
+        region = self._config.region
+        if organs_in_patch(patch.label, region, self._config.synthesis.min_organ_voxels):
+            return None
+        if np.isin(patch.label, region.tumor_values).any():
+            return "a labelled tumour in the patch"
+        return "too little healthy organ in the patch"
+
+    def _hu(self, image: torch.Tensor) -> NDArray[np.float32]:
+        low, high = self._config.region.window_hu
+        unit: NDArray[np.float32] = image[0, 0].cpu().numpy()
+        return unit * np.float32(high - low) + np.float32(low)
+
+    def _predicted(self, synthetic: torch.Tensor, organ: str) -> NDArray[np.bool_] | None:
+        if self._segmenter is None:
+            return None
+        with torch.no_grad():
+            classes = self._segmenter(synthetic).argmax(1)[0].cpu().numpy()
+        released = self._config.synthesis.variant == "released"  # whose judge counts any tumour class
+        region = self._config.region
+        values = region.tumor_values if released else (region.organs[organ].tumor,)
+        predicted: NDArray[np.bool_] = np.isin(classes, values)
+        return predicted
+
+
+def _device(config: Config) -> torch.device:
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(config.device)
+
+
+def _draw_sample(path: Path, config: Config, sample: _Sample, width_px: int) -> SheetInfo:
+    spacing = config.region.spacing_mm_zyx
+    request, painted = sample.request, sample.painted
+    difference = sample.synthetic_hu - sample.original_hu
+    info = SheetInfo(
+        path=path,
+        case=request.case,
+        organ=painted.organ,
+        size_class=painted.size_class,
+        diameter_mm=equivalent_diameter_mm(painted.num_voxels, spacing),
+        contrast_hu=float(difference[sample.mask].mean()),
+        proportion=painted.proportion,
+        passed=painted.passed,
+        num_draws=painted.num_draws,
+        seed=config.seed,
+        epoch=request.epoch,
+        index=request.index,
+    )
+    center = central_voxel(sample.mask, spacing)
+    views = three_views(center, int_zyx(sample.mask.shape), spacing)
+    columns = ["original", "mask outline", "synthetic", "difference"]
+    if sample.predicted is not None:
+        columns.append("judge's prediction")
+    grid = PanelGrid(views, len(columns), top=1.95, max_row_height=4.2)
+    sheet = Sheet(_whole_pixels(grid.bottom + 1.2), width_px=width_px)
+    _head(sheet, config, info, request)
+    for number, name in enumerate(columns):
+        sheet.text(grid.middle_of_column(number), 1.64, name, points=12.0, weight="bold", ha="center")
+    limit_hu = _round_limit(float(np.abs(difference).max()))
+    shown: Any = None
+    for row, view in enumerate(views):
+        for column in range(len(columns)):
+            panel = grid.panel(sheet, row, column)
+            if column == 3:
+                shown = panel.signed(difference, limit_hu)
+            else:
+                panel.grey(sample.original_hu if column < 2 else sample.synthetic_hu, config.region.window_hu)
+            if column in {1, 3, 4}:
+                panel.outline(sample.mask, MASK_COLOR, width_pt=1.4)
+            if column == 4 and sample.predicted is not None:
+                panel.outline(sample.predicted, PREDICTION_COLOR, dashed=True)
+            panel.marks()
+            if column == 0:
+                panel.scale_bar()
+        place = request.box.origin_zyx["axial coronal sagittal".split().index(view.plane)] + view.index
+        axis = {"axial": "z", "coronal": "y", "sagittal": "x"}[view.plane]
+        sheet.text(
+            0.26, grid.middle_of_row(row), f"{view.plane}, {axis} = {place}", rotation=90.0, ha="center", va="center"
+        )
+    _foot(sheet, grid, config, sample, shown)
+    sheet.save(path)
+    return info
+
+
+def _head(sheet: Sheet, config: Config, info: SheetInfo, request: PatchRequest) -> None:
+    sheet.text(0.5, 0.14, shortened(info.case, 90), points=17.0, weight="bold")
+    sheet.text(SHEET_WIDTH_IN - 0.2, 0.2, "synthetic tumour", points=12.0, ha="right")
+    sheet.text(
+        0.5,
+        0.53,
+        f"{info.organ}, size class {info.size_class}: {info.diameter_mm:.1f} mm (sphere of the mask's volume), contrast "
+        f"{_signed(info.contrast_hu)} HU (mean change inside the mask)",
+        points=12.0,
+    )
+    box, low_high = request.box, config.region.window_hu
+    sheet.text(
+        0.5,
+        0.82,
+        f"address: seed {info.seed}, epoch {info.epoch}, index {info.index};  patch of {_by(box.shape_zyx)} voxels (z, y, x) at "
+        f"{_by(config.region.spacing_mm_zyx)} mm from voxel {box.origin_zyx};  window {low_high[0]:g} to {low_high[1]:g} HU",
+    )
+    words, color = _verdict(config, info)
+    sheet.text(0.5, 1.12, words, points=12.0, weight="bold", color=color)
+
+
+def _verdict(config: Config, info: SheetInfo) -> tuple[str, tuple[float, float, float]]:
+    threshold = config.qc.threshold
+    draws = "" if info.num_draws == 1 else f" (draw {info.num_draws})"
+    if isnan(info.proportion):
+        return "Quality control: no judge was given, every painted tumour is kept", PASSED_COLOR
+    seen = f"P = {info.proportion:.2f} of the mask is seen as tumour"
+    if threshold is None:
+        return f"Quality control{draws}: {seen}; no threshold is set, every painted tumour is kept", PASSED_COLOR
+    if info.passed:
+        return f"Quality control{draws}: PASSED. {seen}, threshold T = {threshold:.2f}", PASSED_COLOR
+    return (
+        f"Quality control{draws}: FAILED. {seen}, threshold T = {threshold:.2f}; training gets the original patch",
+        FAILED_COLOR,
+    )
+
+
+def _foot(sheet: Sheet, grid: PanelGrid, config: Config, sample: _Sample, shown: Any) -> None:
+    top = grid.bottom + 0.2
+    sheet.legend_entry(0.5, top, "border of the tumour mask M", MASK_COLOR)
+    if sample.predicted is not None:
+        organ = sample.painted.organ
+        released = config.synthesis.variant == "released"
+        name = (
+            "any tumour class"
+            if released
+            else next(n for n, v in config.region.labels.items() if v == config.region.organs[organ].tumor)
+        )
+        sheet.legend_entry(4.0, top, f"the judge's {name}", PREDICTION_COLOR, dashed=True)
+    bar_axes = sheet.axes(grid.lefts[3] + 0.15, grid.bottom + 0.16, grid.column_width - 0.3, 0.16)
+    bar = sheet.figure.colorbar(shown, cax=bar_axes, orientation="horizontal")
+    limit = float(shown.norm.vmax)
+    bar.set_ticks([-limit, 0.0, limit], labels=["", "", ""])
+    bar.outline.set_linewidth(0.6)
+    for value, ha, left in (
+        (-limit, "left", grid.lefts[3] + 0.15),
+        (0.0, "center", grid.middle_of_column(3)),
+        (limit, "right", grid.lefts[3] + grid.column_width - 0.15),
+    ):
+        sheet.text(left, grid.bottom + 0.4, f"{_signed(value)} HU" if value else "0", ha=ha)
+    sheet.text(
+        0.5,
+        grid.bottom + 0.86,
+        f"{_VIEW_NOTE} the tumour. No random flips, turns or intensity changes, which the loader applies before painting.",
+        points=10.0,
+    )
+
+
+def write_volume_sheet(
+    path: Path,
+    image_hu: NDArray[np.generic],
+    label: NDArray[np.uint8],
+    *,
+    spacing_mm_zyx: FloatZYX,
+    window_hu: tuple[float, float],
+    labels: Mapping[str, int],
+    title: str = "",
+    center_zyx: IntZYX | None = None,
+    width_px: int = DEFAULT_WIDTH_PX,
+) -> None:
+    """Write one PNG: axial, coronal and sagittal slice of a CT with the outlines of its classes, and a legend with their volumes.
+
+    image_hu: HU [z, y, x], RAS+. label: uint8 of the same shape. labels: class names to values, 0 being the background. center_zyx: voxel
+    to show; None: the centre of mass of all labelled voxels, or the middle of a volume without any. Raises ConfigError where shapes differ.
+    """
+    _same_shapes(path, image_hu, {"label": label})
+    shape = int_zyx(image_hu.shape)
+    labelled = np.argwhere(label > 0)
+    center = center_zyx or int_zyx(np.rint(labelled.mean(axis=0)) if len(labelled) else (n // 2 for n in shape))
+    views = three_views(center, shape, spacing_mm_zyx)
+    # side by side: a row of three views, so that each is a grid of its own, with one scale for all
+    top, gap, margin = 1.15, 0.2, 0.3
+    scale = min(
+        (SHEET_WIDTH_IN - 2 * margin - 2 * gap) / sum(v.extent_mm[1] for v in views),
+        7.0 / max(v.extent_mm[0] for v in views),
+    )
+    bottom = top + 0.3 + max(v.extent_mm[0] for v in views) * scale
+    classes = classes_of(labels)
+    sheet = Sheet(_whole_pixels(bottom + 0.85 + 0.28 * ceil(len(classes) / 4)), width_px=width_px)
+    sheet.text(margin, 0.14, shortened(title or "CT volume", 90), points=17.0, weight="bold")
+    sheet.text(
+        margin,
+        0.53,
+        f"{_by(shape)} voxels (z, y, x) at {_by(spacing_mm_zyx)} mm;  window {window_hu[0]:g} to {window_hu[1]:g} HU",
+        points=12.0,
+    )
+    left = margin
+    for view in views:
+        height, width = (length * scale for length in view.extent_mm)
+        sheet.text(left + width / 2, top, f"{view.plane}, slice {view.index}", points=12.0, weight="bold", ha="center")
+        panel = Panel(sheet.axes(left, top + 0.3, width, height), view)
+        panel.grey(image_hu, window_hu)
+        for _, value in classes:
+            panel.outline(label == value, class_color(value), width_pt=1.5)
+        panel.marks()
+        panel.scale_bar()
+        left += width + gap
+    millilitres = prod(spacing_mm_zyx) / 1000.0
+    entries = [
+        (f"{name}: {num * millilitres:.1f} ml" if num else f"{name}: none", class_color(value))
+        for name, value in classes
+        for num in [int((label == value).sum())]
+    ]
+    end = legend_rows(sheet, bottom + 0.2, entries)
+    sheet.text(margin, end + 0.12, f"{_VIEW_NOTE} {_what_center(center_zyx, labelled)}.", points=10.0)
+    sheet.save(path)
+
+
+def _what_center(center_zyx: IntZYX | None, labelled: NDArray[np.intp]) -> str:
+    if center_zyx is not None:
+        return f"voxel {center_zyx}"
+    return "the centre of all labelled voxels" if len(labelled) else "the volume's middle, as no voxel is labelled"
+
+
+def write_prediction_sheet(
+    path: Path,
+    image_hu: NDArray[np.generic],
+    truth: NDArray[np.uint8],
+    predictions: Mapping[str, NDArray[np.uint8]],
+    *,
+    spacing_mm_zyx: FloatZYX,
+    window_hu: tuple[float, float],
+    labels: Mapping[str, int],
+    tumor_values: Sequence[int] | None = None,
+    title: str = "",
+    width_px: int = DEFAULT_WIDTH_PX,
+) -> None:
+    """Write one PNG: the axial slice with the most tumour, as CT, with the truth, and with each model's prediction, side by side.
+
+    Below, where there is a tumour, the part around it enlarged. In the models' pictures the true tumour is dashed white. The Dice
+    under a model's name is that of the whole volume. image_hu: HU [z, y, x], RAS+; truth and predictions: uint8 of the same shape.
+    tumor_values: which classes are tumours; None: those whose name says tumor or lesion. Without a tumour in the truth, the slice with
+    most predicted tumour is shown, else the one with most labelled voxels. Raises ConfigError where shapes differ or nothing is predicted.
+    """
+    if not predictions:
+        raise ConfigError(f"{path}: no prediction to show; want at least one model's label map.")
+    _same_shapes(path, image_hu, {"truth": truth, **predictions})
+    classes = classes_of(labels)
+    tumors = [v for n, v in classes if v in tumor_values] if tumor_values is not None else _tumor_classes(classes)
+    shape = int_zyx(image_hu.shape)
+    true_tumor = np.isin(truth, tumors)
+    tumor = true_tumor if true_tumor.any() else np.any([np.isin(p, tumors) for p in predictions.values()], axis=0)
+    slice_z = _fullest_slice(tumor if tumor.any() else truth > 0)
+    view = View("axial", slice_z, shape, spacing_mm_zyx)
+    columns: dict[str, NDArray[np.uint8] | None] = {"CT": None, "truth": truth, **predictions}
+    grid = PanelGrid([view], len(columns), top=1.75, max_row_height=6.0)
+    zoom = _zoom_mm(view, tumor) if tumor.any() else None
+    zoom_side = min(grid.column_width, 4.2)
+    zoom_top = grid.bottom + 0.14
+    bottom = grid.bottom if zoom is None else zoom_top + zoom_side
+    sheet = Sheet(_whole_pixels(bottom + 0.95 + 0.28 * ceil(len(classes) / 4)), width_px=width_px)
+    sheet.text(0.5, 0.14, shortened(title or "Truth and predictions", 90), points=17.0, weight="bold")
+    sheet.text(
+        0.5,
+        0.53,
+        f"axial slice z = {slice_z} of {shape[0]}, {_which_slice(true_tumor, tumor)};  voxels of {_by(spacing_mm_zyx)} mm (z, y, x);  "
+        f"window {window_hu[0]:g} to {window_hu[1]:g} HU",
+        points=12.0,
+    )
+    for number, (name, shown) in enumerate(columns.items()):
+        middle = grid.middle_of_column(number)
+        sheet.text(middle, 1.0, shortened(name, 110 // len(columns)), points=13.0, weight="bold", ha="center")
+        is_model = number >= 2
+        if is_model and shown is not None:
+            sheet.text(middle, 1.34, _dice_line(shown, truth, classes, tumors), points=11.0, ha="center")
+        panels = [grid.panel(sheet, 0, number)]
+        if zoom is not None:
+            panels[0].frame(zoom)
+            panels.append(Panel(sheet.axes(middle - zoom_side / 2, zoom_top, zoom_side, zoom_side), view, zoom))
+        for panel in panels:
+            panel.grey(image_hu, window_hu)
+            if shown is not None:
+                for _, value in classes:
+                    panel.outline(shown == value, class_color(value), width_pt=1.5)
+            if is_model:
+                panel.outline(true_tumor, (1.0, 1.0, 1.0), dashed=True, width_pt=1.2)
+            panel.marks()
+            if number == 0:
+                panel.scale_bar()
+    end = legend_rows(sheet, bottom + 0.2, [(name, class_color(value)) for name, value in classes], per_row=4)
+    sheet.legend_entry(0.5, end + 0.02, "true tumour, in the models' pictures", (1.0, 1.0, 1.0), dashed=True)
+    sheet.text(5.0, end + 0.02, f"{_VIEW_NOTE.split('.')[0]}.".replace(" and coronal", ""), points=10.0)
+    sheet.save(path)
+
+
+def _tumor_classes(classes: Sequence[tuple[str, int]]) -> list[int]:
+    return [value for name, value in classes if "tumor" in name.lower() or "lesion" in name.lower()]
+
+
+def _fullest_slice(mask: NDArray[np.bool_]) -> int:
+    area = mask.sum(axis=(1, 2))
+    return int(np.argmax(area)) if area.any() else mask.shape[0] // 2
+
+
+def _which_slice(true_tumor: NDArray[np.bool_], tumor: NDArray[np.bool_]) -> str:
+    if true_tumor.any():
+        return "the one with the most true tumour"
+    if tumor.any():
+        return "the one with the most predicted tumour (the truth holds none)"
+    return "the one with the most labelled voxels (no tumour in truth or predictions)"
+
+
+def _zoom_mm(view: View, tumor: NDArray[np.bool_]) -> tuple[float, float, float, float]:
+    """A square around the largest part of the tumour on the slice, at least 50 mm wide, inside the picture: left, right, top, bottom."""
+    picture = view.picture(tumor)
+    _, row, column = central_voxel(picture[None], float_zyx((1.0, *view.pixel_mm)))
+    height, width = view.pixel_mm
+    rows, columns = np.flatnonzero(picture.any(axis=1)), np.flatnonzero(picture.any(axis=0))
+    spread = max((rows[-1] - rows[0] + 1) * height, (columns[-1] - columns[0] + 1) * width)
+    side = min(max(50.0, 1.6 * float(spread)), *view.extent_mm)
+    left = min(max((column + 0.5) * width - side / 2, 0.0), view.extent_mm[1] - side)
+    top = min(max((row + 0.5) * height - side / 2, 0.0), view.extent_mm[0] - side)
+    return left, left + side, top, top + side
+
+
+def _dice_line(
+    predicted: NDArray[np.uint8], truth: NDArray[np.uint8], classes: Sequence[tuple[str, int]], tumors: Sequence[int]
+) -> str:
+    scores = score_case("", predicted, truth, {n: v for n, v in classes if v in tumors}).classes
+    shown = [f"{name} Dice {score.dice:.2f}" for name, score in scores.items() if not isnan(score.dice)]
+    return ", ".join(shown[:2]) or "no tumour in truth or prediction"
+
+
+def _same_shapes(path: Path, image_hu: NDArray[np.generic], others: Mapping[str, NDArray[np.uint8]]) -> None:
+    for name, array in others.items():
+        if image_hu.ndim != 3 or array.shape != image_hu.shape:
+            raise ConfigError(
+                f"{path.name}: image_hu has shape {image_hu.shape}, {name} {array.shape}; want equal [z, y, x]."
+            )
+
+
+def _whole_pixels(height_in: float) -> float:
+    """Up to the next sixteenth of an inch: a whole number of pixels at the usual widths."""
+    return ceil(height_in * 16) / 16
+
+
+def _round_limit(value_hu: float) -> float:
+    """The next of 10, 20, 50, 100 ... HU, so that the colours of sheets can be compared."""
+    limit = 10.0
+    for step in (2.0, 2.5, 2.0) * 4:
+        if limit >= value_hu:
+            break
+        limit *= step
+    return limit
+
+
+def _signed(value: float) -> str:
+    """A number with its sign, as a minus and not a hyphen."""
+    return f"{value:+.0f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _by(values: Sequence[float]) -> str:
+    return " x ".join(f"{v:g}" for v in values)

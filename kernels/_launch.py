@@ -1,0 +1,67 @@
+"""How a kernel is started: on torch's current stream, over torch's memory, without waiting for the device."""
+
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ftengine.kernels._compile import compiled
+
+Argument: TypeAlias = np.generic
+
+MAX_BLOCKS_X = 2**31 - 1  # limits of gridDim.x, and of gridDim.y and gridDim.z, on every device
+MAX_BLOCKS_YZ = 65_535
+
+
+def uses_kernel(tensor: Tensor) -> bool:
+    """Whether this tensor takes the CUDA kernel; the CPU path serves the rest."""
+    return tensor.is_cuda
+
+
+def pointer(tensor: Tensor | None) -> np.uint64:
+    """Address of a tensor as a kernel's argument; None is the null pointer."""
+    return np.uint64(0) if tensor is None else np.uint64(tensor.data_ptr())
+
+
+def blocks_for(num_items: int, items_per_block: int) -> int:
+    """Blocks of a kernel that walks over its items in strides of the whole grid.
+
+    Enough to do it in one step, at most what a grid holds.
+    """
+    return min(-(-num_items // items_per_block), MAX_BLOCKS_X)
+
+
+def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
+    """Copy a small table to the device without a host sync.
+
+    Pageable memory would make the copy wait, so it goes through pinned memory; torch's pinned allocator keeps the
+    buffer alive until the copy on the current stream is done.
+    """
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def launch(
+    file: str,
+    name: str,
+    grid: tuple[int, ...],
+    block: tuple[int, ...],
+    args: tuple[Argument, ...],
+    device: torch.device,
+    *,
+    options: tuple[str, ...] = (),
+    shared_bytes: int = 0,
+) -> None:
+    """Start ``name`` of ``file`` on torch's current stream of ``device``.
+
+    ``args`` are NumPy scalars of exactly the parameters' types (``pointer`` for pointers): a bare Python number would
+    be passed as 64 bit whatever the kernel declares.
+    """
+    import cupy
+
+    kernel = compiled(file, name, device.index, options)
+    stream = torch.cuda.current_stream(device)
+    with cupy.cuda.Device(device.index), cupy.cuda.ExternalStream(stream.cuda_stream, device.index):
+        kernel(grid, block, args, shared_mem=shared_bytes)

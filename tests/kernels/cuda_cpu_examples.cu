@@ -1,0 +1,47 @@
+// Kernels with and without mistakes, for the tests of cuda_cpu.
+
+// Mirrors a block's values through shared memory; all is well.
+extern "C" __global__ void mirror(int* out, const int* in) {
+    __shared__ int values[64];
+    values[threadIdx.x] = in[threadIdx.x];
+    __syncthreads();
+    out[threadIdx.x] = values[blockDim.x - 1 - threadIdx.x];
+}
+
+// The same without its barrier: a thread may read before the other wrote.
+extern "C" __global__ void mirror_without_barrier(int* out, const int* in) {
+    __shared__ int values[64];
+    values[threadIdx.x] = in[threadIdx.x];
+    out[threadIdx.x] = values[blockDim.x - 1 - threadIdx.x];
+}
+
+// A barrier that half of the block never meets.
+extern "C" __global__ void divergent_barrier(int* out) {
+    if (threadIdx.x < blockDim.x / 2) __syncthreads();
+    out[threadIdx.x] = 1;
+}
+
+// Writes `count` floats into dynamic shared memory, whatever its length.
+extern "C" __global__ void fill_shared(float* out, int count) {
+    extern __shared__ float tile[];
+    for (int i = 0; i < count; ++i) tile[i] = (float)i;
+    out[0] = tile[count - 1];
+}
+
+// Reads dynamic shared memory that nobody wrote.
+extern "C" __global__ void read_unwritten(float* out) {
+    extern __shared__ float tile[];
+    out[0] = tile[0];
+}
+
+// Each thread of a three-dimensional launch adds its own place; the sum tells whether each index was met exactly once.
+extern "C" __global__ void sum_of_places(unsigned long long* out) {
+    const unsigned long long x = blockIdx.x * (unsigned long long)blockDim.x + threadIdx.x;
+    const unsigned long long y = blockIdx.y * (unsigned long long)blockDim.y + threadIdx.y;
+    const unsigned long long z = blockIdx.z * (unsigned long long)blockDim.z + threadIdx.z;
+    atomicAdd(out, x + 100 * y + 10000 * z);
+}
+
+extern "C" __global__ void scale(double* values, double factor, float offset, int count, long long stride) {
+    for (int i = 0; i < count; ++i) values[i * stride] = values[i * stride] * factor + offset;
+}

@@ -1,0 +1,65 @@
+"""Imports point one way: data goes right, imports go left (ARCHITECTURE.md)."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BASE = {"errors", "geometry", "rng", "types", "config"}
+
+# what each part may import of ftengine, besides itself
+ALLOWED = {
+    "errors": set[str](),
+    "geometry": {"errors"},
+    "rng": set[str](),
+    "types": {"geometry"},
+    "config": {"errors", "geometry"},
+    "kernels": {"errors", "geometry"},
+    "volume": BASE,
+    "store": BASE | {"volume"},
+    "loader": BASE | {"store"},
+    "synthesis": BASE | {"kernels"},
+    "quality": BASE | {"kernels"},
+    "training": BASE | {"loader", "synthesis", "quality"},
+    "evaluation": BASE | {"volume", "store", "loader", "synthesis", "quality", "training"},
+}
+
+
+def _modules() -> list[Path]:
+    files = []
+    for part in ALLOWED:
+        folder = ROOT / ("kernels" if part == "kernels" else f"ftengine/{part}")
+        files += sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
+    return files
+
+
+def _part(file: Path) -> str:
+    relative = file.relative_to(ROOT)
+    return "kernels" if relative.parts[0] == "kernels" else Path(relative.parts[1]).stem
+
+
+def _imported_parts(file: Path) -> set[str]:
+    """The parts of ftengine that a module imports, inside functions too; ``ftengine`` alone is the version."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module] if node.module != "ftengine" else [f"ftengine.{a.name}" for a in node.names]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("ftengine.")}
+    return found - {"__version__"}
+
+
+@pytest.mark.parametrize("module", _modules(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_left(module: Path) -> None:
+    part = _part(module)
+    assert _imported_parts(module) - {part} <= ALLOWED[part]
+
+
+def test_only_the_top_level_knows_all_stages() -> None:
+    """Everything else beside the stages is known: nobody adds a second ``assemble``."""
+    files = {p.stem for p in (ROOT / "ftengine").glob("*.py")}
+    assert files == BASE | {"__init__", "assemble", "demo", "doctor"}

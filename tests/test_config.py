@@ -1,0 +1,99 @@
+"""Presets, files, overrides, and what their errors say."""
+
+from pathlib import Path
+
+import pytest
+
+from ftengine.config import Config, preset_names
+from ftengine.errors import ConfigError
+
+
+@pytest.mark.parametrize("name", ["abdomen", "chest", "demo"])
+def test_presets_are_valid_and_survive_yaml(name: str, tmp_path: Path) -> None:
+    config = Config.preset(name)
+    file = tmp_path / "config.yaml"
+    file.write_text(config.to_yaml())
+    assert Config.from_file(file) == config
+
+
+def test_presets_have_the_papers_grids() -> None:
+    abdomen, chest = Config.preset("abdomen").region, Config.preset("chest").region
+    assert (abdomen.spacing_mm_zyx, abdomen.window_hu, abdomen.patch_zyx) == ((1.5, 1.5, 1.5), (-175, 250), (96, 96, 96))
+    assert (chest.spacing_mm_zyx, chest.window_hu, chest.patch_zyx) == ((5.0, 1.25, 1.25), (-1000, 500), (32, 192, 192))
+    assert preset_names() == ["abdomen", "chest", "demo"]
+
+
+def test_overrides_change_only_their_key() -> None:
+    before = Config.preset("abdomen")
+    after = before.with_overrides({"seed": 5, "loader.reader_threads": 4, "training.batch_size": 4})
+    assert (after.seed, after.loader.reader_threads, after.training.batch_size) == (5, 4, 4)
+    assert after.synthesis == before.synthesis
+    assert before.seed == 0
+
+
+def test_assignments_are_read_as_yaml() -> None:
+    config = Config.preset("abdomen").with_assignments(
+        ["training.learning_rate=3e-4", "qc.threshold=null", "synthesis.size_weights={tiny: 1}", "network.checkpointing=false"]
+    )
+    assert config.training.learning_rate == 3e-4
+    assert config.qc.threshold is None
+    assert config.synthesis.size_weights == {"tiny": 1.0}
+    assert config.network.checkpointing is False
+
+
+@pytest.mark.parametrize(
+    ("assignment", "says"),
+    [
+        ("training.batchsize=2", "Did you mean training.batch_size?"),
+        ("loader.reader_thread=3", "Did you mean loader.reader_threads?"),
+        ("batch_size=3", "Did you mean training.batch_size?"),
+        ("qc.threshold=2", "qc.threshold: Input should be less than or equal to 1"),
+        ("region.window_hu=[3, 1]", "want low < high, in HU"),
+        ("region.patch_zyx=[32, 64, 96]", "square axial patch"),
+        ("network.feature_size=50", "multiple of 12"),
+        ("synthesis.sizes={tiny: {radius_mm: [9, 4], warp_sigma_mm: [1, 2]}}", "want 0 < low <= high, in mm"),
+        ("seed=x", "seed"),
+        ("seed", "want key=value"),
+        ("seed=[", "not YAML"),
+    ],
+)
+def test_a_wrong_assignment_says_what_and_how(assignment: str, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config.preset("abdomen").with_assignments([assignment])
+    assert says in str(caught.value)
+
+
+def test_an_organ_is_added_in_yaml(tmp_path: Path) -> None:
+    file = tmp_path / "spleen.yaml"
+    file.write_text(
+        "preset: abdomen\nregion:\n  name: spleen\n  labels: {background: 0, spleen: 1, spleen_tumor: 2}\n"
+        "  organs: {spleen: {organ: 1, tumor: 2}}\n"
+    )
+    region = Config.from_file(file).region
+    assert region.organ_channel == {"spleen": 0}
+    assert region.tumor_values == (2,)
+    assert region.spacing_mm_zyx == (1.5, 1.5, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("training: {stepz: 3}", "training.stepz: there is no such key. Did you mean training.steps?"),
+        ("[1, 2]", "want a mapping"),
+        ("a: [", "not YAML"),
+        ("preset: knee", "preset 'knee' does not exist"),
+        ("region: {labels: {a: 0, b: 2}, organs: {}}", "0, 1, 2, ... without a gap"),
+        ("region: {organs: {liver: {organ: 1, tumor: 9}}}", "names label values [9]"),
+    ],
+)
+def test_a_wrong_file_is_named(text: str, says: str, tmp_path: Path) -> None:
+    file = tmp_path / "broken.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        Config.from_file(file)
+    assert says in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot be read"):
+        Config.from_file(tmp_path / "nowhere.yaml")
