@@ -323,6 +323,7 @@ def test_gpu_works_on_the_current_stream_without_a_sync(cuda: torch.device) -> N
     expected = gaussian_blur(data, (1, 2, 3))
     assert same_bits(run_behind_a_late_copy(data, lambda x: gaussian_blur(x, (1, 2, 3))), expected)
 
+
 @pytest.mark.gpu
 def test_gpu_reaches_past_2_to_31_voxels(cuda: torch.device) -> None:
     """In place; the last corner of the batch is that of a small volume, whose windows end long before its other side."""

@@ -294,6 +294,7 @@ def test_gpu_works_on_the_current_stream_without_a_sync(cuda: torch.device) -> N
         expected = function(case.x)
         assert same_bits(run_behind_a_late_copy(case.x, function), expected)
 
+
 @pytest.mark.gpu
 def test_gpu_reaches_past_2_to_31_voxels(cuda: torch.device) -> None:
     """One painted voxel, the very last; x, g and texture share memory, so that the test fits."""

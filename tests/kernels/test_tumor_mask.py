@@ -341,6 +341,7 @@ def test_gpu_works_on_the_current_stream_without_a_sync(cuda: torch.device) -> N
     expected = tumor_mask(**(batch() | {"organ": data}))
     assert same_bits(run_behind_a_late_copy(data, lambda organ: tumor_mask(**(batch() | {"organ": organ}))), expected)
 
+
 @pytest.mark.gpu
 def test_gpu_reaches_past_2_to_31_voxels(cuda: torch.device) -> None:
     """The last corner of the batch is that of a small volume."""

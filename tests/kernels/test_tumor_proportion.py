@@ -13,7 +13,15 @@ from ftengine.errors import KernelInputError
 from ftengine.kernels import tumor_proportion
 from ftengine.kernels.tumor_proportion_ref import tumor_proportion_ref
 from tests.kernels.cuda_cpu import THREAD_ORDERS
-from tests.kernels.support import FEW, PROPERTY, KernelsOnCpu, as_array, run_behind_a_late_copy, same_bits
+from tests.kernels.support import (
+    FEW,
+    PROPERTY,
+    KernelsOnCpu,
+    as_array,
+    past_2_to_31_voxels,
+    run_behind_a_late_copy,
+    same_bits,
+)
 
 PREDICTED_DTYPES = (torch.bool, torch.uint8)
 MASK_DTYPES = (torch.uint8, torch.bool, torch.float32)
@@ -148,6 +156,7 @@ def test_gpu_works_on_the_current_stream_without_a_sync(cuda: torch.device) -> N
     predicted, mask = (t.to(cuda) for t in pair_of(3, (2, 24, 24, 24), torch.uint8, torch.uint8))
     expected = tumor_proportion(predicted, mask)
     assert same_bits(run_behind_a_late_copy(predicted, lambda late: tumor_proportion(late, mask)), expected)
+
 
 @pytest.mark.gpu
 def test_gpu_reaches_past_2_to_31_voxels(cuda: torch.device) -> None:

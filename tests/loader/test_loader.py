@@ -1,0 +1,168 @@
+"""Batches are the same whatever the threads, timing and restarts; errors arrive; threads end."""
+
+import gc
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ftengine.assemble import build_loader
+from ftengine.errors import ConfigError, StoreError
+from ftengine.loader.loader import Loader
+from ftengine.store.reader import Store, open_store
+from ftengine.types import Batch
+from tests.support import make_store, small_config
+
+CONFIG = small_config(training__batch_size=3, loader__patches_per_epoch=9)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return make_store(tmp_path_factory.mktemp("loader"), CONFIG)
+
+
+def _take(loader: Loader, count: int) -> list[Batch]:
+    batches: list[Batch] = []
+    while len(batches) < count:
+        for batch in loader:
+            batches.append(batch)
+            if len(batches) == count:
+                break
+    return batches
+
+
+def _equal(a: list[Batch], b: list[Batch]) -> bool:
+    return all(
+        torch.equal(x.image, y.image) and torch.equal(x.label, y.label) and x.records == y.records for x, y in zip(a, b, strict=True)
+    )
+
+
+def test_two_runs_give_the_same_batches(store: Store) -> None:
+    with build_loader(CONFIG, store) as a, build_loader(CONFIG, open_store(store.path)) as b:
+        assert _equal(_take(a, 7), _take(b, 7))
+
+
+@pytest.mark.parametrize(("threads", "in_flight", "queue"), [(1, 1, 1), (7, 40, 5)])
+def test_reader_threads_change_nothing(store: Store, threads: int, in_flight: int, queue: int) -> None:
+    other = CONFIG.with_overrides(
+        {"loader.reader_threads": threads, "loader.reads_in_flight": in_flight, "loader.queue_batches": queue}
+    )
+    with build_loader(CONFIG, store) as a, build_loader(other, store) as b:
+        assert _equal(_take(a, 5), _take(b, 5))
+
+
+def test_another_seed_gives_other_batches(store: Store) -> None:
+    with build_loader(CONFIG, store) as a, build_loader(CONFIG.with_overrides({"seed": 1}), store) as b:
+        assert not _equal(_take(a, 2), _take(b, 2))
+
+
+def test_batches_keep_their_contract(store: Store) -> None:
+    with build_loader(CONFIG, store) as loader:
+        assert len(loader) == 3
+        for batch in loader:
+            assert batch.image.shape == batch.label.shape == (3, 1, 16, 16, 16)
+            assert (batch.image.dtype, batch.label.dtype) == (torch.float32, torch.uint8)
+            assert 0 <= float(batch.image.min()) <= float(batch.image.max()) <= 1
+            assert len(batch.records) == 3
+
+
+@pytest.mark.parametrize("delivered", [0, 2, 3, 5])
+def test_a_saved_state_goes_on_with_the_next_batch(store: Store, delivered: int) -> None:
+    with build_loader(CONFIG, store) as loader:
+        all_batches = _take(loader, 8)
+    with build_loader(CONFIG, store) as first:
+        _take(first, delivered)
+        state = json.loads(json.dumps(first.state_dict()))
+    with build_loader(CONFIG, store) as second:
+        second.load_state_dict(state)
+        assert _equal(_take(second, 8 - delivered), all_batches[delivered:])
+
+
+def test_a_state_of_another_run_is_refused(store: Store) -> None:
+    with build_loader(CONFIG, store) as loader:
+        state = loader.state_dict()
+    with build_loader(CONFIG.with_overrides({"seed": 9}), store) as other:
+        with pytest.raises(ConfigError, match="seed: was 0, is 9"):
+            other.load_state_dict(state)
+        with pytest.raises(ConfigError, match="loader state has version 99"):
+            other.load_state_dict(state | {"version": 99})
+
+
+def test_iteration_goes_on_behind_a_break(store: Store) -> None:
+    with build_loader(CONFIG, store) as loader:
+        whole = _take(loader, 3)
+    with build_loader(CONFIG, store) as loader:
+        first = next(iter(loader))
+        rest = list(loader)
+        assert _equal([first, *rest], whole)
+        assert loader.epoch == 1
+
+
+def _threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("ftengine")]
+
+
+def test_no_thread_survives_close_or_a_forgotten_loader(store: Store) -> None:
+    loader = build_loader(CONFIG, store)
+    next(iter(loader))
+    assert _threads()
+    loader.close()
+    assert _threads() == []
+    forgotten = build_loader(CONFIG, store)
+    next(iter(forgotten))
+    del forgotten
+    gc.collect()
+    assert _threads() == []
+
+
+def test_a_damaged_volume_reaches_the_consumer_with_its_name(tmp_path: Path) -> None:
+    store = make_store(tmp_path, CONFIG, num_annotated=1, num_organs=0)
+    (store.path / "volumes/a/0/0/c/0/0/0").unlink()
+    with pytest.raises(StoreError, match="volumes/a/0"):
+        next(iter(build_loader(CONFIG, open_store(store.path))))
+    assert _threads() == []
+
+
+class _Broken:
+    name = "broken"
+
+    def __call__(self, batch: Batch) -> Batch:
+        raise ZeroDivisionError("in the stage")
+
+
+def test_an_error_of_a_stage_reaches_the_consumer(store: Store) -> None:
+    with pytest.raises(ZeroDivisionError, match="in the stage"):
+        next(iter(build_loader(CONFIG, store, stages=(_Broken(),))))
+
+
+class _Slow:
+    name = "slow"
+
+    def __call__(self, batch: Batch) -> Batch:
+        time.sleep(0.05)
+        return batch
+
+
+def test_the_wait_for_data_is_measured(store: Store) -> None:
+    with build_loader(CONFIG.with_overrides({"loader.queue_batches": 1}), store, stages=(_Slow(),)) as loader:
+        _take(loader, 4)
+        assert 0.01 < loader.last_wait_s < 5
+        assert loader.clock.seconds()["slow"] >= 4 * 0.05
+    with build_loader(CONFIG, store) as loader:
+        next(iter(loader))
+        deadline = time.monotonic() + 10
+        while loader.queue_level() < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert loader.queue_level() == 2  # never more than queue_batches
+        next(iter(loader))
+        assert loader.last_wait_s < 0.05
+
+
+def test_a_store_of_another_region_is_refused(store: Store) -> None:
+    from ftengine.config import Config
+
+    with pytest.raises(ConfigError, match="holds region abdomen at"):
+        build_loader(Config.preset("chest"), store)
