@@ -4,7 +4,7 @@
 
     FtengineError                 anything this package raises on purpose
     |-- ConfigError               the user edits the configuration or the command line   exit code 2
-    |-- CaseError                 this CT is skipped, counted and named                  exit code 1 (4 when no case is left)
+    |-- CaseError                 this CT is skipped, counted and named                  exit code 1 (4 where nothing else is left)
     |-- StoreError                the store is unreadable or damaged: convert again      exit code 3
     |-- KernelInputError          a caller's bug: wrong shape, dtype or device           exit code 2
     `-- RejectionError            training would be on nothing: the run stops            exit code 4
@@ -26,9 +26,9 @@ class ConfigError(FtengineError):
 
 
 class CaseError(FtengineError):
-    """One CT or label cannot be used; skip it, count it, name it."""
+    """One CT or label cannot be used; skip it, count it, name it. One that reaches the top means that nothing was usable."""
 
-    exit_code = 1
+    exit_code = 4
 
 
 class StoreError(FtengineError):

@@ -66,16 +66,20 @@ class _Blend(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        grad_out = gradients[0]
-        g, texture, mask = ctx.saved_tensors
-        needs_x, needs_g, needs_texture, _ = ctx.needs_input_grad
-        grad_g = torch.empty_like(g) if needs_g else None
-        grad_texture = torch.empty_like(texture) if needs_texture else None
-        if needs_g or needs_texture:
-            _blend_backward(grad_out.contiguous(), g, texture, mask, grad_g, grad_texture)
-        return (grad_out if needs_x else None), grad_g, grad_texture, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, gradients[0])
+
+
+@torch.autograd.function.once_differentiable
+def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of x, g, texture and mask; differentiating them again is an error, not a silent zero."""
+    g, texture, mask = ctx.saved_tensors
+    needs_x, needs_g, needs_texture, _ = ctx.needs_input_grad
+    grad_g = torch.empty_like(g) if needs_g else None
+    grad_texture = torch.empty_like(texture) if needs_texture else None
+    if needs_g or needs_texture:
+        _blend_backward(grad_out.contiguous(), g, texture, mask, grad_g, grad_texture)
+    return (grad_out if needs_x else None), grad_g, grad_texture, None
 
 
 def _blend(x: Tensor, g: Tensor, texture: Tensor, mask: Tensor, out: Tensor) -> None:

@@ -55,13 +55,11 @@ __device__ bool look_through(const double warp[2][3][3], double size_a, double s
     return true;
 }
 
-// ((index - center) / radius)^2 with the released rounding: coordinates in equal steps from -edge, where edge is the
-// last whole voxel over the radius (1 for a whole radius).
+// ((index - center) / radius)^2 with the released rounding: the coordinate counts steps of 1 / radius from the radius
+// rounded up (from -1 for a whole radius), which is not always the rounded quotient.
 __device__ double squared_coordinate(double index, double size, double radius) {
     const double reach = ceil(radius);
-    const double edge = reach / radius;
-    const double step = (edge + edge) / (2.0 * reach);
-    const double coordinate = (index - size / 2.0 + reach) * step - edge;
+    const double coordinate = (index - size / 2.0 + reach) * (1.0 / radius) - reach / radius;
     return coordinate * coordinate;
 }
 

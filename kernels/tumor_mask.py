@@ -323,15 +323,13 @@ def _look_through(
 
 
 def _squared_coordinates(size: int, radius: float) -> NDArray[np.float64]:
-    """((i - size / 2) / radius)**2 for each voxel of an axis, rounded as released: by equal steps from one end.
+    """((i - size / 2) / radius)**2 for each voxel of an axis, rounded as released.
 
-    For a whole radius the coordinates run from -1 to 1 in steps of 1 / r, not i / r: which of the voxels exactly on
-    the surface are inside depends on it.
+    The coordinate counts steps of 1 / r from the radius rounded up (from -1 for a whole radius). That is not always the
+    rounded quotient, and it decides which of the voxels exactly on the surface are inside.
     """
     reach = np.ceil(radius)
-    edge = reach / radius
-    step = (edge + edge) / (2.0 * reach)
-    coordinate = (np.arange(size) - size / 2.0 + reach) * step - edge
+    coordinate = (np.arange(size) - size / 2.0 + reach) * (1.0 / radius) - reach / radius
     squared: NDArray[np.float64] = coordinate * coordinate
     return squared
 

@@ -30,17 +30,16 @@ def tumor_mask_ref(
 def ellipsoid_box(radii_xyz: list[float]) -> NDArray[np.bool_]:
     """The ellipsoid in its box of n = 2 ceil(2 r) voxels per axis, centre at n / 2: inside where 1 - sum(u**2) > 0.
 
-    u runs over the voxels from -ceil(r) to ceil(r) around the centre as NumPy's ``linspace`` without its last-point
-    correction counts: start + i * step. For whole radii that is the released rounding of the surface.
+    u counts from -ceil(r) / r in steps of 1 / r, as start + i * step. For whole radii, from -1 to 1, that is the
+    released rounding of the voxels exactly on the surface.
     """
     squares = []
     for radius in radii_xyz:
         half, reach = math.ceil(2 * radius), math.ceil(radius)
-        edge = reach / radius
         u = np.full(2 * half, np.inf)
         for i in range(2 * reach + 1):
             if half - reach + i < 2 * half:
-                u[half - reach + i] = -edge + i * ((edge - -edge) / (2 * reach))
+                u[half - reach + i] = -reach / radius + i * (1 / radius)
         squares.append(u**2)
     x, y, z = squares
     total = x[:, None, None] + y[None, :, None] + z[None, None, :]

@@ -18,7 +18,7 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import ExplicitVRLittleEndian, RLELossless, generate_uid
 
-from ftengine.geometry import Grid, reverse_axes, sitk_frame
+from ftengine.geometry import Grid, sitk_frame
 
 CT_STORAGE = "1.2.840.10008.5.1.4.1.1.2"
 JPEG_LS_LOSSLESS = "1.2.840.10008.1.2.4.80"
@@ -126,7 +126,9 @@ def save_nrrd_in_ras(path: Path, array: NDArray[np.int16], grid: Grid, **replace
     return path
 
 
-def save_slice(path: Path, stored: NDArray[Any], *, position: Sequence[float], series: str, **tags: Any) -> pydicom.Dataset:
+def save_slice(
+    path: Path, stored: NDArray[Any], *, position: Sequence[float], series: str, **tags: Any
+) -> pydicom.Dataset:
     """Write one CT slice with canaries in its header. ``tags`` change or (None) drop elements; intercept -1024 unless given."""
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID = tags.pop("storage", CT_STORAGE)
@@ -163,7 +165,9 @@ def stored_slice(index: int, shape_yx: tuple[int, int] = (16, 12)) -> NDArray[np
     return pixels
 
 
-def save_series(folder: Path, num_slices: int = 6, *, skip: Sequence[int] = (), gap_mm: float = 2.0, prefix: str = "", **tags: Any) -> list[Path]:
+def save_series(
+    folder: Path, num_slices: int = 6, *, skip: Sequence[int] = (), gap_mm: float = 2.0, prefix: str = "", **tags: Any
+) -> list[Path]:
     """Write a CT series ``<prefix>000.dcm`` ...: slice i at z = i * gap_mm with ``stored_slice(i)``; the indices in ``skip`` are missing."""
     folder.mkdir(parents=True, exist_ok=True)
     series = tags.pop("series", generate_uid())
@@ -227,7 +231,12 @@ def make_constant_jpeg_ls(path: Path) -> None:
         bits = bits[width:]
     if scan[-1] == 0xFF:
         scan.append(0)
-    frame = b"\xff\xf7\x00\x0b\x10" + int(data.Rows).to_bytes(2, "big") + int(data.Columns).to_bytes(2, "big") + b"\x01\x01\x11\x00"
+    frame = (
+        b"\xff\xf7\x00\x0b\x10"
+        + int(data.Rows).to_bytes(2, "big")
+        + int(data.Columns).to_bytes(2, "big")
+        + b"\x01\x01\x11\x00"
+    )
     start = b"\xff\xda\x00\x08\x01\x01\x00\x00\x00\x00"
     data.PixelData = encapsulate([b"\xff\xd8" + frame + start + bytes(scan) + b"\xff\xd9"])
     data["PixelData"].VR = "OB"

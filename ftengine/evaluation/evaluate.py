@@ -13,10 +13,10 @@ from ftengine.config import RegionConfig
 from ftengine.errors import CaseError, ConfigError
 from ftengine.evaluation.infer import predict_volume
 from ftengine.evaluation.metrics import CaseScore, score_case, summarize
-from ftengine.geometry import grid_offset_vox, to_ras
+from ftengine.geometry import grid_offset_vox
 from ftengine.store.reader import Store
 from ftengine.training.checkpoint import load_segmenter
-from ftengine.volume.nifti import read_label
+from ftengine.volume.readers import read_label
 
 OnCase = Callable[[CaseScore], None]
 
@@ -114,8 +114,8 @@ def evaluate_folders(
                 raise CaseError(
                     f"{name}: has no prediction in {predictions}; want a file of the same name (with or without _label)."
                 )
-            truth, truth_grid = to_ras(*read_label(truth_file, region.labels.values()))
-            predicted, predicted_grid = to_ras(*read_label(predicted_file, region.labels.values()))
+            truth, truth_grid = read_label(truth_file, label_values=region.labels.values())
+            predicted, predicted_grid = read_label(predicted_file, label_values=region.labels.values())
             if truth.shape == predicted.shape and grid_offset_vox(truth_grid, predicted_grid) > 0.1:
                 raise CaseError(
                     f"{predicted_file}: lies on another grid than {truth_file}; want the same affine within 0.1 voxel."

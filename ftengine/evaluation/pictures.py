@@ -242,9 +242,7 @@ class Panel:
         picture = self._view.picture(difference_hu)
         return self._show(picture, cmap="PuOr", low=-limit_hu, high=limit_hu)
 
-    def outline(
-        self, mask: NDArray[np.generic], color: Color, *, dashed: bool = False, width_pt: float = 1.8
-    ) -> None:
+    def outline(self, mask: NDArray[np.generic], color: Color, *, dashed: bool = False, width_pt: float = 1.8) -> None:
         """Draw the border of a volume's mask; dashes let the dark line below show, so that both styles stand out on any grey."""
         height, width = self._view.pixel_mm
         loops = [loop * (width, height) for loop in outline(self._view.picture(mask))]
@@ -266,29 +264,37 @@ class Panel:
     def marks(self) -> None:
         """Write the patient's sides at the picture's edges."""
         edges = edge_letters(self._view.plane)
-        for letter, x, y in (
-            (edges.left, 0.035, 0.5),
-            (edges.right, 0.965, 0.5),
-            (edges.top, 0.5, 0.965),
-            (edges.bottom, 0.5, 0.035),
+        x, y = self._fraction(0.11)
+        for letter, at_x, at_y in (
+            (edges.left, x, 0.5),
+            (edges.right, 1.0 - x, 0.5),
+            (edges.top, 0.5, 1.0 - y),
+            (edges.bottom, 0.5, y),
         ):
-            self._write(x, y, letter, ha="center", va="center")
+            self._write(at_x, at_y, letter, ha="center", va="center")
 
     def scale_bar(self) -> None:
         """Draw a bar of a round number of millimetres at the lower left."""
         length_mm = scale_bar_mm(self._width_mm)
-        fraction = length_mm / self._width_mm
+        x, y = self._fraction(0.1)
         for color, width_pt in (((0.0, 0.0, 0.0), 4.2), (_WHITE, 2.4)):
             bar = Line2D(
-                [0.03, 0.03 + fraction],
-                [0.035, 0.035],
+                [x, x + length_mm / self._width_mm],
+                [y, y],
                 transform=self._axes.transAxes,
                 color=color,
                 linewidth=width_pt,
                 solid_capstyle="butt",
             )
             self._axes.add_artist(bar)
-        self._write(0.03, 0.05, f"{length_mm:g} mm", ha="left", va="bottom")
+        self._write(x, 1.6 * y, f"{length_mm:g} mm", ha="left", va="bottom")
+
+    def _fraction(self, length_in: float) -> tuple[float, float]:
+        """A length on the sheet in units of the panel's width and height."""
+        figure = self._axes.get_figure(root=True)
+        assert figure is not None  # noqa: S101 - the axes come from a sheet
+        width_in, height_in = self._axes.get_position().size * figure.get_size_inches()
+        return length_in / float(width_in), length_in / float(height_in)
 
     def _show(self, picture: NDArray[np.generic], *, cmap: str, low: float, high: float) -> AxesImage:
         height, width = self._view.extent_mm
@@ -364,9 +370,13 @@ class Sheet:
         """A sample of an outline and what it stands for."""
         y = 1.0 - (top + 0.09) / self._height_in
         x = [left / SHEET_WIDTH_IN, (left + 0.42) / SHEET_WIDTH_IN]
-        self.figure.add_artist(Line2D(x, [y, y], color=(0.0, 0.0, 0.0), linewidth=4.0))
-        style = (0, (2.4, 1.2)) if dashed else "solid"
-        self.figure.add_artist(Line2D(x, [y, y], color=color, linewidth=2.6, linestyle=style))
+        below = Line2D(x, [y, y], color=(0.0, 0.0, 0.0), linewidth=4.0, solid_capstyle="butt")
+        style: Literal["solid"] | tuple[float, tuple[float, float]] = (0.0, (2.4, 1.2)) if dashed else "solid"
+        above = Line2D(
+            x, [y, y], color=color, linewidth=2.6, linestyle=style, solid_capstyle="butt", dash_capstyle="butt"
+        )
+        self.figure.add_artist(below)
+        self.figure.add_artist(above)
         self.text(left + 0.52, top, text)
 
     def save(self, path: Path) -> None:

@@ -42,10 +42,12 @@ from ftengine.synthesis.engine import Address, Generator, Judge, Synthesizer
 from ftengine.synthesis.shape import organs_in_patch
 from ftengine.types import Augmentation, Painted, Patch, PatchRequest
 
-TRIES_PER_SHEET = 100  # patches looked at for one sheet: eligible ones are rarer than 1 in 100 only where a run would starve too
+TRIES_PER_SHEET = (
+    100  # patches looked at for one sheet: eligible ones are rarer than 1 in 100 only where a run would starve too
+)
 
 Segmenter = Callable[[torch.Tensor], torch.Tensor]
-_VIEW_NOTE = "Radiological view: R, the patient's right, is on the left of axial and coronal pictures. Planes run through"
+_VIEW_NOTE = "Radiological view: R, the patient's right, is on the left of axial and coronal pictures."
 
 
 @dataclass(frozen=True)
@@ -280,12 +282,13 @@ def _draw_sample(path: Path, config: Config, sample: _Sample, width_px: int) -> 
     columns = ["original", "mask outline", "synthetic", "difference"]
     if sample.predicted is not None:
         columns.append("judge's prediction")
-    grid = PanelGrid(views, len(columns), top=1.95, max_row_height=4.2)
-    sheet = Sheet(_whole_pixels(grid.bottom + 1.2), width_px=width_px)
+    grid = PanelGrid(views, len(columns), top=2.05, max_row_height=4.2)
+    sheet = Sheet(_whole_pixels(grid.bottom + 1.1), width_px=width_px)
     _head(sheet, config, info, request)
     for number, name in enumerate(columns):
-        sheet.text(grid.middle_of_column(number), 1.64, name, points=12.0, weight="bold", ha="center")
-    limit_hu = _round_limit(float(np.abs(difference).max()))
+        sheet.text(grid.middle_of_column(number), 1.5, name, points=12.0, weight="bold", ha="center")
+        sheet.text(grid.middle_of_column(number), 1.77, _below_heading(number, config, info), points=10.0, ha="center")
+    limit_hu = _round_limit(float(np.percentile(np.abs(difference[sample.mask]), 99)))
     shown: Any = None
     for row, view in enumerate(views):
         for column in range(len(columns)):
@@ -301,14 +304,23 @@ def _draw_sample(path: Path, config: Config, sample: _Sample, width_px: int) -> 
             panel.marks()
             if column == 0:
                 panel.scale_bar()
-        place = request.box.origin_zyx["axial coronal sagittal".split().index(view.plane)] + view.index
-        axis = {"axial": "z", "coronal": "y", "sagittal": "x"}[view.plane]
-        sheet.text(
-            0.26, grid.middle_of_row(row), f"{view.plane}, {axis} = {place}", rotation=90.0, ha="center", va="center"
-        )
+        in_volume = request.box.origin_zyx[row] + view.index  # rows and axes have one order: across z, y, x
+        name = f"{view.plane}, {'zyx'[row]} = {in_volume}"
+        sheet.text(0.26, grid.middle_of_row(row), name, rotation=90.0, ha="center", va="center")
     _foot(sheet, grid, config, sample, shown)
     sheet.save(path)
     return info
+
+
+def _below_heading(column: int, config: Config, info: SheetInfo) -> str:
+    if column == 2:
+        return "as painted, before the verdict"
+    if column == 3:
+        return "synthetic minus original, in HU"
+    if column == 4 and not isnan(info.proportion):
+        limit = "no T" if config.qc.threshold is None else f"T = {config.qc.threshold:.2f}"
+        return f"P = {info.proportion:.2f}, {limit}: {'passed' if info.passed else 'failed'}"
+    return ""
 
 
 def _head(sheet: Sheet, config: Config, info: SheetInfo, request: PatchRequest) -> None:
@@ -321,15 +333,15 @@ def _head(sheet: Sheet, config: Config, info: SheetInfo, request: PatchRequest) 
         f"{_signed(info.contrast_hu)} HU (mean change inside the mask)",
         points=12.0,
     )
-    box, low_high = request.box, config.region.window_hu
+    box = request.box
     sheet.text(
         0.5,
         0.82,
         f"address: seed {info.seed}, epoch {info.epoch}, index {info.index};  patch of {_by(box.shape_zyx)} voxels (z, y, x) at "
-        f"{_by(config.region.spacing_mm_zyx)} mm from voxel {box.origin_zyx};  window {low_high[0]:g} to {low_high[1]:g} HU",
+        f"{_by(config.region.spacing_mm_zyx)} mm from voxel {box.origin_zyx};  {_window(config.region.window_hu)}",
     )
     words, color = _verdict(config, info)
-    sheet.text(0.5, 1.12, words, points=12.0, weight="bold", color=color)
+    sheet.text(0.5, 1.1, words, points=12.0, weight="bold", color=color)
 
 
 def _verdict(config: Config, info: SheetInfo) -> tuple[str, tuple[float, float, float]]:
@@ -373,8 +385,8 @@ def _foot(sheet: Sheet, grid: PanelGrid, config: Config, sample: _Sample, shown:
         sheet.text(left, grid.bottom + 0.4, f"{_signed(value)} HU" if value else "0", ha=ha)
     sheet.text(
         0.5,
-        grid.bottom + 0.86,
-        f"{_VIEW_NOTE} the tumour. No random flips, turns or intensity changes, which the loader applies before painting.",
+        grid.bottom + 0.76,
+        f"{_VIEW_NOTE} Planes run through the tumour. No random flips, turns or intensity changes, which the loader applies before painting.",
         points=10.0,
     )
 
@@ -394,12 +406,13 @@ def write_volume_sheet(
     """Write one PNG: axial, coronal and sagittal slice of a CT with the outlines of its classes, and a legend with their volumes.
 
     image_hu: HU [z, y, x], RAS+. label: uint8 of the same shape. labels: class names to values, 0 being the background. center_zyx: voxel
-    to show; None: the centre of mass of all labelled voxels, or the middle of a volume without any. Raises ConfigError where shapes differ.
+    to show; None: the centre of mass of the largest labelled part (of all classes; two lungs have theirs between them, where none is),
+    or the middle of a volume without a label. Raises ConfigError where shapes differ.
     """
     _same_shapes(path, image_hu, {"label": label})
     shape = int_zyx(image_hu.shape)
-    labelled = np.argwhere(label > 0)
-    center = center_zyx or int_zyx(np.rint(labelled.mean(axis=0)) if len(labelled) else (n // 2 for n in shape))
+    labelled = bool((label > 0).any())
+    center = center_zyx or (central_voxel(label, spacing_mm_zyx) if labelled else int_zyx(n // 2 for n in shape))
     views = three_views(center, shape, spacing_mm_zyx)
     # side by side: a row of three views, so that each is a grid of its own, with one scale for all
     top, gap, margin = 1.15, 0.2, 0.3
@@ -414,7 +427,7 @@ def write_volume_sheet(
     sheet.text(
         margin,
         0.53,
-        f"{_by(shape)} voxels (z, y, x) at {_by(spacing_mm_zyx)} mm;  window {window_hu[0]:g} to {window_hu[1]:g} HU",
+        f"{_by(shape)} voxels (z, y, x) at {_by(spacing_mm_zyx)} mm;  {_window(window_hu)}",
         points=12.0,
     )
     left = margin
@@ -435,14 +448,19 @@ def write_volume_sheet(
         for num in [int((label == value).sum())]
     ]
     end = legend_rows(sheet, bottom + 0.2, entries)
-    sheet.text(margin, end + 0.12, f"{_VIEW_NOTE} {_what_center(center_zyx, labelled)}.", points=10.0)
+    sheet.text(
+        margin,
+        end + 0.12,
+        f"{_VIEW_NOTE} Planes run through {_what_center(center_zyx, labelled=labelled)}.",
+        points=10.0,
+    )
     sheet.save(path)
 
 
-def _what_center(center_zyx: IntZYX | None, labelled: NDArray[np.intp]) -> str:
+def _what_center(center_zyx: IntZYX | None, *, labelled: bool) -> str:
     if center_zyx is not None:
         return f"voxel {center_zyx}"
-    return "the centre of all labelled voxels" if len(labelled) else "the volume's middle, as no voxel is labelled"
+    return "the centre of the largest labelled part" if labelled else "the volume's middle, as no voxel is labelled"
 
 
 def write_prediction_sheet(
@@ -481,13 +499,13 @@ def write_prediction_sheet(
     zoom_side = min(grid.column_width, 4.2)
     zoom_top = grid.bottom + 0.14
     bottom = grid.bottom if zoom is None else zoom_top + zoom_side
-    sheet = Sheet(_whole_pixels(bottom + 0.95 + 0.28 * ceil(len(classes) / 4)), width_px=width_px)
+    sheet = Sheet(_whole_pixels(bottom + 0.75 + 0.28 * ceil(len(classes) / 4)), width_px=width_px)
     sheet.text(0.5, 0.14, shortened(title or "Truth and predictions", 90), points=17.0, weight="bold")
     sheet.text(
         0.5,
         0.53,
         f"axial slice z = {slice_z} of {shape[0]}, {_which_slice(true_tumor, tumor)};  voxels of {_by(spacing_mm_zyx)} mm (z, y, x);  "
-        f"window {window_hu[0]:g} to {window_hu[1]:g} HU",
+        f"{_window(window_hu)}",
         points=12.0,
     )
     for number, (name, shown) in enumerate(columns.items()):
@@ -502,17 +520,17 @@ def write_prediction_sheet(
             panels.append(Panel(sheet.axes(middle - zoom_side / 2, zoom_top, zoom_side, zoom_side), view, zoom))
         for panel in panels:
             panel.grey(image_hu, window_hu)
+            if is_model:  # below the model's own lines: where both agree, only those are seen
+                panel.outline(true_tumor, (1.0, 1.0, 1.0), dashed=True, width_pt=1.3)
             if shown is not None:
                 for _, value in classes:
                     panel.outline(shown == value, class_color(value), width_pt=1.5)
-            if is_model:
-                panel.outline(true_tumor, (1.0, 1.0, 1.0), dashed=True, width_pt=1.2)
             panel.marks()
             if number == 0:
                 panel.scale_bar()
     end = legend_rows(sheet, bottom + 0.2, [(name, class_color(value)) for name, value in classes], per_row=4)
-    sheet.legend_entry(0.5, end + 0.02, "true tumour, in the models' pictures", (1.0, 1.0, 1.0), dashed=True)
-    sheet.text(5.0, end + 0.02, f"{_VIEW_NOTE.split('.')[0]}.".replace(" and coronal", ""), points=10.0)
+    sheet.legend_entry(0.5, end + 0.02, "true tumour, where a model differs from it", (1.0, 1.0, 1.0), dashed=True)
+    sheet.text(5.5, end + 0.02, _VIEW_NOTE, points=10.0)
     sheet.save(path)
 
 
@@ -568,7 +586,7 @@ def _whole_pixels(height_in: float) -> float:
 
 
 def _round_limit(value_hu: float) -> float:
-    """The next of 10, 20, 50, 100 ... HU, so that the colours of sheets can be compared."""
+    """The next of 10, 20, 50, 100 ... HU, so that the colours of sheets can be compared; what lies beyond has the full colour."""
     limit = 10.0
     for step in (2.0, 2.5, 2.0) * 4:
         if limit >= value_hu:
@@ -580,6 +598,10 @@ def _round_limit(value_hu: float) -> float:
 def _signed(value: float) -> str:
     """A number with its sign, as a minus and not a hyphen."""
     return f"{value:+.0f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _window(window_hu: tuple[float, float]) -> str:
+    return f"window {window_hu[0]:g} to {window_hu[1]:g} HU".replace("-", "\N{MINUS SIGN}")
 
 
 def _by(values: Sequence[float]) -> str:

@@ -52,7 +52,7 @@ def load_checkpoint(path: str | Path, kind: Kind | None = None) -> dict[str, Any
         document = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, OSError) as error:
         raise ConfigError(
-            f"{path}: is not a checkpoint of ftengine or is damaged ({str(error).splitlines()[0][:160]})."
+            f"{path}: is not a checkpoint of ftengine or is damaged ({' '.join(str(error).split())[:160] or 'empty'})."
         ) from error
     if not isinstance(document, dict) or "format" not in document or "kind" not in document:
         raise ConfigError(f"{path}: is not a checkpoint of ftengine (no format and kind in it).")

@@ -10,6 +10,7 @@ Random numbers are drawn whether or not a shape is in view, so the anatomy of a 
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -19,9 +20,20 @@ from ftengine.geometry import IntZYX
 
 Floats: TypeAlias = NDArray[np.float32]
 Slices: TypeAlias = tuple[slice, slice, slice]
-Segment: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64], float, float]  # start, end (z y x mm), radius at both
+Segment: TypeAlias = tuple[
+    NDArray[np.float64], NDArray[np.float64], float, float
+]  # start, end (z y x mm), radius at both
 
-AIR_HU, LUNG_GAS_HU, FAT_HU, SKIN_HU, MUSCLE_HU, FLUID_HU, CORTICAL_HU, MARROW_HU = -1000, -950, -102, 15, 55, 15, 520, 190
+AIR_HU, LUNG_GAS_HU, FAT_HU, SKIN_HU, MUSCLE_HU, FLUID_HU, CORTICAL_HU, MARROW_HU = (
+    -1000,
+    -950,
+    -102,
+    15,
+    55,
+    15,
+    520,
+    190,
+)
 WARP_PITCH_MM, WARP_SD_MM = 70.0, 3.5
 BUMP_PITCH_MM = 21.0
 FAR_MM = 1e3  # the level where a shape was not evaluated
@@ -61,7 +73,9 @@ class Scanner:
 def drawn_tissues(scanner: Scanner, rng: np.random.Generator) -> Scanner:
     """The scanner with the HU of one patient: each enhancing tissue off by a normal number of sd 3 HU, at most 6."""
     names = [f.name for f in fields(Scanner) if f.name.endswith("_hu") and f.name != "noise_hu"]
-    changes: dict[str, Any] = {name: getattr(scanner, name) + float(np.clip(3 * rng.standard_normal(), -6, 6)) for name in names}
+    changes: dict[str, Any] = {
+        name: getattr(scanner, name) + float(np.clip(3 * rng.standard_normal(), -6, 6)) for name in names
+    }
     return replace(scanner, **changes)
 
 
@@ -81,7 +95,10 @@ class Shape:
         if box == self.box:
             return self.level
         level = np.full([s.stop - s.start for s in box], FAR_MM, dtype=np.float32)
-        common = [slice(max(a.start, b.start), max(a.start, b.start, min(a.stop, b.stop))) for a, b in zip(box, self.box, strict=True)]
+        common = [
+            slice(max(a.start, b.start), max(a.start, b.start, min(a.stop, b.stop)))
+            for a, b in zip(box, self.box, strict=True)
+        ]
         to = tuple(slice(c.start - a.start, c.stop - a.start) for c, a in zip(common, box, strict=True))
         of = tuple(slice(c.start - b.start, c.stop - b.start) for c, b in zip(common, self.box, strict=True))
         level[to] = self.level[of]
@@ -141,7 +158,9 @@ class Canvas:
     Holds ``hu`` (float32) and ``label`` (uint8), both [z, y, x].
     """
 
-    def __init__(self, positions_mm: tuple[NDArray[np.float64], ...], rng: np.random.Generator, texture: Floats) -> None:
+    def __init__(
+        self, positions_mm: tuple[NDArray[np.float64], ...], rng: np.random.Generator, texture: Floats
+    ) -> None:
         self.positions_mm = positions_mm
         self.shape_zyx: IntZYX = (len(positions_mm[0]), len(positions_mm[1]), len(positions_mm[2]))
         self.full: Slices = (slice(0, self.shape_zyx[0]), slice(0, self.shape_zyx[1]), slice(0, self.shape_zyx[2]))
@@ -149,7 +168,8 @@ class Canvas:
         self.edge_mm = max(0.8, float(np.mean(steps)))
         self._warp = [WARP_SD_MM * random_lattice(rng, 12) for _ in range(3)]
         self.coordinates = tuple(
-            lattice_field(w, positions_mm, WARP_PITCH_MM) + np.expand_dims(p, [a for a in range(3) if a != axis]).astype(np.float32)
+            lattice_field(w, positions_mm, WARP_PITCH_MM)
+            + np.expand_dims(p, [a for a in range(3) if a != axis]).astype(np.float32)
             for axis, (w, p) in enumerate(zip(self._warp, positions_mm, strict=True))
         )
         self.bumps = lattice_field(random_lattice(rng, 32), positions_mm, BUMP_PITCH_MM)
@@ -162,15 +182,29 @@ class Canvas:
         low, high = np.asarray(low_mm, dtype=np.float64), np.asarray(high_mm, dtype=np.float64)
         middle = (low + high) / 2
         # Bending moves the middle by its own displacement and the rest by little more: the displacement changes by < 0.25 mm per mm.
-        at = tuple(min(max(int(np.searchsorted(p, m)), 0), len(p) - 1) for p, m in zip(self.positions_mm, middle, strict=True))
+        at = tuple(
+            min(max(int(np.searchsorted(p, m)), 0), len(p) - 1) for p, m in zip(self.positions_mm, middle, strict=True)
+        )
         shift = [float(c[at]) - p[i] for c, p, i in zip(self.coordinates, self.positions_mm, at, strict=True)]
         reach = 1.25 * (high - low) / 2 + 0.06 * float((high - low).max()) + 2 + self.edge_mm
-        start = [int(np.searchsorted(p, m - s - r)) for p, m, s, r in zip(self.positions_mm, middle, shift, reach, strict=True)]
-        stop = [int(np.searchsorted(p, m - s + r, "right")) for p, m, s, r in zip(self.positions_mm, middle, shift, reach, strict=True)]
+        start = [
+            int(np.searchsorted(p, m - s - r))
+            for p, m, s, r in zip(self.positions_mm, middle, shift, reach, strict=True)
+        ]
+        stop = [
+            int(np.searchsorted(p, m - s + r, "right"))
+            for p, m, s, r in zip(self.positions_mm, middle, shift, reach, strict=True)
+        ]
         return slice(start[0], stop[0]), slice(start[1], stop[1]), slice(start[2], stop[2])
 
     def ellipsoid(
-        self, center: Sequence[float], radii: Sequence[float], turn: NDArray[np.float64] | None = None, *, bump_mm: float = 0, room_mm: float = 0
+        self,
+        center: Sequence[float],
+        radii: Sequence[float],
+        turn: NDArray[np.float64] | None = None,
+        *,
+        bump_mm: float = 0,
+        room_mm: float = 0,
     ) -> Shape:
         """An ellipsoid with radii along the (turned) z, y, x axes; ``room_mm`` widens its box for a later ``grown``."""
         r = np.asarray(radii, dtype=np.float64)
@@ -210,7 +244,9 @@ class Canvas:
         union = (slice(start[0], stop[0]), slice(start[1], stop[1]), slice(start[2], stop[2]))
         return Shape(union, level + np.float32(bump_mm) * self.bumps[union] if bump_mm else level)
 
-    def column(self, center_yx: tuple[float, float], half_yx: tuple[float, float], width: Floats | None = None) -> Shape:
+    def column(
+        self, center_yx: tuple[float, float], half_yx: tuple[float, float], width: Floats | None = None
+    ) -> Shape:
         """An endless column along z whose section is between an ellipse and a rounded box; ``width`` scales it by z plane."""
         _, y, x = self.coordinates
         inverse = np.float32(1) if width is None else (1 / np.maximum(width, np.float32(0.05)))[:, None, None]
@@ -228,7 +264,9 @@ class Canvas:
         q += ((x - np.float32(center[2])) * np.float32(1 / radii[2])) ** 2
         return Shape(self.full, (np.sqrt(q) - 1) * np.float32(min(radii)))
 
-    def paint(self, shape: Shape, hu: float | Floats, *, texture: float = 0, label: int | None = None, halo_mm: float = 0) -> None:
+    def paint(
+        self, shape: Shape, hu: float | Floats, *, texture: float = 0, label: int | None = None, halo_mm: float = 0
+    ) -> None:
         """Lay a shape over what is there; ``label`` is written where the level is negative, ``halo_mm`` parts it by fat first."""
         if halo_mm:
             self.paint(shape.grown(halo_mm), FAT_HU, texture=0.7, label=0)
@@ -243,11 +281,17 @@ class Canvas:
 def path(*points: Sequence[float]) -> list[Segment]:
     """A tube through points (z, y, x, radius)."""
     p = np.asarray(points, dtype=np.float64)
-    return [(a[:3], b[:3], float(a[3]), float(b[3])) for a, b in zip(p[:-1], p[1:], strict=True)]
+    return [(a[:3], b[:3], float(a[3]), float(b[3])) for a, b in pairwise(p)]
 
 
 def tree(
-    rng: np.random.Generator, root: ArrayLike, toward: ArrayLike, length_mm: float, radius_mm: float, generations: int, spread: float = 0.75
+    rng: np.random.Generator,
+    root: ArrayLike,
+    toward: ArrayLike,
+    length_mm: float,
+    radius_mm: float,
+    generations: int,
+    spread: float = 0.75,
 ) -> list[Segment]:
     """A branching vessel: each branch bends once and splits in two thinner, shorter ones."""
     start, direction = np.asarray(root, dtype=np.float64), np.asarray(toward, dtype=np.float64)
@@ -255,13 +299,24 @@ def tree(
     bent = direction + 0.25 * rng.standard_normal(3)
     middle = start + 0.5 * length_mm * direction
     end = middle + 0.5 * length_mm * bent / np.linalg.norm(bent)
-    segments: list[Segment] = [(start, middle, radius_mm, 0.96 * radius_mm), (middle, end, 0.96 * radius_mm, 0.92 * radius_mm)]
+    segments: list[Segment] = [
+        (start, middle, radius_mm, 0.96 * radius_mm),
+        (middle, end, 0.96 * radius_mm, 0.92 * radius_mm),
+    ]
     if generations > 1:
         side = rng.standard_normal(3)
         side -= direction * (side @ direction)
         side *= spread / np.linalg.norm(side)
         for sign, share in ((1, rng.uniform(0.62, 0.8)), (-1, rng.uniform(0.72, 0.88))):
-            segments += tree(rng, end, direction + sign * side, length_mm * rng.uniform(0.68, 0.9), radius_mm * share, generations - 1, spread)
+            segments += tree(
+                rng,
+                end,
+                direction + sign * side,
+                length_mm * rng.uniform(0.68, 0.9),
+                radius_mm * share,
+                generations - 1,
+                spread,
+            )
     return segments
 
 
@@ -286,14 +341,18 @@ def paint_table(canvas: Canvas, back_y_mm: float, half_width_mm: float) -> None:
     canvas.hu[:, shell] = -180
 
 
-def paint_spine(canvas: Canvas, rng: np.random.Generator, y_mm: float, half_yx: tuple[float, float], pitch_mm: float) -> None:
+def paint_spine(
+    canvas: Canvas, rng: np.random.Generator, y_mm: float, half_yx: tuple[float, float], pitch_mm: float
+) -> None:
     """Vertebral bodies, discs, canal, arches and spinous and transverse processes around (y, x) = (y_mm, 0)."""
     phase = rng.uniform(0, pitch_mm)
     half_y, half_x = half_yx
     canal_y = y_mm - half_y - 10
     box = canvas.window((-FAR_MM, canal_y - 45, -half_x - 45), (FAR_MM, y_mm + half_y + 4, half_x + 45))
     z, y, x = (c[box] for c in canvas.coordinates)
-    along = np.abs((z + np.float32(phase)) % np.float32(pitch_mm) - np.float32(pitch_mm / 2))  # 0 in the middle of a vertebra
+    along = np.abs(
+        (z + np.float32(phase)) % np.float32(pitch_mm) - np.float32(pitch_mm / 2)
+    )  # 0 in the middle of a vertebra
     # bodies are waisted: the end plates are wider than the middle
     waist = np.float32(0.9) + np.float32(0.1) * (along * np.float32(2 / pitch_mm)) ** 2
     radial = np.sqrt(((y - np.float32(y_mm)) * np.float32(1 / half_y)) ** 2 + ((x * np.float32(1 / half_x)) ** 2))
@@ -305,7 +364,10 @@ def paint_spine(canvas: Canvas, rng: np.random.Generator, y_mm: float, half_yx: 
     ring = np.sqrt((y - np.float32(canal_y)) ** 2 + (x * np.float32(0.85)) ** 2)
     arch_z = np.abs(along - np.float32(2)) - np.float32(pitch_mm * 0.33)
     arch = np.maximum(ring - np.float32(14), arch_z)
-    spinous = np.maximum(np.maximum(np.abs(x) - np.float32(3.5), np.abs(y - np.float32(canal_y - 22)) - np.float32(17)), along - np.float32(9))
+    spinous = np.maximum(
+        np.maximum(np.abs(x) - np.float32(3.5), np.abs(y - np.float32(canal_y - 22)) - np.float32(17)),
+        along - np.float32(9),
+    )
     wing = np.sqrt((y - np.float32(canal_y + 2) + np.float32(0.12) * np.abs(x)) ** 2 + along**2) - np.float32(5.5)
     wing = np.maximum(wing, np.abs(x) - np.float32(half_x + 16))
     bone = Shape(box, np.minimum(np.minimum(arch, spinous), wing))
@@ -346,7 +408,14 @@ def paint_ribs(canvas: Canvas, curves: Iterable[NDArray[np.float64]]) -> None:
     canvas.paint(shape.grown(-1.9), MARROW_HU, texture=3)
 
 
-def paint_wall(canvas: Canvas, rng: np.random.Generator, cavity_yx: tuple[float, float], center_y: float, wall_mm: float, width: Floats | None = None) -> Shape:
+def paint_wall(
+    canvas: Canvas,
+    rng: np.random.Generator,
+    cavity_yx: tuple[float, float],
+    center_y: float,
+    wall_mm: float,
+    width: Floats | None = None,
+) -> Shape:
     """Table, skin, subcutaneous fat and muscle; the muscle wall lies ``wall_mm`` around the cavity. Returns the body."""
     fat_mm = float(rng.uniform(9, 30))
     half_y, half_x = cavity_yx[0] + wall_mm, cavity_yx[1] + wall_mm
@@ -358,11 +427,21 @@ def paint_wall(canvas: Canvas, rng: np.random.Generator, cavity_yx: tuple[float,
     canvas.paint(body.grown(-2), FAT_HU, texture=1)
     muscle = canvas.column((muscle_y, 0), (muscle_half_y, half_x), width)
     canvas.paint(muscle, MUSCLE_HU, texture=1.5)
-    canvas.paint(Shape(muscle.box, np.abs(muscle.level + np.float32(wall_mm * 0.5)) - np.float32(0.7)), -40)  # fascia between the layers
+    canvas.paint(
+        Shape(muscle.box, np.abs(muscle.level + np.float32(wall_mm * 0.5)) - np.float32(0.7)), -40
+    )  # fascia between the layers
     return body
 
 
-def paint_hollow(canvas: Canvas, shape: Shape, rng: np.random.Generator, *, content_hu: float, gas_y_mm: float | None, wall_mm: float = 2.5) -> None:
+def paint_hollow(
+    canvas: Canvas,
+    shape: Shape,
+    rng: np.random.Generator,
+    *,
+    content_hu: float,
+    gas_y_mm: float | None,
+    wall_mm: float = 2.5,
+) -> None:
     """Stomach or bowel: wall, content and, in front of ``gas_y_mm``, gas with a level surface (the patient lies on the back)."""
     canvas.paint(shape.grown(1.5), FAT_HU, texture=0.7)
     canvas.paint(shape, 75 + float(rng.uniform(-10, 20)), texture=1)

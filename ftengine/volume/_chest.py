@@ -45,10 +45,14 @@ def paint_chest(canvas: Canvas, rng: np.random.Generator, look: Scanner) -> dict
         spot, turn = jitter(rng, (50, -74, side * 96), 3), rotation(turn_z_deg=-side * 38)
         canvas.paint(canvas.ellipsoid(spot, (74, 13, 44), turn).within(body.grown(-5)), MUSCLE_HU, texture=1.5)
         canvas.paint(canvas.ellipsoid(spot, (66, 4, 34), turn).within(body.grown(-7)), CORTICAL_HU - 60)
-        pectoral = canvas.ellipsoid((45, 90, side * 68), (60, 15, 46), rotation(turn_z_deg=-side * 22)).within(body.grown(-6))
+        pectoral = canvas.ellipsoid((45, 90, side * 68), (60, 15, 46), rotation(turn_z_deg=-side * 22)).within(
+            body.grown(-6)
+        )
         canvas.paint(pectoral, MUSCLE_HU, texture=1.5)
         canvas.paint(canvas.tubes(path((300, -96, side * 28, 17), (-300, -96, side * 28, 17))), MUSCLE_HU, texture=2)
-        clavicle = canvas.tubes(path((70, 84, side * 18, 6), (84, 76, side * 60, 5.5), (98, 50, side * 105, 5.5), (100, 20, side * 122, 6)))
+        clavicle = canvas.tubes(
+            path((70, 84, side * 18, 6), (84, 76, side * 60, 5.5), (98, 50, side * 105, 5.5), (100, 20, side * 122, 6))
+        )
         canvas.paint(clavicle, CORTICAL_HU)
         canvas.paint(clavicle.grown(-2), MARROW_HU, texture=2)
     cavity = canvas.column((CAVITY_Y_MM, 0), CAVITY_YX_MM, _taper(height).astype(np.float32))
@@ -58,22 +62,42 @@ def paint_chest(canvas: Canvas, rng: np.random.Generator, look: Scanner) -> dict
     abdomen = Shape(canvas.full, smooth_union(right.level, left.level, 30))
     _paint_below(canvas, rng, look, cavity, abdomen)
 
-    heart = canvas.ellipsoid(jitter(rng, (-72, 22, -20), 4), sizes(rng, (50, 46, 60), 0.07), rotation(turn_z_deg=-28, turn_y_deg=22), bump_mm=2, room_mm=9)
+    heart = canvas.ellipsoid(
+        jitter(rng, (-72, 22, -20), 4),
+        sizes(rng, (50, 46, 60), 0.07),
+        rotation(turn_z_deg=-28, turn_y_deg=22),
+        bump_mm=2,
+        room_mm=9,
+    )
     heart = Shape(heart.box, np.maximum(heart.level, np.float32(3) - abdomen.on(heart.box)))
-    middle = Shape(canvas.full, np.float32(28) * (np.sqrt(((y - np.float32(4)) * np.float32(1 / 104)) ** 2 + (x * np.float32(1 / 27)) ** 2) - 1))
+    middle = Shape(
+        canvas.full,
+        np.float32(28)
+        * (np.sqrt(((y - np.float32(4)) * np.float32(1 / 104)) ** 2 + (x * np.float32(1 / 27)) ** 2) - 1),
+    )
     lung = cavity.grown(-3).without(abdomen.grown(3)).without(middle).without(heart.grown(5))
     lung = Shape(lung.box, lung.level + np.float32(1.2) * canvas.bumps)
     # the dependent (posterior) lung holds more blood: the patient lies on the back
     canvas.paint(lung, np.float32(look.lung_hu) - np.float32(0.3) * y, texture=2.5, label=1)
     for side in (1, -1):
-        fissure = np.abs(z * np.float32(0.78) + y * np.float32(0.62) + np.float32(22) + 4 * canvas.bumps) - np.float32(0.3)
+        fissure = np.abs(z * np.float32(0.78) + y * np.float32(0.62) + np.float32(22) + 4 * canvas.bumps) - np.float32(
+            0.3
+        )
         half = np.maximum(fissure, np.float32(10) - np.float32(side) * x)
         canvas.paint(Shape(canvas.full, half).within(lung), look.lung_hu + 160)
     _paint_lung_vessels(canvas, rng, look, lung)
 
     paint_spine(canvas, rng, -64, (14, 18), 27)
     curves = [
-        rib(side, 118 - 25 * k, 40 + 6 * min(k, 7), CAVITY_Y_MM, (CAVITY_YX_MM[0] + 5, CAVITY_YX_MM[1] + 5), 152 - 9 * max(0, k - 6), _taper)
+        rib(
+            side,
+            118 - 25 * k,
+            40 + 6 * min(k, 7),
+            CAVITY_Y_MM,
+            (CAVITY_YX_MM[0] + 5, CAVITY_YX_MM[1] + 5),
+            152 - 9 * max(0, k - 6),
+            _taper,
+        )
         for k in range(13)
         for side in (1, -1)
     ]
@@ -111,14 +135,23 @@ def _paint_lung_vessels(canvas: Canvas, rng: np.random.Generator, look: Scanner,
     """Arteries, veins and bronchi, branching from the two hila into every part of the lungs."""
     vessels: list[Segment] = []
     bronchi: list[Segment] = []
-    ways = ((1.0, 0.35, 0.45), (1.0, -0.5, 0.4), (0.3, 1.0, 0.55), (0.2, -0.7, 1.0), (-0.2, 0.5, 1.0), (-1.0, 0.5, 0.7), (-1.0, -0.3, 0.75), (-1.0, -0.8, 0.35))
+    ways = (
+        (1.0, 0.35, 0.45),
+        (1.0, -0.5, 0.4),
+        (0.3, 1.0, 0.55),
+        (0.2, -0.7, 1.0),
+        (-0.2, 0.5, 1.0),
+        (-1.0, 0.5, 0.7),
+        (-1.0, -0.3, 0.75),
+        (-1.0, -0.8, 0.35),
+    )
     for side in (1, -1):
         hilum = np.array(HILUM_MM) * (1, 1, side)
         for k, way in enumerate(ways):
             toward = np.array(jitter(rng, way, 0.12)) * (1, 1, side)
             vessels += tree(rng, hilum + jitter(rng, (0, 0, 0), 4), toward, float(rng.uniform(32, 42)), 4.6, 6, 0.6)
             if k % 2 == 0:
-                bronchi += tree(rng, hilum + (4.0, -4.0, 0.0), toward + 0.1, 28, 3.6, 3, 0.55)
+                bronchi += tree(rng, hilum + np.array([4.0, -4.0, 0.0]), toward + 0.1, 28, 3.6, 3, 0.55)
     canvas.paint(canvas.tubes(vessels).within(lung.grown(-1.5)), 0.5 * look.arterial_hu + 20)
     airways = canvas.tubes(bronchi, room_mm=2).within(lung)
     canvas.paint(airways.grown(0.8), -260)

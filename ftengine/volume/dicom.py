@@ -45,7 +45,7 @@ _DICOM_MAGIC = b"DICM"
 _PREAMBLE_BYTES = 128
 _META_START = b"\x02\x00\x00\x00UL\x04\x00"  # file meta information where the preamble was lost
 _GROUP_8 = b"\x08\x00"
-_PIXEL_DATA = b"\xe0\x7f\x10\x00"
+_PIXEL_DATA, _PIXEL_DATA_BIG_ENDIAN = b"\xe0\x7f\x10\x00", b"\x7f\xe0\x00\x10"
 _ITEM, _SEQUENCE_END = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0"
 _UNDEFINED_LENGTH = 0xFFFFFFFF
 _CT = "1.2.840.10008.5.1.4.1.1.2"
@@ -60,8 +60,8 @@ _TAGS = [
 ]  # fmt: skip
 # what pydicom raises for damaged bytes, found by cutting and flipping them; it documents no list
 _PARSE_ERRORS = (
-    InvalidDicomError, BytesLengthException, EOFError, OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, NotImplementedError,
-    RecursionError, struct.error, zlib.error, LookupError,
+    InvalidDicomError, BytesLengthException, EOFError, OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
+    NotImplementedError, RecursionError, struct.error, zlib.error,
 )  # fmt: skip
 
 
@@ -186,6 +186,9 @@ def read_slice_header(path: Path) -> SliceHeader | None:
             if sop_class not in (_CT, *_CT_MULTIFRAME) and not (is_ct and has_place):
                 return None
             series = str(header.get("SeriesInstanceUID") or "")
+            if syntax != _DEFLATED and not _at_pixels(file, syntax):
+                # the last value read may be cut, the series among them: this file may belong to any series
+                return SliceHeader(path, "", "is cut short (no pixel data)", has_preamble)
             problem = _problem(header, sop_class)
             if not problem and syntax != _DEFLATED:
                 problem = _pixel_problem(file, path.stat().st_size, syntax, header)
@@ -246,12 +249,18 @@ def _problem(header: Any, sop_class: str) -> str:
     return ""
 
 
+def _at_pixels(file: Any, syntax: str) -> bool:
+    """Whether ``file``, where pydicom stopped, stands at the tag of the pixel data."""
+    here = file.tell()
+    tag = file.read(4)
+    file.seek(here)
+    return bool(tag == (_PIXEL_DATA_BIG_ENDIAN if syntax == _BIG_ENDIAN else _PIXEL_DATA))
+
+
 def _pixel_problem(file: Any, size_bytes: int, syntax: str, header: Any) -> str:
-    """Why the pixel data cannot be whole, or ''; ``file`` stands where pydicom stopped, at the tag of the pixel data."""
+    """Why the pixel data cannot be whole, or ''; ``file`` stands at the tag of the pixel data."""
     big, implicit = syntax == _BIG_ENDIAN, syntax == _IMPLICIT
     start = file.read(8 if implicit else 12)
-    if (start[:4] != b"\x7f\xe0\x00\x10") if big else (start[:4] != _PIXEL_DATA):
-        return "is cut short (no pixel data)"
     if len(start) < (8 if implicit else 12):
         return "is cut short (no pixel data)"
     (length,) = struct.unpack(">I" if big else "<I", start[-4:])
@@ -264,7 +273,7 @@ def _pixel_problem(file: Any, size_bytes: int, syntax: str, header: Any) -> str:
     # encapsulated: a chain of items up to a delimiter; decoders fill the rest of a cut image with grey, so walk the chain
     while True:
         tag, size = file.read(4), file.read(4)
-        if tag == _SEQUENCE_END:
+        if tag == _SEQUENCE_END and len(size) == 4:
             return ""
         if tag != _ITEM or len(size) < 4:
             return "is cut short (its compressed pixel data have no end)"

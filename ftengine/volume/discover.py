@@ -332,15 +332,12 @@ def _names(image: _Found) -> list[str]:
 
 def _beside(image: _Found) -> Path | None:
     """The label beside an image (or beside a DICOM folder)."""
-    return _only(
-        [
-            image.path.parent / f"{name}{suffix}{e}"
-            for name in _names(image)
-            for suffix in LABEL_SUFFIXES
-            for e in EXTENSIONS
-        ],
-        image,
-    )
+    # "." has no parent by name
+    folder = Path(os.path.abspath(image.path)).parent if image.path.is_dir() else image.path.parent
+    candidates = [
+        folder / f"{name}{suffix}{e}" for name in _names(image) for suffix in LABEL_SUFFIXES for e in EXTENSIONS
+    ]
+    return _only(candidates, image)
 
 
 def _in_folder(image: _Found, labels: Path) -> Path | None:

@@ -8,10 +8,11 @@ raises   CaseError for missing or damaged data, vectors, more than three axes, a
 =======  ==========================================================================================
 
 SimpleITK's own decoding is not used. Of a compressed MetaImage with one flipped byte, with a wrong CompressedDataSize, or without
-that optional field, it returns wrong voxels (four in ten, in our trial) without an error; behind a gzip NRRD it ignores the checksum.
+that optional field, it returned partly wrong voxels without an error; behind a gzip NRRD it ignores a lost checksum.
 """
 
 import gzip
+import math
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
@@ -77,6 +78,7 @@ def _checked_header(path: Path, where: str, assume_orientation: str | None) -> t
     for key in () if is_nrrd else ("dimsize", "elementtype"):
         if key not in fields:
             raise CaseError(f"{where}: a MetaImage header without {key!r}; want all its fields. Write the file again.")
+    _voxel_file(path, where, fields, is_nrrd=is_nrrd)  # ITK opens it for the header of a NRRD already
     reader = sitk.ImageFileReader()
     reader.SetImageIO("NrrdImageIO" if is_nrrd else "MetaImageIO")  # by content: ITK itself goes by the name
     reader.SetFileName(str(path))
@@ -158,29 +160,18 @@ def _text_header(path: Path, where: str) -> tuple[dict[str, str], bool, int]:
 def _read_voxels(path: Path, where: str, grid: Grid, dtype: np.dtype[Any], notes: list[str]) -> NDArray[Any]:
     """The voxels z, y, x; CaseError unless the file that holds them is there, is whole and has a right checksum."""
     fields, is_nrrd, header_bytes = _text_header(path, where)
-    name = fields.get("datafile", "LOCAL") if is_nrrd else fields["elementdatafile"]
-    if name.upper().startswith("LIST") or "%" in name:
-        raise CaseError(
-            f"{where}: its voxels are spread over several files; want one file. Write it again as one .nrrd, .mha or .nii.gz."
-        )
-    data = path
-    if name.upper() != "LOCAL":
-        if not _is_inside(name):
-            raise CaseError(
-                f"{where}: its data file lies outside its own folder; want it beside the header. Move both into one folder."
-            )
-        data = path.parent / name
-        header_bytes = 0
+    data = _voxel_file(path, where, fields, is_nrrd=is_nrrd)
+    header_bytes = header_bytes if data == path else 0
     compression, big_endian = _encoding(fields, where, is_nrrd=is_nrrd)
     lines = _whole_number(fields, "lineskip", where)
     skip = _whole_number(fields, "byteskip" if is_nrrd else "headersize", where)
-    voxels = np.empty(grid.shape_zyx, dtype=dtype.newbyteorder(">" if big_endian else "<"))
+    num_bytes = math.prod(grid.shape_zyx) * dtype.itemsize
     try:
         with data.open("rb") as file:
             size_bytes = data.stat().st_size
-            if voxels.nbytes > size_bytes * (MAX_DEFLATE_RATIO if compression else 1):
+            if num_bytes > size_bytes * (MAX_DEFLATE_RATIO if compression else 1):
                 raise CaseError(
-                    f"{shown(data)}: cut short: the header promises {voxels.nbytes:,} bytes of voxels, the file has "
+                    f"{shown(data)}: cut short: the header promises {num_bytes:,} bytes of voxels, the file has "
                     f"{size_bytes:,} bytes. Copy or write it again."
                 )
             if is_nrrd:
@@ -194,7 +185,8 @@ def _read_voxels(path: Path, where: str, grid: Grid, dtype: np.dtype[Any], notes
                     raise CaseError(
                         f"{where}: compressed voxels at an unknown place (skip of -1). Write the file again."
                     )
-                file.seek(size_bytes - voxels.nbytes)
+                file.seek(size_bytes - num_bytes)
+            voxels = np.empty(grid.shape_zyx, dtype=dtype.newbyteorder(">" if big_endian else "<"))
             got, surplus = _fill(voxels, _blocks(file, compression), skip if is_nrrd and skip > 0 else 0)
     except (zlib.error, EOFError, gzip.BadGzipFile) as error:
         raise CaseError(
@@ -205,13 +197,30 @@ def _read_voxels(path: Path, where: str, grid: Grid, dtype: np.dtype[Any], notes
             f"{where}: its voxels in {shown(data)} cannot be read ({error.strerror or type(error).__name__}). "
             "Put the data file beside its header."
         ) from error
-    if got < voxels.nbytes:
-        raise CaseError(
-            f"{shown(data)}: cut short: {got:,} of {voxels.nbytes:,} bytes of voxels. Copy or write it again."
-        )
+    if got < num_bytes:
+        raise CaseError(f"{shown(data)}: cut short: {got:,} of {num_bytes:,} bytes of voxels. Copy or write it again.")
     if surplus:
         notes.append(f"{surplus:,} bytes behind the voxels were ignored")
     return voxels if voxels.dtype.isnative else voxels.astype(dtype)
+
+
+def _voxel_file(path: Path, where: str, fields: Mapping[str, str], *, is_nrrd: bool) -> Path:
+    """The file that holds the voxels: ``path`` itself or one beside it; CaseError for several, missing or far ones."""
+    name = fields.get("datafile", "LOCAL") if is_nrrd else fields["elementdatafile"]
+    if name.upper().startswith("LIST") or "%" in name:
+        raise CaseError(
+            f"{where}: its voxels are spread over several files; want one file. Write it again as one .nrrd, .mha or .nii.gz."
+        )
+    if name.upper() == "LOCAL":
+        return path
+    if not _is_inside(name):
+        raise CaseError(
+            f"{where}: its data file lies outside its own folder; want it beside the header. Move both into one folder."
+        )
+    data = path.parent / name
+    if not data.is_file():
+        raise CaseError(f"{where}: its voxels in {shown(data)} are missing. Put the data file beside its header.")
+    return data
 
 
 def _encoding(fields: Mapping[str, str], where: str, *, is_nrrd: bool) -> tuple[str, bool]:

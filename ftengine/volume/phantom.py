@@ -34,29 +34,26 @@ from ftengine.volume._anatomy import (
     Floats,
     Scanner,
     Shape,
-    Slices,
     drawn_tissues,
     lattice_field,
     random_lattice,
-    rotation,
 )
 from ftengine.volume._chest import paint_chest
+from ftengine.volume._tumors import KINDS, LABELS, TUMOR_OF, PlacedTumor, Scene, Tumor, TumorSpec, paint_tumors
 
-__all__ = ["KINDS", "LABELS", "SCANNERS", "Phantom", "PlacedTumor", "Scanner", "Tumor", "TumorSpec", "make_phantom", "write_phantom_dataset"]
+__all__ = [
+    "KINDS",
+    "LABELS",
+    "SCANNERS",
+    "Phantom",
+    "PlacedTumor",
+    "Scanner",
+    "Tumor",
+    "TumorSpec",
+    "make_phantom",
+    "write_phantom_dataset",
+]
 
-LABELS: Mapping[str, Mapping[str, int]] = {
-    "abdomen": {"liver": 1, "liver_tumor": 2, "pancreas": 3, "pancreas_tumor": 4, "kidney": 5, "kidney_tumor": 6},
-    "chest": {"lung": 1, "lesion": 2},
-}
-TUMOR_OF: Mapping[str, Mapping[str, str]] = {
-    "abdomen": {"liver": "liver_tumor", "pancreas": "pancreas_tumor", "kidney": "kidney_tumor"},
-    "chest": {"lung": "lesion"},
-}
-# share of drawn tumours and range of their contrast to the organ; rim is the contrast of the core, its rim has -0.6 times that
-KINDS: Mapping[str, Mapping[str, tuple[float, tuple[float, float]]]] = {
-    "abdomen": {"hypo": (0.75, (-60.0, -15.0)), "hyper": (0.12, (15.0, 45.0)), "rim": (0.13, (-60.0, -20.0))},
-    "chest": {"solid": (0.65, (700.0, 900.0)), "ground_glass": (0.35, (200.0, 400.0))},
-}
 # Liver and vein HU follow the five scanners of the first trial (few labels, many scanners); the sixth is a delayed phase.
 SCANNERS: tuple[Scanner, ...] = (
     Scanner("portal-a", 105, 145, 150, 100, 118, 185, 170, 20, -855, 0.7, 6.5, 0.8),
@@ -68,67 +65,14 @@ SCANNERS: tuple[Scanner, ...] = (
 )
 NEED_MM_ZYX: Mapping[str, FloatZYX] = {"abdomen": (190.0, 185.0, 262.0), "chest": (250.0, 190.0, 262.0)}
 VIEW_MM_ZYX: Mapping[str, FloatZYX] = {"abdomen": (14.0, 2.0, 2.0), "chest": (-22.0, 2.0, 0.0)}
-PAINTERS: Mapping[str, Callable[[Canvas, np.random.Generator, Scanner], dict[str, Shape]]] = {"abdomen": paint_abdomen, "chest": paint_chest}
+PAINTERS: Mapping[str, Callable[[Canvas, np.random.Generator, Scanner], dict[str, Shape]]] = {
+    "abdomen": paint_abdomen,
+    "chest": paint_chest,
+}
 MAX_STRETCH = 1.3
 LUNG_KERNEL_NOISE = 1.8  # chest scans are reconstructed sharper
+GEOMETRY_DRAW, TUMOR_DRAW = 3, 4  # draws of the case's stream: 0 anatomy, 1 scanner, 2 noise; one per tumour from 4 on
 PADDING_HU, MAX_HU = -1024, 3071
-
-
-@dataclass(frozen=True)
-class Tumor:
-    """A tumour to paint: organ, diameter of the sphere of its volume in mm, contrast to the organ in HU, kind.
-
-    Kinds: abdomen ``hypo``, ``hyper`` (homogeneous; both take any contrast), ``rim`` (core of ``contrast_hu``, rim of -0.6 times that);
-    chest ``solid`` (replaces the lung) and ``ground_glass`` (added to it). Raises ConfigError.
-    """
-
-    organ: str
-    diameter_mm: float
-    contrast_hu: float = -40.0
-    kind: str = "hypo"
-
-    def __post_init__(self) -> None:
-        if not (np.isfinite(self.diameter_mm) and 0 < self.diameter_mm <= 200):
-            raise ConfigError(f"Tumor: diameter_mm={self.diameter_mm}; want a length above 0 and at most 200 mm.")
-        if not np.isfinite(self.contrast_hu):
-            raise ConfigError(f"Tumor: contrast_hu={self.contrast_hu}; want a finite number of HU.")
-        kinds = [kind for of_region in KINDS.values() for kind in of_region]
-        if self.kind not in kinds:
-            raise ConfigError(f"Tumor: kind={self.kind!r}; want one of {', '.join(kinds)}.")
-
-
-@dataclass(frozen=True)
-class PlacedTumor(Tumor):
-    """A tumour as it lies in a phantom.
-
-    center_mm_zyx: patient coordinates (RAS+ mm, order z y x) of its centre. num_voxels: voxels it got in the label. inside_fraction: the
-    share of its own voxels that lie in its organ and in view; 1 means the labelled volume is that of ``diameter_mm``.
-    """
-
-    center_mm_zyx: FloatZYX = (0.0, 0.0, 0.0)
-    num_voxels: int = 0
-    inside_fraction: float = 1.0
-
-
-@dataclass(frozen=True)
-class TumorSpec:
-    """How tumours are drawn: number per volume (both ends included), log-uniform diameter in mm, organs (None: all of the region).
-
-    Kinds and contrasts follow ``KINDS``. A diameter is lowered, at most to the smallest asked, where the organ is too thin for it.
-    Raises ConfigError.
-    """
-
-    num_tumors: tuple[int, int] = (1, 3)
-    diameter_mm: tuple[float, float] = (8.0, 30.0)
-    organs: tuple[str, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.num_tumors[0] <= self.num_tumors[1]:
-            raise ConfigError(f"TumorSpec: num_tumors={self.num_tumors}; want 0 <= low <= high.")
-        if not 0 < self.diameter_mm[0] <= self.diameter_mm[1] <= 200:
-            raise ConfigError(f"TumorSpec: diameter_mm={self.diameter_mm}; want 0 < low <= high <= 200, in mm.")
-        if self.organs is not None and not self.organs:
-            raise ConfigError("TumorSpec: organs=() names no organ; want at least one, or None for all of the region.")
 
 
 @dataclass(frozen=True)
@@ -167,20 +111,37 @@ def make_phantom(
     """
     shape_zyx, spacing_mm_zyx = int_zyx(shape_zyx), float_zyx(spacing_mm_zyx)
     _check(region, seed, case, shape_zyx, spacing_mm_zyx, tumors, scanner)
-    anatomy_rng, look_rng, tumor_rng, noise_rng = (patch_rng(seed, Purpose.PHANTOM, index=case, draw=k) for k in range(4))
+    anatomy_rng, look_rng, noise_rng = (patch_rng(seed, Purpose.PHANTOM, index=case, draw=k) for k in range(3))
     drawn = int(look_rng.integers(len(SCANNERS)))
     nominal = SCANNERS[drawn if scanner is None else scanner]
     look = drawn_tissues(nominal, look_rng)
 
-    scale = _body_scale(region, shape_zyx, spacing_mm_zyx, float(np.exp(0.045 * np.clip(anatomy_rng.standard_normal(), -2, 2))))
+    scale = _body_scale(
+        region, shape_zyx, spacing_mm_zyx, float(np.exp(0.045 * np.clip(anatomy_rng.standard_normal(), -2, 2)))
+    )
     shift_mm = np.clip(anatomy_rng.standard_normal(3), -2, 2) * (4, 3, 4)
     middle_mm = (np.array(VIEW_MM_ZYX[region]) + shift_mm) * scale  # of the field of view, in patient coordinates
-    world_mm = tuple(m + s * (np.arange(n) - (n - 1) / 2) for m, s, n in zip(middle_mm, spacing_mm_zyx, shape_zyx, strict=True))
-    texture = 4.5 * lattice_field(random_lattice(look_rng, 96), world_mm, 4.0) + 4.0 * lattice_field(random_lattice(look_rng, 32), world_mm, 13.0)
+    world_mm = tuple(
+        m + s * (np.arange(n) - (n - 1) / 2) for m, s, n in zip(middle_mm, spacing_mm_zyx, shape_zyx, strict=True)
+    )
+    texture = 4.5 * lattice_field(random_lattice(look_rng, 96), world_mm, 4.0) + 4.0 * lattice_field(
+        random_lattice(look_rng, 32), world_mm, 13.0
+    )
     canvas = Canvas(tuple(w / s for w, s in zip(world_mm, scale, strict=True)), anatomy_rng, texture)
     organs = PAINTERS[region](canvas, anatomy_rng, look)
     _drop_specks(canvas, region, organs)
-    placed = _paint_tumors(canvas, region, organs, tumors, look, world_mm, spacing_mm_zyx, float(np.mean(scale)), tumor_rng)
+    # what other tissue was painted over belongs to the organ no more; lengths are mm of the image from here on
+    room = {
+        name: Shape(
+            s.box,
+            np.where(canvas.label[s.box] == LABELS[region][name], np.float32(scale.mean()) * s.level, np.float32(0.1)),
+        )
+        for name, s in organs.items()
+    }
+    scene = Scene(region, canvas, room, look, world_mm, spacing_mm_zyx)
+    placed = paint_tumors(
+        scene, tumors, lambda k: patch_rng(seed, Purpose.PHANTOM, index=case, draw=TUMOR_DRAW + 1 + k)
+    )
 
     x0, y0, z0 = (float(w[0]) for w in reversed(world_mm))
     matrix = np.diag([*reversed(spacing_mm_zyx), 1.0])
@@ -219,12 +180,16 @@ def write_phantom_dataset(
     if not 0 <= wanted <= num_volumes:
         raise ConfigError(f"write_phantom_dataset: num_with_tumors={wanted}; want 0 to num_volumes={num_volumes}.")
     if scanners is not None and not scanners:
-        raise ConfigError("write_phantom_dataset: scanners=() names no scanner; want at least one index, or None to draw one per case.")
+        raise ConfigError(
+            "write_phantom_dataset: scanners=() names no scanner; want at least one index, or None to draw one per case."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     images: list[Path] = []
     for k in range(num_volumes):
         case = first_case + k
-        shape, spacing = _varied(seed, case, shape_zyx, spacing_mm_zyx) if vary_geometry else (shape_zyx, spacing_mm_zyx)
+        shape, spacing = (
+            _varied(seed, case, shape_zyx, spacing_mm_zyx) if vary_geometry else (shape_zyx, spacing_mm_zyx)
+        )
         phantom = make_phantom(
             region,
             seed=seed,
@@ -248,16 +213,24 @@ def write_phantom_dataset(
 
 
 def _check(
-    region: str, seed: int, case: int, shape_zyx: IntZYX, spacing_mm_zyx: FloatZYX, tumors: TumorSpec | Sequence[Tumor] | None, scanner: int | None
+    region: str,
+    seed: int,
+    case: int,
+    shape_zyx: IntZYX,
+    spacing_mm_zyx: FloatZYX,
+    tumors: TumorSpec | Sequence[Tumor] | None,
+    scanner: int | None,
 ) -> None:
     if region not in LABELS:
         raise ConfigError(f"make_phantom: region={region!r}; want one of {', '.join(LABELS)}.")
-    if min(seed, case) < 0:
-        raise ConfigError(f"make_phantom: seed={seed}, case={case}; want numbers of at least 0.")
+    if not 0 <= min(seed, case) <= max(seed, case) < 2**63:
+        raise ConfigError(f"make_phantom: seed={seed}, case={case}; want numbers from 0 to 2**63 - 1.")
     if min(shape_zyx) < 8:
         raise ConfigError(f"make_phantom: shape_zyx={shape_zyx}; want at least 8 voxels on each axis.")
     if not all(np.isfinite(s) and 0 < s <= 20 for s in spacing_mm_zyx):
-        raise ConfigError(f"make_phantom: spacing_mm_zyx={spacing_mm_zyx}; want three lengths above 0 and at most 20 mm.")
+        raise ConfigError(
+            f"make_phantom: spacing_mm_zyx={spacing_mm_zyx}; want three lengths above 0 and at most 20 mm."
+        )
     if scanner is not None and not 0 <= scanner < len(SCANNERS):
         raise ConfigError(f"make_phantom: scanner={scanner}; want None or 0 to {len(SCANNERS) - 1}.")
     if tumors is None:
@@ -265,10 +238,14 @@ def _check(
     organs = (tumors.organs or ()) if isinstance(tumors, TumorSpec) else tuple(t.organ for t in tumors)
     for organ in organs:
         if organ not in TUMOR_OF[region]:
-            raise ConfigError(f"make_phantom: tumour organ {organ!r} in region {region!r}; want one of {', '.join(TUMOR_OF[region])}.")
+            raise ConfigError(
+                f"make_phantom: tumour organ {organ!r} in region {region!r}; want one of {', '.join(TUMOR_OF[region])}."
+            )
     for tumor in () if isinstance(tumors, TumorSpec) else tumors:
         if tumor.kind not in KINDS[region]:
-            raise ConfigError(f"make_phantom: tumour kind {tumor.kind!r} in region {region!r}; want one of {', '.join(KINDS[region])}.")
+            raise ConfigError(
+                f"make_phantom: tumour kind {tumor.kind!r} in region {region!r}; want one of {', '.join(KINDS[region])}."
+            )
 
 
 def _body_scale(region: str, shape_zyx: IntZYX, spacing_mm_zyx: FloatZYX, patient: float) -> NDArray[np.float64]:
@@ -278,7 +255,9 @@ def _body_scale(region: str, shape_zyx: IntZYX, spacing_mm_zyx: FloatZYX, patien
     return np.asarray(np.minimum(scale, MAX_STRETCH * scale.min()))
 
 
-def _scanned(hu: Floats, scanner: Scanner, spacing_mm_zyx: FloatZYX, rng: np.random.Generator, noise_factor: float) -> NDArray[np.int16]:
+def _scanned(
+    hu: Floats, scanner: Scanner, spacing_mm_zyx: FloatZYX, rng: np.random.Generator, noise_factor: float
+) -> NDArray[np.int16]:
     """Blur, correlated noise of the scanner's sd, padding outside its circle, int16."""
 
     def blurred(x: Floats, sigma_mm: float) -> Floats:
@@ -306,137 +285,16 @@ def _drop_specks(canvas: Canvas, region: str, organs: Mapping[str, Shape]) -> No
             label_zyx[small[pieces]] = 0
 
 
-def _paint_tumors(
-    canvas: Canvas,
-    region: str,
-    organs: Mapping[str, Shape],
-    tumors: TumorSpec | Sequence[Tumor] | None,
-    look: Scanner,
-    world_mm: tuple[NDArray[np.float64], ...],
-    spacing_mm_zyx: FloatZYX,
-    scale: float,
-    rng: np.random.Generator,
-) -> tuple[PlacedTumor, ...]:
-    """Place and paint tumours one after the other, away from one another where there is room."""
-    if tumors is None:
-        return ()
-    # what other tissue was painted over belongs to the organ no more; lengths in mm of the image from here on
-    depth_mm = {name: np.where(canvas.label[s.box] == LABELS[region][name], -scale * s.level, np.float32(-0.1)) for name, s in organs.items()}
-    placed: list[PlacedTumor] = []
-    num = int(rng.integers(tumors.num_tumors[0], tumors.num_tumors[1] + 1)) if isinstance(tumors, TumorSpec) else len(tumors)
-    for k in range(num):
-        tumor_rng = np.random.Generator(np.random.Philox(key=rng.integers(2**63, size=2, dtype=np.uint64)))
-        tumor = _drawn_tumor(tumors, region, depth_mm, tumor_rng) if isinstance(tumors, TumorSpec) else tumors[k]
-        depth, box = depth_mm[tumor.organ], organs[tumor.organ].box
-        if not (depth > 0).any():
-            raise ConfigError(f"make_phantom: no {tumor.organ} in a field of view of {canvas.shape_zyx} voxels; want more or larger voxels.")
-        center = _center(tumor, depth, box, world_mm, placed, tumor_rng)
-        placed.append(_paint_tumor(canvas, region, tumor, center, depth, box, look, world_mm, spacing_mm_zyx, tumor_rng))
-    return tuple(placed)
-
-
-def _drawn_tumor(spec: TumorSpec, region: str, depth_mm: Mapping[str, Floats], rng: np.random.Generator) -> Tumor:
-    names = spec.organs or tuple(TUMOR_OF[region])
-    organ = names[int(rng.integers(len(names)))]
-    low, high = spec.diameter_mm
-    diameter = float(np.exp(rng.uniform(np.log(low), np.log(high))))
-    room = 2.4 * float(depth_mm[organ].max(initial=0.0))
-    kinds = list(KINDS[region])
-    kind = kinds[int(rng.choice(len(kinds), p=[KINDS[region][k][0] for k in kinds]))]
-    return Tumor(organ, max(low, min(diameter, room)), float(rng.uniform(*KINDS[region][kind][1])), kind)
-
-
-def _center(
-    tumor: Tumor, depth: Floats, box: Slices, world_mm: tuple[NDArray[np.float64], ...], placed: Sequence[PlacedTumor], rng: np.random.Generator
-) -> NDArray[np.float64]:
-    """A voxel centre (mm, z y x) deep in the organ, in view and clear of other tumours; the wishes are dropped in reverse order.
-
-    Points are drawn in millimetres and the first that falls on an allowed voxel wins, so that another spacing hardly moves the tumour.
-    """
-    radius = tumor.diameter_mm / 2
-    axes = [w[s] for w, s in zip(world_mm, box, strict=True)]
-    allowed = depth >= min(rng.uniform(0.8, 1.4) * radius, 0.85 * float(depth.max()))
-    z, y, x = axes[0][:, None, None], axes[1][None, :, None], axes[2][None, None, :]
-    border = [np.minimum(a - w[0], w[-1] - a) for a, w in zip((z, y, x), world_mm, strict=True)]
-    in_view = (border[0] >= radius) & (border[1] >= radius) & (border[2] >= radius)
-    clear = np.ones_like(allowed)
-    for other in placed:
-        o = other.center_mm_zyx
-        clear &= (z - o[0]) ** 2 + (y - o[1]) ** 2 + (x - o[2]) ** 2 > (radius + other.diameter_mm / 2 + 4) ** 2
-    for wish in (in_view & clear, in_view, clear):
-        if (allowed & wish).any():
-            allowed &= wish
-            break
-    found = np.argwhere(allowed)
-    low = np.array([a[i] for a, i in zip(axes, found.min(axis=0), strict=True)])
-    high = np.array([a[i] for a, i in zip(axes, found.max(axis=0), strict=True)])
-    points = low + rng.random((400, 3)) * (high - low)
-    nearest = [np.clip(np.rint((points[:, i] - a[0]) / (a[1] - a[0] if len(a) > 1 else 1.0)), 0, len(a) - 1).astype(int) for i, a in enumerate(axes)]
-    hits = np.flatnonzero(allowed[nearest[0], nearest[1], nearest[2]])
-    if hits.size:
-        return points[hits[0]]
-    index = found[int(rng.integers(len(found)))]
-    return np.array([a[i] for a, i in zip(axes, index, strict=True)])
-
-
-def _paint_tumor(
-    canvas: Canvas,
-    region: str,
-    tumor: Tumor,
-    center: NDArray[np.float64],
-    depth: Floats,
-    box: Slices,
-    look: Scanner,
-    world_mm: tuple[NDArray[np.float64], ...],
-    spacing_mm_zyx: FloatZYX,
-    rng: np.random.Generator,
-) -> PlacedTumor:
-    """Paint a warped ellipsoid whose volume, on an endless grid, is that of the sphere of ``diameter_mm``."""
-    radius = tumor.diameter_mm / 2
-    stretch = np.exp(np.clip(0.16 * rng.standard_normal(3), -0.25, 0.25))
-    axes = radius * stretch / np.prod(stretch) ** (1 / 3)
-    turn = rotation(*rng.uniform(0, 180, 3))
-    lattice = random_lattice(rng, 8)
-    edge_mm = max(float(np.mean(spacing_mm_zyx)), float(rng.uniform(0.1, 0.35)) * radius)
-
-    # the voxels around the tumour, also those out of view: its volume must not depend on the border
-    first = [int(np.floor((c - 1.9 * radius - w[0]) / s)) for c, w, s in zip(center, world_mm, spacing_mm_zyx, strict=True)]
-    last = [int(np.ceil((c + 1.9 * radius - w[0]) / s)) for c, w, s in zip(center, world_mm, spacing_mm_zyx, strict=True)]
-    offset = [w[0] + s * np.arange(a, b + 1) - c for a, b, c, w, s in zip(first, last, center, world_mm, spacing_mm_zyx, strict=True)]
-    p = np.stack(np.meshgrid(*offset, indexing="ij"), axis=-1) @ turn / axes
-    level = (np.sqrt((p**2).sum(axis=-1)) - 1 + 0.1 * lattice_field(lattice, offset, 0.9 * radius)) * radius
-    num_asked = max(1, round(np.pi / 6 * tumor.diameter_mm**3 / float(np.prod(spacing_mm_zyx))))
-    level -= np.partition(level.ravel(), num_asked - 1)[num_asked - 1]
-
-    seen = [slice(max(a, s.start), max(a, s.start, min(b + 1, s.stop))) for a, b, s in zip(first, last, box, strict=True)]
-    view: Slices = (seen[0], seen[1], seen[2])
-    level = level[tuple(slice(s.start - a, s.stop - a) for s, a in zip(view, first, strict=True))].astype(np.float32)
-    organ_depth = depth[tuple(slice(s.start - b.start, s.stop - b.start) for s, b in zip(view, box, strict=True))]
-
-    base = {"liver": look.liver_hu, "pancreas": look.pancreas_hu, "kidney": look.kidney_hu, "lung": look.lung_hu}[tumor.organ]
-    contrast = np.full(level.shape, tumor.contrast_hu, dtype=np.float32)
-    if tumor.kind == "rim":
-        contrast[level > -0.3 * radius] *= -0.6
-    hu = canvas.hu[view]
-    target = np.minimum(hu + contrast, 60) if tumor.kind == "ground_glass" else base + contrast + np.float32(0.8) * canvas.texture[view]
-    alpha = np.clip(np.float32(0.5) - level / edge_mm, 0, 1) * np.clip(np.float32(0.5) + organ_depth / edge_mm, 0, 1)
-    hu += alpha * (target - hu)
-    label = canvas.label[view]
-    labelled = (level <= 0) & (label == LABELS[region][tumor.organ])
-    label[labelled] = LABELS[region][TUMOR_OF[region][tumor.organ]]
-    num = int(labelled.sum())
-    z, y, x = (float(c) for c in center)
-    return PlacedTumor(tumor.organ, tumor.diameter_mm, tumor.contrast_hu, tumor.kind, (z, y, x), num, num / num_asked)
-
-
 def _varied(seed: int, case: int, shape_zyx: IntZYX, spacing_mm_zyx: FloatZYX) -> tuple[IntZYX, FloatZYX]:
     """Another spacing for two of three cases, with the same field of view to within half a voxel."""
     if case % 3 == 0:
         return shape_zyx, spacing_mm_zyx
-    rng = patch_rng(seed, Purpose.PHANTOM, index=case, draw=4)
+    rng = patch_rng(seed, Purpose.PHANTOM, index=case, draw=GEOMETRY_DRAW)
     along, in_plane = float(rng.uniform(1.0, 1.6)), float(rng.uniform(0.8, 1.2))
     spacing = float_zyx(round(s * f, 3) for s, f in zip(spacing_mm_zyx, (along, in_plane, in_plane), strict=True))
-    return int_zyx(max(8, round(n * a / b)) for n, a, b in zip(shape_zyx, spacing_mm_zyx, spacing, strict=True)), spacing
+    return int_zyx(
+        max(8, round(n * a / b)) for n, a, b in zip(shape_zyx, spacing_mm_zyx, spacing, strict=True)
+    ), spacing
 
 
 def _lps(grid: Grid) -> Grid:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ftengine.errors import CaseError
-from ftengine.geometry import FloatZYX, IntZYX, grid_offset_vox, ras_grid, to_ras
+from ftengine.geometry import FloatZYX, Grid, IntZYX, grid_offset_vox, ras_grid, to_ras
 from ftengine.types import Volume
 from ftengine.volume.dicom import load_dicom, looks_like_dicom, probe_dicom
 from ftengine.volume.itk import NRRD_MAGIC, is_metaimage, load_itk, probe_itk
@@ -88,6 +88,14 @@ def read_volume(
     values = to_label(raw_label, where, label_values=label_values, label_map=label_map)
     notes += [f"label: {note}" for note in raw_label.notes]
     return Volume(image_hu, to_ras(values, raw_label.grid)[0], grid, native, tuple(notes))
+
+
+def read_label(
+    label: Path, *, label_values: Collection[int] | None = None, label_map: Mapping[int, int] | None = None
+) -> tuple[NDArray[np.uint8], Grid]:
+    """A label file alone, turned to RAS+: uint8 [z, y, x] and its grid. Values and errors as in ``read_volume``."""
+    raw = _load_label(label, None)
+    return to_ras(to_label(raw, shown(label), label_values=label_values, label_map=label_map), raw.grid)
 
 
 def probe(image: Path, *, series_files: Collection[Path] = (), assume_orientation: str | None = None) -> Probe:

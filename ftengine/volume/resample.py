@@ -6,7 +6,7 @@ does     SimpleITK in index space with identity directions: oblique grids are re
 output   image linear, rounded half to even to int16; labels nearest; edge voxels replicate
 =======  ==========================================================================================
 
-There is no low-pass before thinning out, as in nnU-Net and MONAI: the released FreeTumor weights were trained that way.
+There is no low-pass before thinning out: the released FreeTumor weights were trained on plain bilinear resampling (reference: MONAI).
 """
 
 from dataclasses import replace

@@ -35,7 +35,7 @@ static uint3 threadIdx, blockIdx, blockDim, gridDim;
 namespace cuda_cpu {
 
 constexpr std::size_t STACK_BYTES = 64 << 10;
-constexpr std::size_t GUARD_BYTES = 64;
+constexpr std::size_t GUARD_BYTES = 16 << 10;
 constexpr unsigned char POISON = 0xFF;  // as float or double: NaN
 
 // A stack that runs threads one after another; while one of them waits at a barrier, the stack is its own.

@@ -188,7 +188,7 @@ def test_each_input_may_want_a_gradient_alone(on_cpu: KernelsOnCpu, name: str) -
         everything = masked_blend_gradients_ref(
             np.ones(case.x.shape), *(as_array(t) for t in (case.g, case.texture, case.mask))
         )
-        wanted = dict(zip(("x", "g", "texture"), everything, strict=True))[name]
+        wanted = everything[("x", "g", "texture").index(name)]
         found = inputs[name].grad
         assert found is not None
         np.testing.assert_allclose(
@@ -197,11 +197,25 @@ def test_each_input_may_want_a_gradient_alone(on_cpu: KernelsOnCpu, name: str) -
 
 
 def test_released_chest_variant_can_be_written_with_it() -> None:
-    """The module's docstring: x + M sigmoid(h) t is the blend with g = atanh(sigmoid(h)) and the texture -t."""
+    """The module's docstring: x + M sigmoid(h) t is the blend with g = atanh(sigmoid(h)) and the texture -t.
+
+    An error of atanh reaches tanh(g) times (1 - s^2) g, which is below 1/2: the way there and back adds a few roundings.
+    """
     case = case_of(5, (1, 3, 4, 5), torch.uint8)
     s = torch.sigmoid(case.g)
     painted = masked_blend(case.x, torch.atanh(s), -case.texture, case.mask)
-    np.testing.assert_allclose(as_array(painted), as_array(case.x + case.mask * s * case.texture), rtol=0, atol=1e-5)
+    tolerance = (2 * TANH + 6) * EPS32 * float((case.x.abs() + case.texture.abs()).max())
+    np.testing.assert_allclose(
+        as_array(painted), as_array(case.x + case.mask * s * case.texture), rtol=0, atol=tolerance
+    )
+
+
+def test_a_second_derivative_is_refused() -> None:
+    case = case_of(8, (1, 3, 4, 5), torch.float32)
+    g = case.g.clone().requires_grad_()
+    (first,) = torch.autograd.grad(masked_blend(case.x, g, case.texture, case.mask).sum(), g, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        torch.autograd.grad(first.sum(), g)
 
 
 def test_no_gradient_is_kept_under_no_grad() -> None:

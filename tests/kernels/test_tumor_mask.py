@@ -173,25 +173,54 @@ def test_mask_lies_in_the_organ_and_in_its_box(tumor: Tumor) -> None:
     assert not mask.any()
 
 
+# An axis (z y x), the warp that moves a lookup along it first, and the one that moves it next, as (plane, component).
+TWICE_WARPED = [(0, (2, 1), (1, 1)), (1, (1, 0), (0, 1)), (2, (2, 0), (0, 0))]
+
+
+@pytest.mark.parametrize(("axis", "there", "back"), TWICE_WARPED)
+@pytest.mark.parametrize("shift", [5.0, 5.4, 4.6, -6.0, -5.3, -4.5, -4.7])
+def test_what_leaves_the_box_on_the_way_is_lost(
+    on_cpu: KernelsOnCpu, axis: int, there: tuple[int, int], back: tuple[int, int], shift: float
+) -> None:
+    """Shift along an axis, then back by the rounded shift: the ellipsoid, less what was outside the box in between.
+
+    The ellipsoid of radius 4 holds the voxels 5..11 of its box 0..15. Shifts by halves lie in the rounding band: there
+    the reference has its own opinion.
+    """
+    warp = NO_WARP.copy()
+    warp[there], warp[back] = shift, -np.floor(shift + 0.5)
+    plain = Tumor((8, 8, 8), (4.0, 4.0, 4.0), NO_WARP, (16, 16, 16))
+    index = np.indices(plain.shape_zyx)[axis]
+    wanted = plain.drawn() & (index + shift >= 0) & (index + shift <= 15)
+    warped = replace(plain, warp=warp)
+    by_cpu_path = warped.drawn()
+    if 2 * shift != round(2 * shift):
+        assert num_different(by_cpu_path, wanted) == 0
+        assert num_different(warped.reference(), wanted) == 0
+    with on_cpu("forward"):
+        assert num_different(warped.drawn(), by_cpu_path) == 0
+
+
 def test_box_of_a_tumour_is_cut_to_the_volume() -> None:
     boxes = tumor_boxes([(5, 5, 5), (0, 9, 30)], [(1, 2, 1.2), (1, 1, 1)], (10, 10, 10))
     assert boxes == [Box((3, 1, 2), (4, 8, 6)), Box((0, 7, 10), (2, 3, 0))]
 
 
-def batch() -> dict[str, Any]:
-    """Three tumours of one volume size: inside, at a corner, outside."""
+def batch(device: torch.device | None = None, **changes: Any) -> dict[str, Any]:
+    """Arguments for three tumours in volumes of one size, inside, at a corner and outside; the organ on ``device``."""
     rng = np.random.default_rng(11)
-    return {
+    args: dict[str, Any] = {
         "center_zyx": np.array([[10, 9, 14], [0, 17, 1], [-20, 5, 5]]),
         "radii_zyx": np.array([[3.0, 4.0, 5.0], [2.0, 6.5, 3.0], [2.0, 2.0, 2.0]]),
         "warp": rng.standard_normal((3, 3, 2, 3, 3)),
         "shape_zyx": (20, 18, 30),
-        "organ": torch.from_numpy(rng.integers(0, 3, (3, 20, 18, 30), dtype=np.uint8)),
+        "organ": torch.from_numpy(rng.integers(0, 3, (3, 20, 18, 30), dtype=np.uint8)).to(device or "cpu"),
     }
+    return {**args, **changes}
 
 
 def check_batch_equals_its_samples(device: torch.device) -> None:
-    args = batch() | {"organ": batch()["organ"].to(device)}
+    args = batch(device)
     together = tumor_mask(**args)
     assert together.device == device
     assert together[0].any()
@@ -210,7 +239,7 @@ def check_batch_equals_its_samples(device: torch.device) -> None:
 
 def check_forms_of_arguments(device: torch.device) -> None:
     """Lists, arrays, tensors; a bool organ; a float32 warp, also on the device; an out that held something."""
-    args = batch() | {"organ": batch()["organ"].to(device)}
+    args = batch(device)
     expected = tumor_mask(**args)
     out = Guarded((3, 20, 18, 30), torch.uint8, device=device)
     assert tumor_mask(**args, out=out.tensor) is out.tensor
@@ -223,11 +252,11 @@ def check_forms_of_arguments(device: torch.device) -> None:
         "shape_zyx": torch.Size(args["shape_zyx"]),
         "organ": args["organ"] > 0,
     }
-    assert same_bits(tumor_mask(**(args | others)), expected)
+    assert same_bits(tumor_mask(**others), expected)
     single = args["warp"].astype(np.float32)
-    rounded = tumor_mask(**(args | {"warp": single.astype(np.float64)}))
-    assert same_bits(tumor_mask(**(args | {"warp": single})), rounded)
-    assert same_bits(tumor_mask(**(args | {"warp": torch.from_numpy(single).to(device)})), rounded)
+    rounded = tumor_mask(**batch(device, warp=single.astype(np.float64)))
+    assert same_bits(tumor_mask(**batch(device, warp=single)), rounded)
+    assert same_bits(tumor_mask(**batch(device, warp=torch.from_numpy(single).to(device))), rounded)
 
 
 def test_batch_equals_its_samples(on_cpu: KernelsOnCpu) -> None:
@@ -315,7 +344,7 @@ def test_gpu_equals_cpu_path_in_every_voxel(cuda: torch.device, tumor: Tumor) ->
 @pytest.mark.gpu
 def test_gpu_equals_reference(cuda: torch.device) -> None:
     args = batch()
-    masks = tumor_mask(**(args | {"organ": args["organ"].to(cuda)})).cpu().numpy()
+    masks = tumor_mask(**batch(cuda)).cpu().numpy()
     for b in range(3):
         wanted = tumor_mask_ref(
             args["center_zyx"][b], args["radii_zyx"][b], args["warp"][b], args["shape_zyx"], args["organ"][b]
@@ -327,19 +356,19 @@ def test_gpu_equals_reference(cuda: torch.device) -> None:
 def test_gpu_keeps_the_promises(cuda: torch.device) -> None:
     check_batch_equals_its_samples(cuda)
     check_forms_of_arguments(cuda)
-    args = batch() | {"organ": None, "warp": torch.full((3, 3, 2, 3, 3), torch.nan, dtype=torch.float64, device=cuda)}
-    assert not tumor_mask(**args).any(), "a warp that is not a number finds no voxel"
+    warp = torch.full((3, 3, 2, 3, 3), torch.nan, dtype=torch.float64, device=cuda)
+    assert not tumor_mask(**batch(organ=None, warp=warp)).any(), "a warp that is not a number finds no voxel"
     with pytest.raises(KernelInputError, match="center_zyx is on cuda:0; want it on the host"):
-        tumor_mask(**(args | {"center_zyx": torch.zeros(3, 3, dtype=torch.int64, device=cuda)}))
+        tumor_mask(**batch(cuda, center_zyx=torch.zeros(3, 3, dtype=torch.int64, device=cuda)))
     with pytest.raises(KernelInputError, match="warp is on cuda:0; want cpu"):
-        tumor_mask(**(args | {"organ": batch()["organ"]}))
+        tumor_mask(**batch(warp=warp))
 
 
 @pytest.mark.gpu
 def test_gpu_works_on_the_current_stream_without_a_sync(cuda: torch.device) -> None:
-    data = batch()["organ"].to(cuda)
-    expected = tumor_mask(**(batch() | {"organ": data}))
-    assert same_bits(run_behind_a_late_copy(data, lambda organ: tumor_mask(**(batch() | {"organ": organ}))), expected)
+    expected = tumor_mask(**batch(cuda))
+    late = run_behind_a_late_copy(batch(cuda)["organ"], lambda organ: tumor_mask(**batch(organ=organ)))
+    assert same_bits(late, expected)
 
 
 @pytest.mark.gpu

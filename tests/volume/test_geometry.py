@@ -67,7 +67,9 @@ def test_to_ras_keeps_every_voxel_where_it_is_in_the_patient(grid: Grid, seed: i
     assert turned_grid == ras_grid(grid)
     old = tuple(int(v) for v in np.random.default_rng(seed).integers(0, (5, 6, 7)))
     new = tuple(int(v[0]) for v in np.nonzero(turned == array[old]))
-    np.testing.assert_allclose(world(turned_grid, (new[0], new[1], new[2])), world(grid, (old[0], old[1], old[2])), atol=1e-9)
+    np.testing.assert_allclose(
+        world(turned_grid, (new[0], new[1], new[2])), world(grid, (old[0], old[1], old[2])), atol=1e-9
+    )
 
 
 @given(grid=oblique_grids())

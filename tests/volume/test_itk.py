@@ -53,7 +53,10 @@ def test_our_decoding_equals_simpleitk_s_on_whole_files(tmp_path: Path, name: st
     np.testing.assert_array_equal(raw.values, sitk.GetArrayFromImage(sitk.ReadImage(str(path))))
 
 
-@pytest.mark.parametrize(("name", "old", "new"), [("a.nrrd", b"endian: little", b"endian: big"), ("a.mha", b"OrderMSB = False", b"OrderMSB = True")])
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [("a.nrrd", b"endian: little", b"endian: big"), ("a.mha", b"OrderMSB = False", b"OrderMSB = True")],
+)
 def test_big_endian_voxels(tmp_path: Path, name: str, old: bytes, new: bytes) -> None:
     swapped = ct_array().byteswap()
     volume = read_volume(replaced(save_itk(tmp_path / name, swapped), old, new))
@@ -148,10 +151,17 @@ def test_voxels_behind_skipped_bytes_and_lines(tmp_path: Path) -> None:
     voxels = ct_array().tobytes()
     (tmp_path / "v.raw").write_bytes(b"a line\nanother\nxyz" + voxels)
     text = {"data_file": "v.raw", "line_skip": "2", "byte_skip": "3"}
-    np.testing.assert_array_equal(read_volume(save_nrrd_in_ras(tmp_path / "b.nhdr", ct_array(), grid, **text)).image_hu, wanted)
+    np.testing.assert_array_equal(
+        read_volume(save_nrrd_in_ras(tmp_path / "b.nhdr", ct_array(), grid, **text)).image_hu, wanted
+    )
     text = {"data_file": "v.raw", "byte_skip": "-1"}
-    np.testing.assert_array_equal(read_volume(save_nrrd_in_ras(tmp_path / "c.nhdr", ct_array(), grid, **text)).image_hu, wanted)
-    refused(save_nrrd_in_ras(tmp_path / "d.nhdr", ct_array(), grid, data_file="v.raw", line_skip="two"), "not a whole number|cannot read the header")
+    np.testing.assert_array_equal(
+        read_volume(save_nrrd_in_ras(tmp_path / "c.nhdr", ct_array(), grid, **text)).image_hu, wanted
+    )
+    refused(
+        save_nrrd_in_ras(tmp_path / "d.nhdr", ct_array(), grid, data_file="v.raw", line_skip="two"),
+        "not a whole number|cannot read the header",
+    )
     meta = save_itk(tmp_path / "m.mhd", ct_array())
     replaced(meta, b"ElementDataFile = m.raw", b"HeaderSize = 18\nElementDataFile = v.raw")
     np.testing.assert_array_equal(read_volume(meta).image_hu, wanted)

@@ -104,7 +104,7 @@ def test_row_19_sform_wins_and_a_distance_is_noted(tmp_path: Path) -> None:
     sform = LPS.copy()
     sform[:3, 3] = (10, -5, 3)
     path = save_nifti(tmp_path / "a.nii.gz", ct_array())
-    image = nib.load(path)
+    image = nib.Nifti1Image.from_filename(path)
     image.set_sform(sform, code=2)
     nib.save(image, path)
     volume = read_volume(path)
@@ -168,7 +168,9 @@ def test_several_gzip_members_are_one_file(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_volume(members).image_hu, read_volume(path).image_hu)
 
 
-@pytest.mark.parametrize(("written", "named", "word"), [("a.nii", "b.nii.gz", "is not gzip"), ("a.nii.gz", "b.nii", "is gzip")])
+@pytest.mark.parametrize(
+    ("written", "named", "word"), [("a.nii", "b.nii.gz", "is not gzip"), ("a.nii.gz", "b.nii", "is gzip")]
+)
 def test_row_22_the_content_counts_not_the_name(tmp_path: Path, written: str, named: str, word: str) -> None:
     source = save_nifti(tmp_path / written, ct_array())
     volume = read_volume(source.rename(tmp_path / named))
@@ -190,11 +192,16 @@ def test_row_24_four_axes(tmp_path: Path) -> None:
     np.testing.assert_array_equal(single.image_hu, array[:, ::-1, ::-1])
     assert "4-D" in single.notes[0]
     refused(save_nifti(tmp_path / "two.nii.gz", np.stack([array, array], -1)), r"axis 4 \(time\) has 2 entries")
-    refused(save_nifti(tmp_path / "vector.nii.gz", np.stack([array] * 3, -1)[:, :, :, None]), r"axis 5 \(vector\) has 3 entries")
+    refused(
+        save_nifti(tmp_path / "vector.nii.gz", np.stack([array] * 3, -1)[:, :, :, None]),
+        r"axis 5 \(vector\) has 3 entries",
+    )
 
 
 def test_row_24_colour_and_complex(tmp_path: Path) -> None:
-    refused(save_nifti(tmp_path / "rgb.nii.gz", np.zeros((6, 8, 10), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])), "RGB")
+    refused(
+        save_nifti(tmp_path / "rgb.nii.gz", np.zeros((6, 8, 10), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])), "RGB"
+    )
     refused(save_nifti(tmp_path / "complex.nii.gz", ct_array().astype(np.complex64)), "complex")
 
 
@@ -215,7 +222,10 @@ def test_row_27_an_assumption_never_overrides_a_header(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_volume(path, assume_orientation="RAS").image_hu, ct_array()[:, ::-1, ::-1])
 
 
-@pytest.mark.parametrize(("units", "scale", "word"), [("micron", 1.0, "microns"), ("meter", 1e-3, "metres"), ("mm", 1e-3, "spacing"), ("mm", 1e3, "spacing")])
+@pytest.mark.parametrize(
+    ("units", "scale", "word"),
+    [("micron", 1.0, "microns"), ("meter", 1e-3, "metres"), ("mm", 1e-3, "spacing"), ("mm", 1e3, "spacing")],
+)
 def test_row_28_units(tmp_path: Path, units: str, scale: float, word: str) -> None:
     refused(save_nifti(tmp_path / "a.nii.gz", ct_array(), np.diag([-scale, -scale, 2 * scale, 1.0]), units=units), word)
 
@@ -229,7 +239,9 @@ def test_two_axes_are_not_a_volume(tmp_path: Path) -> None:
     refused(save_nifti(tmp_path / "a.nii.gz", ct_array()[0]), "not a volume")
 
 
-@pytest.mark.parametrize("content", [b"", b"not an image", gzip.compress(b"not an image"), b"\x1f\x8bbroken", bytes(400)])
+@pytest.mark.parametrize(
+    "content", [b"", b"not an image", gzip.compress(b"not an image"), b"\x1f\x8bbroken", bytes(400)]
+)
 def test_files_that_are_not_nifti(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.nii.gz"
     path.write_bytes(content)
@@ -298,7 +310,7 @@ def test_written_volumes_come_back_in_place(tmp_path: Path, name: str, dtype: st
     grid = grid_from_codes((6, 8, 10), (2.0, 0.75, 1.25), codes)
     path = tmp_path / "below" / name
     write_nifti(path, array, grid)
-    image = nib.load(path)
+    image = nib.Nifti1Image.from_filename(path)
     np.testing.assert_array_equal(np.asanyarray(image.dataobj).transpose(), array)
     assert image.get_data_dtype() == np.dtype(dtype)
     for affine, code, wanted in ((*image.get_sform(coded=True), 2), (*image.get_qform(coded=True), 1)):
@@ -314,7 +326,7 @@ def test_a_written_file_holds_no_name_and_no_time(tmp_path: Path) -> None:
         write_nifti(path, ct_array(), grid_of((6, 8, 10)))
     assert first.read_bytes() == second.read_bytes()
     assert first.read_bytes()[3] == 0  # no gzip flag: no name
-    header = nib.load(first).header
+    header = nib.Nifti1Image.from_filename(first).header
     assert all(not header[field].tobytes().strip(b"\0") for field in ("descrip", "aux_file", "db_name", "intent_name"))
 
 

@@ -1,0 +1,277 @@
+"""The command line: one line an error, the documented exit codes, JSON alone on stdout."""
+
+import contextlib
+import io
+import json
+import subprocess
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ftengine.cli.main import run
+from ftengine.errors import FtengineError
+from ftengine.store.reader import open_store
+from ftengine.volume.nifti import write_nifti
+from tests.support import make_store, organ_volume, ras_grid_at, small_config
+
+CONFIG = small_config(training__steps=3, generator_training__steps=2)
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command printed."""
+
+    stdout: str
+    stderr: str
+
+
+def _run(*arguments: object, code: int = 0) -> Done:
+    """Run a command line in this process (a new one would spend seconds importing torch) and check its exit code."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", ["ftengine", *map(str, arguments)])
+        try:
+            run()
+        except SystemExit as stop:
+            found = int(stop.code or 0)
+        except FtengineError:  # with --debug, errors are not caught
+            traceback.print_exc()
+            found = 1
+        else:
+            found = 0
+    assert found == code, f"{found}: {out.getvalue()}\n{err.getvalue()}"
+    return Done(out.getvalue(), err.getvalue())
+
+
+def _error(*arguments: object, code: int) -> str:
+    """The one line on stderr of a command that must fail with ``code``."""
+    done = _run(*arguments, code=code)
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("ftengine: error: ")]
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+def _write_case(folder: Path, name: str, *, tumor: bool = False, shape: tuple[int, int, int] = (30, 32, 34)) -> Path:
+    image, label = organ_volume(shape, tumor=tumor, seed=len(name))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_nifti(folder / f"{name}_ct.nii.gz", image, ras_grid_at(shape))
+    write_nifti(folder / f"{name}_label.nii.gz", label, ras_grid_at(shape))
+    return folder / f"{name}_ct.nii.gz"
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("config") / "small.yaml"
+    file.write_text(CONFIG.to_yaml())
+    return file
+
+
+@pytest.fixture(scope="module")
+def store_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_store(tmp_path_factory.mktemp("cli"), CONFIG).path
+
+
+@pytest.fixture(scope="module")
+def baseline(store_path: Path, config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "baseline"
+    done = _run("train", "seg", store_path, "--out", out, "--config", config_file)
+    assert "waited for data" in done.stdout
+    return out / "checkpoint.pt"
+
+
+def test_the_program_itself_shows_help_and_one_line_errors(tmp_path: Path) -> None:
+    """Once as a user starts it: a process of its own."""
+    program = [sys.executable, "-m", "ftengine.cli.main"]
+    done = subprocess.run([*program, "--help"], capture_output=True, text=True, check=True)
+    for command in ("demo", "convert", "store", "train", "predict", "evaluate", "preview", "doctor"):
+        assert command in done.stdout
+    assert "130 interrupted" in done.stdout
+    failed = subprocess.run([*program, "store", "info", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert (failed.returncode, failed.stdout) == (3, "")
+    assert failed.stderr.startswith("ftengine: error: ")
+    assert len(failed.stderr.splitlines()) == 1
+    assert _run("--version").stdout.startswith("ftengine 0.")
+
+
+@pytest.mark.parametrize("command", ["convert", "store info", "train seg", "train synth", "predict", "evaluate", "preview", "doctor", "config", "demo"])
+def test_every_command_has_help(command: str) -> None:
+    assert "Usage" in _run(*command.split(), "--help").stdout
+
+
+# convert and store
+
+
+def test_convert_lists_bad_files_and_goes_on(tmp_path: Path) -> None:
+    _write_case(tmp_path / "src", "good", tumor=True)
+    bad = _write_case(tmp_path / "src", "truncated")
+    bad.write_bytes(bad.read_bytes()[:2000])
+    done = _run("convert", tmp_path / "src", tmp_path / "s.zarr", "--region", "demo", "--dataset", "d", "--json", code=1)
+    report = json.loads(done.stdout)
+    assert (report["converted"], report["failed"]) == (1, 1)
+    failed = next(c for c in report["cases"] if c["status"] == "failed")
+    assert failed["case"] == "d/truncated"
+    assert "truncated_ct.nii.gz" in failed["reason"]
+    assert open_store(tmp_path / "s.zarr").cases == ["d/good"]
+
+
+def test_convert_again_skips_what_is_there_and_redoes_what_changed(tmp_path: Path) -> None:
+    _write_case(tmp_path / "src", "a")
+    _write_case(tmp_path / "src", "b", shape=(31, 32, 33))
+    arguments = ("convert", tmp_path / "src", tmp_path / "s.zarr", "--region", "demo", "--json")
+    assert json.loads(_run(*arguments).stdout)["converted"] == 2
+    _write_case(tmp_path / "src", "b", tumor=True, shape=(31, 32, 33))
+    report = json.loads(_run(*arguments).stdout)
+    assert (report["converted"], report["skipped"]) == (1, 1)
+    store = open_store(tmp_path / "s.zarr")
+    assert store.row("data/b")["num_tumors"] == 1
+
+
+def test_convert_dry_run_writes_nothing(tmp_path: Path) -> None:
+    _write_case(tmp_path / "src", "a")
+    done = _run("convert", tmp_path / "src", tmp_path / "s.zarr", "--region", "demo", "--dry-run", "--json")
+    assert json.loads(done.stdout)["cases"][0]["shape_zyx"] == [30, 32, 34]
+    assert not (tmp_path / "s.zarr").exists()
+
+
+def test_convert_errors(tmp_path: Path, store_path: Path) -> None:
+    image = _write_case(tmp_path / "src", "a")
+    assert "nowhere" in _error("convert", tmp_path / "nowhere", tmp_path / "s.zarr", code=2)
+    (tmp_path / "empty").mkdir()
+    assert "empty" in _error("convert", tmp_path / "empty", tmp_path / "s.zarr", code=4)
+    assert "--annotated maybe" in _error("convert", image, tmp_path / "s.zarr", "--annotated", "maybe", code=2)
+    assert "--label-map 1:1" in _error("convert", image, tmp_path / "s.zarr", "--label-map", "1:1", code=2)
+    assert "preset 'knee'" in _error("convert", image, tmp_path / "s.zarr", "--region", "knee", code=2)
+    assert "holds region" in _error("convert", image, store_path, "--region", "chest", code=2)
+    assert not (tmp_path / "s.zarr").exists()
+
+
+def test_all_files_failing_is_exit_4(tmp_path: Path) -> None:
+    (tmp_path / "a.nii.gz").write_bytes(b"\x1f\x8b broken")
+    done = _run("convert", tmp_path / "a.nii.gz", tmp_path / "s.zarr", code=4)
+    assert "a.nii.gz" in done.stderr
+
+
+def test_store_info_and_export(store_path: Path, tmp_path: Path) -> None:
+    document = json.loads(_run("store", "info", store_path, "--json").stdout)
+    assert document["num_volumes"] == 4
+    assert {c["case"] for c in document["cases"]} == {"a/0", "a/1", "o/0", "o/1"}
+    assert "organ" in _run("store", "info", store_path, "--cases").stdout
+    import nibabel
+
+    for grid in ("store", "native"):
+        done = _run("store", "export", store_path, "--out", tmp_path / grid, "--case", "a/0", "--grid", grid)
+        assert done.stdout.split() == [str(tmp_path / grid / "a/0_ct.nii.gz"), str(tmp_path / grid / "a/0_label.nii.gz")]
+        exported = np.asanyarray(nibabel.load(tmp_path / grid / "a/0_ct.nii.gz").dataobj).transpose(2, 1, 0)
+        np.testing.assert_array_equal(exported, open_store(store_path).read_volume("a/0").image)
+    assert "--grid other" in _error("store", "export", store_path, "--out", tmp_path, "--grid", "other", code=2)
+
+
+def test_store_errors_are_exit_3(tmp_path: Path) -> None:
+    assert "is not a store" in _error("store", "info", tmp_path, code=3)
+    assert "is not a store" in _error("train", "seg", tmp_path, "--out", tmp_path / "run", code=3)
+    assert not (tmp_path / "run").exists()
+
+
+# training, prediction, evaluation
+
+
+def test_train_prints_one_json_document(store_path: Path, config_file: Path, tmp_path: Path) -> None:
+    done = _run("train", "seg", store_path, "--out", tmp_path / "run", "--config", config_file, "--set", "training.steps=2", "--json")
+    document = json.loads(done.stdout)
+    assert document["steps"] == 2
+    assert set(document["stall"]) >= {"wait_fraction", "patches_per_s"}
+
+
+def test_the_three_trainings_run_and_resume(store_path: Path, config_file: Path, baseline: Path, tmp_path: Path) -> None:
+    _run("train", "synth", store_path, "--baseline", baseline, "--out", tmp_path / "g", "--config", config_file)
+    painting = ("--synth", tmp_path / "g" / "checkpoint.pt", "--judge", baseline, "--init", baseline)
+    _run("train", "seg", store_path, "--out", tmp_path / "s", "--config", config_file, *painting)
+    _run("train", "seg", store_path, "--out", tmp_path / "s", *painting, "--resume", "--set", "training.steps=5")
+    document = json.loads(_run("train", "seg", store_path, "--out", tmp_path / "s", *painting, "--resume", "--set", "training.steps=6", "--json").stdout)
+    assert document["steps"] == 6
+    assert document["quality"]["by_organ"]["liver"]["painted"] > 0
+
+
+def test_train_errors(store_path: Path, config_file: Path, baseline: Path, tmp_path: Path) -> None:
+    out = ("--out", tmp_path / "run", "--config", config_file)
+    assert "Did you mean training.batch_size?" in _error("train", "seg", store_path, *out, "--set", "training.batchsize=2", code=2)
+    assert "no such checkpoint" in _error("train", "synth", store_path, "--baseline", tmp_path / "x.pt", *out, code=2)
+    assert "holds the weights of another network" in _error(
+        "train", "seg", store_path, *out, "--init", baseline, "--set", "network.channels=[6, 12]", code=2
+    )
+    assert "--judge without --synth" in _error("train", "seg", store_path, *out, "--judge", baseline, code=2)
+    assert "holds a run already" in _error("train", "seg", store_path, "--out", baseline.parent, "--config", config_file, code=2)
+    assert not (tmp_path / "run").exists()
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    done = _run("store", "info", tmp_path, "--debug", code=1)
+    assert "Traceback" in done.stderr
+    assert "StoreError" in done.stderr
+
+
+def test_predict_writes_the_inputs_own_grid(baseline: Path, tmp_path: Path) -> None:
+    import nibabel
+
+    image = _write_case(tmp_path / "src", "p", shape=(20, 30, 40))
+    flipped = nibabel.Nifti1Image(
+        np.asanyarray(nibabel.load(image).dataobj)[::-1, :, ::2], np.array([[-3, 0, 0, 117], [0, 3, 0, -40], [0, 0, 6, 12], [0, 0, 0, 1.0]])
+    )
+    nibabel.save(flipped, tmp_path / "src" / "q_ct.nii.gz")
+    (tmp_path / "src" / "broken.nii").write_bytes(b"x")
+    (tmp_path / "src" / "p_label.nii.gz").unlink()
+    done = _run("predict", baseline, tmp_path / "src", "--out", tmp_path / "out", "--json", code=1)
+    document = json.loads(done.stdout)
+    assert len(document["predictions"]) == 2
+    assert list(document["failed"]) == ["predict/broken"]
+    for name in ("p", "q"):
+        source, result = nibabel.load(tmp_path / "src" / f"{name}_ct.nii.gz"), nibabel.load(tmp_path / "out" / f"{name}.nii.gz")
+        assert source.shape == result.shape
+        np.testing.assert_allclose(source.affine, result.affine, atol=1e-4)
+        assert result.get_data_dtype() == np.uint8
+
+
+def test_evaluate_folders_and_checkpoint(store_path: Path, baseline: Path, tmp_path: Path) -> None:
+    _write_case(tmp_path / "truth", "a", tumor=True)
+    (tmp_path / "truth" / "a_ct.nii.gz").unlink()
+    (tmp_path / "pred").mkdir()
+    (tmp_path / "pred" / "a.nii.gz").write_bytes((tmp_path / "truth" / "a_label.nii.gz").read_bytes())
+    csv_file = tmp_path / "scores.csv"
+    done = _run("evaluate", tmp_path / "pred", tmp_path / "truth", "--region", "demo", "--json", "--csv", csv_file)
+    assert json.loads(done.stdout)["summary"]["liver_tumor"]["dice"] == 1.0
+    assert len(csv_file.read_text().splitlines()) == 3
+    _write_case(tmp_path / "truth", "b", tumor=True)
+    (tmp_path / "truth" / "b_ct.nii.gz").unlink()
+    done = _run("evaluate", tmp_path / "pred", tmp_path / "truth", "--region", "demo", "--json", code=1)
+    assert "has no prediction" in json.loads(done.stdout)["failed"]["b_label.nii.gz"]
+    done = _run("evaluate", baseline, store_path, "--json")
+    assert json.loads(done.stdout)["summary"]["liver_tumor"]["num_volumes_with_truth"] == 2
+    assert "no labelled volume" in _error("evaluate", baseline, store_path, "--split", "none", code=2)
+
+
+def test_preview_writes_sheets(store_path: Path, baseline: Path, config_file: Path, tmp_path: Path) -> None:
+    done = _run("preview", store_path, "--out", tmp_path, "--num", "1", "--judge", baseline, "--config", config_file)
+    sheets = [Path(line) for line in done.stdout.split()]
+    assert len(sheets) == 1
+    assert sheets[0].read_bytes()[:4] == b"\x89PNG"
+
+
+def test_doctor_says_what_will_be_used() -> None:
+    document = json.loads(_run("doctor", "--json").stdout)
+    assert document["packages"]["torch"]
+    assert document["will_use"]["kernels"]
+    assert document["cores"] >= 1
+
+
+def test_config_prints_every_key(config_file: Path) -> None:
+    from ftengine.config import Config
+
+    assert "learning_rate" in _run("config", "chest").stdout
+    text = _run("config", "--config", config_file, "--set", "seed=4").stdout
+    assert "seed: 4" in text
+    assert Config.preset("abdomen").to_yaml() == _run("config").stdout

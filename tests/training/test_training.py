@@ -1,0 +1,252 @@
+"""Both stages run, leave the frozen networks alone, and resume to the same losses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ftengine.assemble import train_segmentation, train_synthesis
+from ftengine.config import Config
+from ftengine.errors import ConfigError, RejectionError
+from ftengine.store.reader import Store
+from ftengine.training.checkpoint import load_checkpoint, load_generator, load_segmenter
+from ftengine.training.run import StallMeter, learning_rate, read_metrics, stopping_on_signals
+from tests.support import make_store, small_config
+
+CONFIG = small_config(training__steps=8, generator_training__steps=4, training__checkpoint_every=3, generator_training__checkpoint_every=3)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return make_store(tmp_path_factory.mktemp("training"), CONFIG)
+
+
+@pytest.fixture(scope="module")
+def baseline(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_segmentation(CONFIG, store.path, tmp_path_factory.mktemp("runs") / "baseline").checkpoint
+
+
+@pytest.fixture(scope="module")
+def generator(store: Store, baseline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_synthesis(CONFIG, store.path, tmp_path_factory.mktemp("runs") / "generator", baseline=baseline).checkpoint
+
+
+def _weights_equal(a: Path, b: Path) -> bool:
+    first, second = load_checkpoint(a)["model"], load_checkpoint(b)["model"]
+    return all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_baseline_learns_on_annotated_volumes(store: Store, tmp_path: Path) -> None:
+    result = train_segmentation(CONFIG.with_overrides({"training.steps": 40}), store.path, tmp_path / "run")
+    assert result.steps == 40
+    assert sum(result.losses[-5:]) < sum(result.losses[:5])
+    assert {"wait_fraction", "patches_per_s", "median_step_s"} <= set(result.stall)
+    logged = read_metrics(tmp_path / "run")
+    assert [row["step"] for row in logged] == list(range(40))
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["versions"]["ftengine"]
+
+
+def test_generator_training_changes_g_and_c_and_nothing_of_s(store: Store, baseline: Path, tmp_path: Path) -> None:
+    from ftengine.training.networks import build_generator
+
+    before = load_checkpoint(baseline)["model"]
+    result = train_synthesis(CONFIG, store.path, tmp_path / "g", baseline=baseline)
+    document = load_checkpoint(result.checkpoint, "generator")
+    fresh = build_generator(CONFIG).state_dict()
+    assert any(not torch.equal(document["model"][k], fresh[k]) for k in fresh)
+    assert set(document["classifier"]) == set(fresh)
+    assert all(torch.equal(v, before[k]) for k, v in load_checkpoint(baseline)["model"].items())
+    assert "loss_seen" in read_metrics(tmp_path / "g")[-1]
+
+
+def test_student_sees_painted_tumors(store: Store, baseline: Path, generator: Path, tmp_path: Path) -> None:
+    config = CONFIG.with_overrides({"qc.threshold": None})
+    result = train_segmentation(config, store.path, tmp_path / "s", generator_path=generator, judge_path=baseline, init=baseline)
+    assert result.quality["qc/pass_rate"] == 1.0
+    assert sum(row["painted_fraction"] for row in read_metrics(tmp_path / "s")) > 0
+
+
+def test_init_starts_from_the_given_weights(store: Store, baseline: Path, tmp_path: Path) -> None:
+    config = CONFIG.with_overrides({"training.steps": 1, "training.warmup_steps": 5})  # the first step of a warm-up has rate 0
+    result = train_segmentation(config, store.path, tmp_path / "s", init=baseline)
+    assert _weights_equal(result.checkpoint, baseline)
+
+
+def test_almost_nothing_passing_stops_the_run(store: Store, baseline: Path, generator: Path, tmp_path: Path) -> None:
+    config = CONFIG.with_overrides({"qc.threshold": 1.0, "qc.min_pass_rate": 1.0, "qc.window": 3, "training.steps": 200})
+    with pytest.raises(RejectionError, match="of the last 3 painted patches"):
+        train_segmentation(config, store.path, tmp_path / "s", generator_path=generator, judge_path=baseline)
+
+
+# resume
+
+
+class _Stop(Exception):
+    pass
+
+
+def _stop_after(step: int) -> Callable[[int, dict[str, float]], None]:
+    def check(done: int, _values: dict[str, float]) -> None:
+        if done == step:
+            raise _Stop
+
+    return check
+
+
+def test_a_broken_baseline_resumes_to_the_same_losses_and_weights(store: Store, tmp_path: Path) -> None:
+    whole = train_segmentation(CONFIG, store.path, tmp_path / "whole")
+    with pytest.raises(_Stop):
+        train_segmentation(CONFIG, store.path, tmp_path / "broken", on_step=_stop_after(5))  # last checkpoint: 3 steps
+    resumed = train_segmentation(CONFIG, store.path, tmp_path / "broken", resume=True)
+    assert resumed.losses == whole.losses
+    assert _weights_equal(resumed.checkpoint, whole.checkpoint)
+    assert [r["step"] for r in read_metrics(tmp_path / "broken")] == list(range(8))
+    assert [r["loss"] for r in read_metrics(tmp_path / "broken")] == [r["loss"] for r in read_metrics(tmp_path / "whole")]
+
+
+def test_a_broken_student_resumes_to_the_same_losses(store: Store, baseline: Path, generator: Path, tmp_path: Path) -> None:
+    config = CONFIG.with_overrides({"qc.threshold": 0.1})
+
+    def run(out: Path, **options: object) -> list[float]:
+        return train_segmentation(config, store.path, out, generator_path=generator, judge_path=baseline, **options).losses  # type: ignore[arg-type]  # keywords of the test
+
+    with pytest.raises(_Stop):
+        run(tmp_path / "broken", on_step=_stop_after(4))
+    assert run(tmp_path / "broken", resume=True) == run(tmp_path / "whole")
+
+
+def test_a_broken_generator_resumes_to_the_same_weights(store: Store, baseline: Path, tmp_path: Path) -> None:
+    whole = train_synthesis(CONFIG, store.path, tmp_path / "whole", baseline=baseline)
+    with pytest.raises(_Stop):
+        train_synthesis(CONFIG, store.path, tmp_path / "broken", baseline=baseline, on_step=_stop_after(4))
+    resumed = train_synthesis(CONFIG, store.path, tmp_path / "broken", baseline=baseline, resume=True)
+    assert _weights_equal(resumed.checkpoint, whole.checkpoint)
+
+
+_KILLED = """
+import sys
+from ftengine.assemble import train_segmentation
+from ftengine.config import Config
+config = Config.from_file(sys.argv[1])
+train_segmentation(config, sys.argv[2], sys.argv[3], resume=len(sys.argv) > 4)
+"""
+
+
+def test_a_run_killed_by_sigkill_resumes_to_the_same_losses(store: Store, tmp_path: Path) -> None:
+    config = CONFIG.with_overrides({"training.steps": 30, "training.checkpoint_every": 2})
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    arguments = [sys.executable, "-c", _KILLED, str(tmp_path / "config.yaml"), str(store.path), str(tmp_path / "killed")]
+    process = subprocess.Popen(arguments)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed" / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() != 0
+    assert not list((tmp_path / "killed").glob("checkpoint.pt.*"))
+    subprocess.run([*arguments, "resume"], check=True)
+    whole = train_segmentation(config, store.path, tmp_path / "whole")
+    # the same process layout, other thread timing: bit-identical on the CPU
+    assert load_checkpoint(tmp_path / "killed" / "checkpoint.pt")["losses"] == whole.losses
+
+
+def test_sigterm_finishes_the_step_and_saves(store: Store, tmp_path: Path) -> None:
+    def terminate(done: int, _values: dict[str, float]) -> None:
+        if done == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    result = train_segmentation(CONFIG, store.path, tmp_path / "run", on_step=terminate)
+    assert result.interrupted
+    assert 4 <= result.steps < 8
+    resumed = train_segmentation(CONFIG, store.path, tmp_path / "run", resume=True)
+    assert not resumed.interrupted
+    assert resumed.losses == train_segmentation(CONFIG, store.path, tmp_path / "whole").losses
+
+
+def test_signals_are_given_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with stopping_on_signals() as stop:
+        assert not stop
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_run_is_not_overwritten_and_nothing_is_not_resumed(store: Store, tmp_path: Path) -> None:
+    train_segmentation(CONFIG.with_overrides({"training.steps": 1}), store.path, tmp_path / "run")
+    with pytest.raises(ConfigError, match="holds a run already"):
+        train_segmentation(CONFIG, store.path, tmp_path / "run")
+    with pytest.raises(ConfigError, match="no such checkpoint"):
+        train_segmentation(CONFIG, store.path, tmp_path / "nothing", resume=True)
+    assert not (tmp_path / "nothing").exists()
+
+
+# checkpoints
+
+
+def test_a_checkpoint_of_another_network_is_named(store: Store, baseline: Path, tmp_path: Path) -> None:
+    wider = CONFIG.with_overrides({"network.channels": (6, 12)})
+    with pytest.raises(ConfigError, match="holds the weights of another network"):
+        train_segmentation(wider, store.path, tmp_path / "run", init=baseline)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_the_other_stage_is_named(baseline: Path, generator: Path) -> None:
+    with pytest.raises(ConfigError, match="holds a segmenter; want a generator"):
+        load_generator(baseline)
+    with pytest.raises(ConfigError, match="holds a generator; want a segmenter"):
+        load_segmenter(generator)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 cut"])
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "broken.pt"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"broken\.pt: is not a checkpoint of ftengine or is damaged"):
+        load_checkpoint(file)
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
+    class Harm:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.system, (f"touch {tmp_path}/harm",)
+
+    torch.save({"format": 1, "kind": "segmenter", "model": Harm()}, tmp_path / "harm.pt")
+    with pytest.raises(ConfigError, match=r"harm\.pt: is not a checkpoint"):
+        load_checkpoint(tmp_path / "harm.pt")
+    assert not (tmp_path / "harm").exists()
+
+
+def test_a_checkpoint_for_other_labels_is_refused(store: Store, baseline: Path, generator: Path, tmp_path: Path) -> None:
+    from ftengine.assemble import load_painters
+
+    with pytest.raises(ConfigError, match=r"was trained with region\."):
+        load_painters(Config.preset("abdomen"), generator, baseline)
+
+
+# the rate and the meter
+
+
+def test_learning_rate_warms_up_and_falls_to_zero() -> None:
+    rates = [learning_rate(s, base=1.0, warmup_steps=10, steps=110) for s in range(111)]
+    assert rates[0] == 0
+    assert rates[5] == 0.5
+    assert rates[10] == 1.0
+    assert rates[60] == pytest.approx(0.5)
+    assert rates[110] == pytest.approx(0)
+    assert learning_rate(0, base=1.0, warmup_steps=0, steps=5) == 1.0
+
+
+def test_stall_meter_keeps_the_start_apart() -> None:
+    meter = StallMeter()
+    for wait, step in ((5.0, 6.0), (0.1, 1.0), (0.3, 1.0)):
+        meter.record(wait, step)
+    figures = meter.summary(batch_size=2)
+    assert figures["loader_start_s"] == 5.0
+    assert figures["wait_fraction"] == pytest.approx(0.4 / 3.0)
+    assert figures["patches_per_s"] == pytest.approx(2.0)
