@@ -17,7 +17,8 @@ def convert(
     sources: Annotated[
         list[str],
         typer.Argument(
-            metavar="SRC...", help="Files, folders of files, or DICOM series folders; 'IMAGE=LABEL' pairs two files."
+            metavar="SRC...",
+            help="Files, folders of files, or DICOM series folders; 'IMAGE=LABEL' pairs two files, 'IMAGE=-' takes no label.",
         ),
     ],
     store: Annotated[str, typer.Argument(metavar="STORE", help="Folder of the store; made if it does not exist.")],
@@ -56,11 +57,10 @@ def convert(
     A file that cannot be used is listed with the reason and the rest goes on (exit code 1). Run the same command again to go on after
     an interruption: what is committed is not redone.
     """
-    from ftengine.volume.discover import discover_all, parse_source
-
     from ftengine.config import Config
     from ftengine.errors import ConfigError
     from ftengine.store.convert import convert_cases
+    from ftengine.volume.discover import discover_all, parse_source
 
     chosen = Config.preset(region) if config is None else Config.from_file(config, default_preset=region)
     chosen = chosen.with_assignments(assignments or [])

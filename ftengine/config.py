@@ -87,6 +87,9 @@ class LoaderConfig(_Section):
     reads_in_flight: int = Field(default=16, ge=1)  # patches read ahead of the pipeline
     queue_batches: int = Field(default=2, ge=1)  # finished batches waiting for the training step
     positive_fraction: Probability = 0.5  # released code, stage 2: pos:neg 1:1
+    class_balanced: bool = (
+        False  # draw the class of a positive patch first, all alike, as nnU-Net; released code: by voxels
+    )
     annotated_fraction: Probability = (
         0.5  # patches from tumour-annotated volumes in a mixed batch; few-labels trial: 1:1
     )

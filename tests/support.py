@@ -24,7 +24,9 @@ def small_config(**overrides: object) -> Config:
         "generator_training.batch_size": 2,
         "qc.min_pass_rate": 0.0,
     }
-    return Config.preset("demo").with_overrides(base | {key.replace("__", "."): value for key, value in overrides.items()})
+    return Config.preset("demo").with_overrides(
+        base | {key.replace("__", "."): value for key, value in overrides.items()}
+    )
 
 
 def ras_grid_at(shape_zyx: IntZYX, spacing_mm: float = 3.0) -> Grid:
@@ -52,7 +54,9 @@ def organ_volume(shape_zyx: IntZYX, *, tumor: bool, seed: int) -> tuple[NDArray[
     return image, label
 
 
-def make_store(folder: Path, config: Config, *, num_annotated: int = 2, num_organs: int = 2, shape_zyx: IntZYX = (40, 44, 48)) -> Store:
+def make_store(
+    folder: Path, config: Config, *, num_annotated: int = 2, num_organs: int = 2, shape_zyx: IntZYX = (40, 44, 48)
+) -> Store:
     """A store with annotated volumes ``a/0`` ... and organ-labelled ones ``o/0`` ..."""
     root = create_store(folder / "store.zarr", config.region)
     for kind, count in (("tumor", num_annotated), ("organ", num_organs)):
@@ -60,6 +64,8 @@ def make_store(folder: Path, config: Config, *, num_annotated: int = 2, num_orga
             image, label = organ_volume(shape_zyx, tumor=kind == "tumor", seed=number + (100 if kind == "organ" else 0))
             grid = ras_grid_at(shape_zyx)
             provenance = Provenance("made by a test", "", annotation=kind, split="train")
-            write_volume(root, f"{kind[0].replace('t', 'a')}/{number}", image, label, grid, grid, config.region, provenance)
+            write_volume(
+                root, f"{kind[0].replace('t', 'a')}/{number}", image, label, grid, grid, config.region, provenance
+            )
     index.compact_index(root)
     return open_store(root)

@@ -18,7 +18,11 @@ def test_presets_are_valid_and_survive_yaml(name: str, tmp_path: Path) -> None:
 
 def test_presets_have_the_papers_grids() -> None:
     abdomen, chest = Config.preset("abdomen").region, Config.preset("chest").region
-    assert (abdomen.spacing_mm_zyx, abdomen.window_hu, abdomen.patch_zyx) == ((1.5, 1.5, 1.5), (-175, 250), (96, 96, 96))
+    assert (abdomen.spacing_mm_zyx, abdomen.window_hu, abdomen.patch_zyx) == (
+        (1.5, 1.5, 1.5),
+        (-175, 250),
+        (96, 96, 96),
+    )
     assert (chest.spacing_mm_zyx, chest.window_hu, chest.patch_zyx) == ((5.0, 1.25, 1.25), (-1000, 500), (32, 192, 192))
     assert preset_names() == ["abdomen", "chest", "demo"]
 
@@ -33,7 +37,12 @@ def test_overrides_change_only_their_key() -> None:
 
 def test_assignments_are_read_as_yaml() -> None:
     config = Config.preset("abdomen").with_assignments(
-        ["training.learning_rate=3e-4", "qc.threshold=null", "synthesis.size_weights={tiny: 1}", "network.checkpointing=false"]
+        [
+            "training.learning_rate=3e-4",
+            "qc.threshold=null",
+            "synthesis.size_weights={tiny: 1}",
+            "network.checkpointing=false",
+        ]
     )
     assert config.training.learning_rate == 3e-4
     assert config.qc.threshold is None

@@ -18,7 +18,9 @@ def _project() -> dict[str, dict[str, object]]:
 
 def test_every_package_on_disk_is_listed() -> None:
     inside = [p.parent.relative_to(ROOT) for p in (ROOT / "ftengine").rglob("__init__.py") if not _is_below_link(p)]
-    mapped = [Path("ftengine") / p.parent.relative_to(ROOT) for name in MAPPED for p in (ROOT / name).rglob("__init__.py")]
+    mapped = [
+        Path("ftengine") / p.parent.relative_to(ROOT) for name in MAPPED for p in (ROOT / name).rglob("__init__.py")
+    ]
     assert sorted(str(p).replace("/", ".") for p in inside + mapped) == sorted(_project()["packages"])
 
 
@@ -35,7 +37,9 @@ def test_links_for_checkers_lead_to_the_mapped_folders(name: str) -> None:
 
 @pytest.mark.parametrize("name", MAPPED)
 def test_the_bare_name_does_not_import(name: str) -> None:
-    done = subprocess.run([sys.executable, "-c", f"import {name}"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {name}"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode != 0
     assert f"import ftengine.{name}" in done.stderr
 
@@ -58,7 +62,7 @@ def test_every_direct_dependency_is_pinned() -> None:
 
 def _bare(requirement: str) -> str:
     for sign in "=<>!~[; ":
-        requirement = requirement.split(sign)[0]
+        requirement = requirement.split(sign, maxsplit=1)[0]
     return requirement.strip().lower()
 
 

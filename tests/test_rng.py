@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 
 from ftengine.rng import Purpose, patch_rng
 
-ADDRESS = st.tuples(st.integers(0, 2**63 - 1), st.sampled_from(Purpose), st.integers(0, 2**40), st.integers(0, 2**40), st.integers(0, 99))
+ADDRESS = st.tuples(
+    st.integers(0, 2**63 - 1),
+    st.sampled_from(Purpose),
+    st.integers(0, 2**40),
+    st.integers(0, 2**40),
+    st.integers(0, 99),
+)
 
 
 def _draw(address: tuple[int, Purpose, int, int, int]) -> list[int]:
@@ -16,7 +22,9 @@ def _draw(address: tuple[int, Purpose, int, int, int]) -> list[int]:
 
 
 @given(ADDRESS, ADDRESS)
-def test_equal_addresses_and_only_those_give_equal_streams(a: tuple[int, Purpose, int, int, int], b: tuple[int, Purpose, int, int, int]) -> None:
+def test_equal_addresses_and_only_those_give_equal_streams(
+    a: tuple[int, Purpose, int, int, int], b: tuple[int, Purpose, int, int, int]
+) -> None:
     assert _draw(a) == _draw(a)
     assert (_draw(a) == _draw(b)) == (a == b)
 

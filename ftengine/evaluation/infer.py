@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ def predict_file(network: nn.Module, source: Source, out: Path, config: Config, 
         source.image, None, series_files=source.series_files, label_values=config.region.labels.values()
     )
     stored = resample(volume, config.region.spacing_mm_zyx)
-    predicted = predict_volume(network, np.rint(stored.image_hu).astype(np.int16), config, device)
+    predicted = predict_volume(network, cast("NDArray[np.int16]", stored.image_hu), config, device)
     native_ras = ras_grid(volume.native)
     label = resample_to(predicted, stored.grid, native_ras, nearest=True, outside=0).astype(np.uint8)
     path = out / f"{source.case.split('/', maxsplit=1)[1]}.nii.gz"

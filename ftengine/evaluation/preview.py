@@ -406,8 +406,8 @@ def write_volume_sheet(
     """Write one PNG: axial, coronal and sagittal slice of a CT with the outlines of its classes, and a legend with their volumes.
 
     image_hu: HU [z, y, x], RAS+. label: uint8 of the same shape. labels: class names to values, 0 being the background. center_zyx: voxel
-    to show; None: the centre of mass of the largest labelled part (of all classes; two lungs have theirs between them, where none is),
-    or the middle of a volume without a label. Raises ConfigError where shapes differ.
+    to show; None: the centre of the largest labelled part (the larger lung: the centre of both lies where none is), or the middle of a
+    volume without a label. Raises ConfigError where shapes differ.
     """
     _same_shapes(path, image_hu, {"label": label})
     shape = int_zyx(image_hu.shape)

@@ -2,7 +2,8 @@
 
 Law of the sampling. A batch has ``annotated_fraction`` of its slots from tumour-annotated volumes, the rest from volumes with
 organ labels only; each of the two streams goes through its volumes in a new random order every pass. A patch is positive with
-``positive_fraction``: an inner chunk is drawn in proportion to its labelled voxels (any label above 0), the centre uniformly inside
+``positive_fraction``: an inner chunk is drawn in proportion to its labelled voxels (any label above 0; with ``class_balanced``, of one
+class that is drawn first, so that small tumours are met as often as the organ around them), the centre uniformly inside
 that chunk, and the box is moved so that one labelled voxel of the chunk, fixed at conversion, lies inside. So a positive patch always
 holds labelled tissue, as with MONAI's ``RandCropByPosNegLabel``, without reading a label. Other patches are centred in a chunk that
 holds background of the body. Boxes are clamped into the volume; a volume smaller than the patch is centred in it.
@@ -124,6 +125,8 @@ class Plan:
         classes = self._store.index.column("class_chunks")[row].as_py()
         if not classes:
             return None
+        if self.config.loader.class_balanced:
+            classes = [classes[int(rng.integers(len(classes)))]]
         chunk = np.concatenate([c["chunk"] for c in classes])
         voxels = np.concatenate([c["voxels"] for c in classes]).astype(np.float64)
         anchor = np.concatenate([c["anchor"] for c in classes])

@@ -5,9 +5,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ftengine.config import RegionConfig
 from ftengine.errors import CaseError, ConfigError
@@ -137,7 +138,7 @@ def _convert_one(
 ) -> CaseOutcome:
     started = time.perf_counter()
     image_hash = _sha256(source.files)
-    label_hash = "" if source.label is None else _sha256((source.label,))
+    label_hash = _sha256(source.label_files) if source.label is not None else ""
     if known.get(source.case) == (image_hash, label_hash):
         return CaseOutcome(source.case, "skipped", reason="already converted from the same file")
     volume = read_volume(
@@ -149,7 +150,7 @@ def _convert_one(
         assume_orientation=assume_orientation,
     )
     stored = resample(volume, region.spacing_mm_zyx)
-    image = stored.image_hu if stored.image_hu.dtype == np.int16 else np.rint(stored.image_hu).astype(np.int16)
+    image = cast("NDArray[np.int16]", stored.image_hu)  # resample rounds to whole HU
     notes = (*source.notes, *stored.notes)
     provenance = Provenance(
         source=source.image.name,

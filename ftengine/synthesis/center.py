@@ -57,7 +57,7 @@ def choose_center_released(organ: NDArray[np.bool_], draw: tuple[float, float]) 
         return 0, 0, 0
     first, last = int(slices[0]), int(slices[-1])
     z = first + round((0.3 + 0.4 * draw[0]) * (last - first))
-    pixels = np.argwhere(ndi.binary_erosion(organ[z], np.ones((5, 5)), border_value=1))
+    pixels = np.argwhere(ndi.binary_erosion(organ[z], np.ones((5, 5), dtype=bool), border_value=1))
     if not len(pixels):
         return 0, 0, 0
     y, x = pixels[int(draw[1] * len(pixels))]

@@ -151,6 +151,10 @@ def random_lattice(rng: np.random.Generator, num_nodes: int) -> Floats:
     return rng.standard_normal((num_nodes,) * 3, dtype=np.float32)
 
 
+def _slices(start: NDArray[np.int64], stop: NDArray[np.int64]) -> Slices:
+    return slice(int(start[0]), int(stop[0])), slice(int(start[1]), int(stop[1])), slice(int(start[2]), int(stop[2]))
+
+
 class Canvas:
     """A voxel grid on which shapes are evaluated and painted.
 
@@ -164,38 +168,39 @@ class Canvas:
         self.positions_mm = positions_mm
         self.shape_zyx: IntZYX = (len(positions_mm[0]), len(positions_mm[1]), len(positions_mm[2]))
         self.full: Slices = (slice(0, self.shape_zyx[0]), slice(0, self.shape_zyx[1]), slice(0, self.shape_zyx[2]))
-        steps = [float(p[1] - p[0]) if len(p) > 1 else 1.0 for p in positions_mm]
-        self.edge_mm = max(0.8, float(np.mean(steps)))
-        self._warp = [WARP_SD_MM * random_lattice(rng, 12) for _ in range(3)]
+        self._first_mm = np.array([p[0] for p in positions_mm])
+        self._step_mm = np.array([p[1] - p[0] for p in positions_mm])
+        self.edge_mm = max(0.8, float(self._step_mm.mean()))
+        warp = [WARP_SD_MM * random_lattice(rng, 12) for _ in range(3)]
         self.coordinates = tuple(
             lattice_field(w, positions_mm, WARP_PITCH_MM)
             + np.expand_dims(p, [a for a in range(3) if a != axis]).astype(np.float32)
-            for axis, (w, p) in enumerate(zip(self._warp, positions_mm, strict=True))
+            for axis, (w, p) in enumerate(zip(warp, positions_mm, strict=True))
         )
         self.bumps = lattice_field(random_lattice(rng, 32), positions_mm, BUMP_PITCH_MM)
         self.texture = texture
         self.hu = np.full(self.shape_zyx, AIR_HU, dtype=np.float32)
         self.label = np.zeros(self.shape_zyx, dtype=np.uint8)
 
-    def window(self, low_mm: ArrayLike, high_mm: ArrayLike) -> Slices:
-        """The voxels that a shape between two corners (before bending) can reach, with room for its border; may be empty."""
+    def windows(self, low_mm: ArrayLike, high_mm: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """First and last + 1 voxel (N, 3) that shapes between pairs of corners (N, 3) can reach; an axis without overlap is empty."""
         low, high = np.asarray(low_mm, dtype=np.float64), np.asarray(high_mm, dtype=np.float64)
         middle = (low + high) / 2
+        size = np.array(self.shape_zyx)
         # Bending moves the middle by its own displacement and the rest by little more: the displacement changes by < 0.25 mm per mm.
-        at = tuple(
-            min(max(int(np.searchsorted(p, m)), 0), len(p) - 1) for p, m in zip(self.positions_mm, middle, strict=True)
-        )
-        shift = [float(c[at]) - p[i] for c, p, i in zip(self.coordinates, self.positions_mm, at, strict=True)]
-        reach = 1.25 * (high - low) / 2 + 0.06 * float((high - low).max()) + 2 + self.edge_mm
-        start = [
-            int(np.searchsorted(p, m - s - r))
-            for p, m, s, r in zip(self.positions_mm, middle, shift, reach, strict=True)
-        ]
-        stop = [
-            int(np.searchsorted(p, m - s + r, "right"))
-            for p, m, s, r in zip(self.positions_mm, middle, shift, reach, strict=True)
-        ]
-        return slice(start[0], stop[0]), slice(start[1], stop[1]), slice(start[2], stop[2])
+        at = np.clip(np.rint((middle - self._first_mm) / self._step_mm), 0, size - 1).astype(np.int64)
+        bent = np.stack([c[at[:, 0], at[:, 1], at[:, 2]] for c in self.coordinates], axis=1)
+        middle -= bent - (self._first_mm + at * self._step_mm)
+        length = high - low
+        reach = 0.625 * length + 0.06 * length.max(axis=1, keepdims=True) + 2 + self.edge_mm
+        start = np.clip(np.ceil((middle - reach - self._first_mm) / self._step_mm), 0, size).astype(np.int64)
+        stop = np.clip(np.floor((middle + reach - self._first_mm) / self._step_mm) + 1, 0, size).astype(np.int64)
+        return start, np.maximum(start, stop)
+
+    def window(self, low_mm: ArrayLike, high_mm: ArrayLike) -> Slices:
+        """The voxels that one shape between two corners (before bending) can reach, with room for its border; may be empty."""
+        start, stop = self.windows(np.asarray(low_mm)[None], np.asarray(high_mm)[None])
+        return _slices(start[0], stop[0])
 
     def ellipsoid(
         self,
@@ -223,25 +228,27 @@ class Canvas:
 
     def tubes(self, segments: Sequence[Segment], *, bump_mm: float = 0, room_mm: float = 0) -> Shape:
         """Union of round cones: a tube, or a tree of them."""
-        boxes = []
-        for a, b, ra, rb in segments:
-            reach = max(ra, rb) + 2.5 * bump_mm + room_mm
-            boxes.append(self.window(np.minimum(a, b) - reach, np.maximum(a, b) + reach))
-        filled = [b for b in boxes if all(s.stop > s.start for s in b)] or [(slice(0, 0),) * 3]
-        start = [min(b[a].start for b in filled) for a in range(3)]
-        stop = [max(b[a].stop for b in filled) for a in range(3)]
-        level = np.full([e - s for s, e in zip(start, stop, strict=True)], FAR_MM, dtype=np.float32)
-        for box, (a, b, ra, rb) in zip(boxes, segments, strict=True):
-            if any(s.stop <= s.start for s in box):
-                continue
+        ends = np.array([(a, b) for a, b, _, _ in segments])
+        radii = np.array([(ra, rb) for _, _, ra, rb in segments])
+        reach = radii.max(axis=1, keepdims=True) + 2.5 * bump_mm + room_mm
+        start, stop = self.windows(ends.min(axis=1) - reach, ends.max(axis=1) + reach)
+        seen = np.flatnonzero((stop > start).all(axis=1))
+        first, last = (
+            (start[seen].min(axis=0), stop[seen].max(axis=0)) if seen.size else (np.zeros(3, int), np.zeros(3, int))
+        )
+        level = np.full(last - first, FAR_MM, dtype=np.float32)
+        for k in seen:
+            box, part = _slices(start[k], stop[k]), _slices(start[k] - first, stop[k] - first)
+            (a, b), (ra, rb) = ends[k].astype(np.float32), radii[k].astype(np.float32)
+            z, y, x = self.coordinates[0][box] - a[0], self.coordinates[1][box] - a[1], self.coordinates[2][box] - a[2]
             d = b - a
-            p = [c[box] - np.float32(o) for c, o in zip(self.coordinates, a, strict=True)]
-            t = sum(np.float32(d[i] / max(float(d @ d), 1e-6)) * p[i] for i in range(3))
-            t = np.clip(t, np.float32(0), np.float32(1))
-            distance = np.sqrt(sum((p[i] - np.float32(d[i]) * t) ** 2 for i in range(3)))
-            part = level[tuple(slice(s.start - o, s.stop - o) for s, o in zip(box, start, strict=True))]
-            np.minimum(part, distance - (np.float32(ra) + np.float32(rb - ra) * t), out=part)
-        union = (slice(start[0], stop[0]), slice(start[1], stop[1]), slice(start[2], stop[2]))
+            length2 = max(d @ d, np.float32(1e-6))
+            along = d[0] * z + d[1] * y + d[2] * x
+            t = np.clip(along / length2, np.float32(0), np.float32(1))
+            # |p - t d|^2 multiplied out; rounding may leave a little below 0 on the axis
+            distance = np.sqrt(np.maximum(z * z + y * y + x * x - t * (2 * along - t * length2), np.float32(0)))
+            np.minimum(level[part], distance - (ra + (rb - ra) * t), out=level[part])
+        union = _slices(first, last)
         return Shape(union, level + np.float32(bump_mm) * self.bumps[union] if bump_mm else level)
 
     def column(

@@ -68,19 +68,22 @@ class PlacedTumor(Tumor):
 class TumorSpec:
     """How tumours are drawn: number per volume (both ends included), log-uniform diameter in mm, organs (None: all of the region).
 
-    Kinds and contrasts follow ``KINDS``. A diameter is lowered, at most to the smallest asked, where the organ is too thin for it.
+    Kinds and contrasts follow ``KINDS``, contrasts times ``contrast_factor`` (above 1: an easier task, for demos that train for minutes). A diameter is lowered, at most to the smallest asked, where the organ is too thin for it.
     Raises ConfigError.
     """
 
     num_tumors: tuple[int, int] = (1, 3)
     diameter_mm: tuple[float, float] = (8.0, 30.0)
     organs: tuple[str, ...] | None = None
+    contrast_factor: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.num_tumors[0] <= self.num_tumors[1]:
             raise ConfigError(f"TumorSpec: num_tumors={self.num_tumors}; want 0 <= low <= high.")
         if not 0 < self.diameter_mm[0] <= self.diameter_mm[1] <= 200:
             raise ConfigError(f"TumorSpec: diameter_mm={self.diameter_mm}; want 0 < low <= high <= 200, in mm.")
+        if not (np.isfinite(self.contrast_factor) and self.contrast_factor > 0):
+            raise ConfigError(f"TumorSpec: contrast_factor={self.contrast_factor}; want a number above 0.")
         if self.organs is not None and not self.organs:
             raise ConfigError("TumorSpec: organs=() names no organ; want at least one, or None for all of the region.")
 
@@ -147,7 +150,7 @@ def _drawn_tumor(scene: Scene, spec: TumorSpec, rng: np.random.Generator) -> Tum
     room = -2.4 * float(scene.organs[organ].level.min(initial=0.0))
     kinds = KINDS[scene.region]
     kind = list(kinds)[int(rng.choice(len(kinds), p=[share for share, _ in kinds.values()]))]
-    return Tumor(organ, max(low, min(diameter, room)), float(rng.uniform(*kinds[kind][1])), kind)
+    return Tumor(organ, max(low, min(diameter, room)), spec.contrast_factor * float(rng.uniform(*kinds[kind][1])), kind)
 
 
 def _center(scene: Scene, tumor: Tumor, placed: Sequence[PlacedTumor], rng: np.random.Generator) -> NDArray[np.float64]:

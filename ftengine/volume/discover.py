@@ -24,6 +24,7 @@ from ftengine.volume.itk import data_files
 from ftengine.volume.readers import SUPPORTED
 from ftengine.volume.values import shown
 
+NO_LABEL = Path("-")  # in place of a label: take none, even where one lies beside the image
 EXTENSIONS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 IMAGE_SUFFIXES = ("_ct", "_image", "_0000")
 LABEL_SUFFIXES = ("_label", "_seg", "_mask")
@@ -83,13 +84,15 @@ class _Walk:
 
 
 def parse_source(text: str) -> tuple[Path, Path | None]:
-    """A SRC of the command line: ``PATH``, or ``IMAGE=LABEL``.
+    """A SRC of the command line: ``PATH``, ``IMAGE=LABEL``, or ``IMAGE=-`` for an image whose neighbouring label is not to be used.
 
     A path that exists with its ``=`` is a path. Else the text is split where both sides exist, or at its first ``=``, so that the
     missing side is named later. Raises ConfigError where one side of the ``=`` is empty.
     """
     if "=" not in text or _exists(Path(text)):
         return Path(text), None
+    if text.endswith("=-"):
+        return Path(text[:-2]), NO_LABEL
     splits = [(text[:i], text[i + 1 :]) for i, letter in enumerate(text) if letter == "="]
     image, label = next(((a, b) for a, b in splits if a and b and _exists(Path(a)) and _exists(Path(b))), splits[0])
     if not image or not label:
@@ -113,7 +116,7 @@ def discover_all(
     ``<dataset>/<path of the image below its source>`` without extension and without a trailing ``_ct``, ``_image`` or ``_0000``; a DICOM
     folder by its path, and ``/series_1``, ``/series_2`` ... behind it where it holds several series.
 
-    Labels, first rule that applies: ``pairs`` (image -> label); ``labels`` (a folder with the same relative paths; the name of the image,
+    Labels, first rule that applies: ``pairs`` (image -> label, or ``NO_LABEL``); ``labels`` (a folder with the same relative paths; the name of the image,
     with or without its suffix, or with ``_label``, ``_seg`` or ``_mask``, in any supported format); beside the image, NAME_label, NAME_seg
     or NAME_mask for an image NAME, NAME_ct, NAME_image or NAME_0000. Names are never guessed beyond that.
 
@@ -140,7 +143,7 @@ def discover_all(
         raise CaseError(f"{named}: no CT found{passed}; want {SUPPORTED}. Check the path.")
 
     for paired in stated.values():
-        if not paired.is_file():
+        if paired != NO_LABEL and not paired.is_file():
             raise ConfigError(
                 f"label {shown(paired)}: no such file; want the LABEL of IMAGE=LABEL to exist. Check the path."
             )
@@ -157,6 +160,7 @@ def discover_all(
         if pair is not None:
             used_pairs.add(real)
         label = pair or (_beside(image) if labels is None else _in_folder(image, labels))
+        label = None if label == NO_LABEL else label
         if label is not None and image.series:
             raise ConfigError(
                 f"label {shown(label)} for {shown(image.path)}, which holds several series; want one series a label. Move each series to its own folder."

@@ -14,7 +14,7 @@ import gzip
 import math
 import os
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from ftengine.errors import CaseError
 from ftengine.geometry import Grid, grid_from_codes, grid_from_matrix, int_zyx, reverse_axes
-from ftengine.volume.values import MAX_DEFLATE_RATIO, RawImage, shown, to_label, volume_grid
+from ftengine.volume.values import MAX_DEFLATE_RATIO, RawImage, shown, volume_grid
 
 GZIP_MAGIC = b"\x1f\x8b"
 MAX_FORM_DISTANCE_MM = 1.0  # qform and sform further apart than this are worth a note
@@ -54,15 +54,6 @@ def load_nifti(path: Path, *, assume_orientation: str | None = None) -> RawImage
     where = shown(path)
     with _opened(path) as (stream, compressed):
         return _load(stream, where, path, compressed=compressed, assume_orientation=assume_orientation)
-
-
-def read_label(path: Path, label_values: Collection[int] | None = None) -> tuple[NDArray[np.uint8], Grid]:
-    """A NIfTI label map as written: uint8 z, y, x in the file's own axis order, and its grid (``to_ras`` turns both).
-
-    label_values: the labels that may occur; None allows 0 to 255. Raises CaseError as ``load_nifti`` does, and for other values.
-    """
-    raw = load_nifti(path)
-    return to_label(raw, shown(path), label_values=label_values, label_map=None), raw.grid
 
 
 def probe_nifti(path: Path, *, assume_orientation: str | None = None) -> Grid:

@@ -8,7 +8,9 @@ import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 
@@ -45,6 +47,10 @@ def _run(*arguments: object, code: int = 0) -> Done:
             found = 0
     assert found == code, f"{found}: {out.getvalue()}\n{err.getvalue()}"
     return Done(out.getvalue(), err.getvalue())
+
+
+def _nifti(path: Path) -> Any:
+    return nibabel.load(path)
 
 
 def _error(*arguments: object, code: int) -> str:
@@ -98,7 +104,10 @@ def test_the_program_itself_shows_help_and_one_line_errors(tmp_path: Path) -> No
     assert _run("--version").stdout.startswith("ftengine 0.")
 
 
-@pytest.mark.parametrize("command", ["convert", "store info", "train seg", "train synth", "predict", "evaluate", "preview", "doctor", "config", "demo"])
+@pytest.mark.parametrize(
+    "command",
+    ["convert", "store info", "train seg", "train synth", "predict", "evaluate", "preview", "doctor", "config", "demo"],
+)
 def test_every_command_has_help(command: str) -> None:
     assert "Usage" in _run(*command.split(), "--help").stdout
 
@@ -110,7 +119,9 @@ def test_convert_lists_bad_files_and_goes_on(tmp_path: Path) -> None:
     _write_case(tmp_path / "src", "good", tumor=True)
     bad = _write_case(tmp_path / "src", "truncated")
     bad.write_bytes(bad.read_bytes()[:2000])
-    done = _run("convert", tmp_path / "src", tmp_path / "s.zarr", "--region", "demo", "--dataset", "d", "--json", code=1)
+    done = _run(
+        "convert", tmp_path / "src", tmp_path / "s.zarr", "--region", "demo", "--dataset", "d", "--json", code=1
+    )
     report = json.loads(done.stdout)
     assert (report["converted"], report["failed"]) == (1, 1)
     failed = next(c for c in report["cases"] if c["status"] == "failed")
@@ -161,12 +172,13 @@ def test_store_info_and_export(store_path: Path, tmp_path: Path) -> None:
     assert document["num_volumes"] == 4
     assert {c["case"] for c in document["cases"]} == {"a/0", "a/1", "o/0", "o/1"}
     assert "organ" in _run("store", "info", store_path, "--cases").stdout
-    import nibabel
-
     for grid in ("store", "native"):
         done = _run("store", "export", store_path, "--out", tmp_path / grid, "--case", "a/0", "--grid", grid)
-        assert done.stdout.split() == [str(tmp_path / grid / "a/0_ct.nii.gz"), str(tmp_path / grid / "a/0_label.nii.gz")]
-        exported = np.asanyarray(nibabel.load(tmp_path / grid / "a/0_ct.nii.gz").dataobj).transpose(2, 1, 0)
+        assert done.stdout.split() == [
+            str(tmp_path / grid / "a/0_ct.nii.gz"),
+            str(tmp_path / grid / "a/0_label.nii.gz"),
+        ]
+        exported = np.asanyarray(_nifti(tmp_path / grid / "a/0_ct.nii.gz").dataobj).transpose(2, 1, 0)
         np.testing.assert_array_equal(exported, open_store(store_path).read_volume("a/0").image)
     assert "--grid other" in _error("store", "export", store_path, "--out", tmp_path, "--grid", "other", code=2)
 
@@ -181,31 +193,61 @@ def test_store_errors_are_exit_3(tmp_path: Path) -> None:
 
 
 def test_train_prints_one_json_document(store_path: Path, config_file: Path, tmp_path: Path) -> None:
-    done = _run("train", "seg", store_path, "--out", tmp_path / "run", "--config", config_file, "--set", "training.steps=2", "--json")
+    done = _run(
+        "train",
+        "seg",
+        store_path,
+        "--out",
+        tmp_path / "run",
+        "--config",
+        config_file,
+        "--set",
+        "training.steps=2",
+        "--json",
+    )
     document = json.loads(done.stdout)
     assert document["steps"] == 2
     assert set(document["stall"]) >= {"wait_fraction", "patches_per_s"}
 
 
-def test_the_three_trainings_run_and_resume(store_path: Path, config_file: Path, baseline: Path, tmp_path: Path) -> None:
+def test_the_three_trainings_run_and_resume(
+    store_path: Path, config_file: Path, baseline: Path, tmp_path: Path
+) -> None:
     _run("train", "synth", store_path, "--baseline", baseline, "--out", tmp_path / "g", "--config", config_file)
     painting = ("--synth", tmp_path / "g" / "checkpoint.pt", "--judge", baseline, "--init", baseline)
     _run("train", "seg", store_path, "--out", tmp_path / "s", "--config", config_file, *painting)
     _run("train", "seg", store_path, "--out", tmp_path / "s", *painting, "--resume", "--set", "training.steps=5")
-    document = json.loads(_run("train", "seg", store_path, "--out", tmp_path / "s", *painting, "--resume", "--set", "training.steps=6", "--json").stdout)
+    document = json.loads(
+        _run(
+            "train",
+            "seg",
+            store_path,
+            "--out",
+            tmp_path / "s",
+            *painting,
+            "--resume",
+            "--set",
+            "training.steps=6",
+            "--json",
+        ).stdout
+    )
     assert document["steps"] == 6
     assert document["quality"]["by_organ"]["liver"]["painted"] > 0
 
 
 def test_train_errors(store_path: Path, config_file: Path, baseline: Path, tmp_path: Path) -> None:
     out = ("--out", tmp_path / "run", "--config", config_file)
-    assert "Did you mean training.batch_size?" in _error("train", "seg", store_path, *out, "--set", "training.batchsize=2", code=2)
+    assert "Did you mean training.batch_size?" in _error(
+        "train", "seg", store_path, *out, "--set", "training.batchsize=2", code=2
+    )
     assert "no such checkpoint" in _error("train", "synth", store_path, "--baseline", tmp_path / "x.pt", *out, code=2)
     assert "holds the weights of another network" in _error(
         "train", "seg", store_path, *out, "--init", baseline, "--set", "network.channels=[6, 12]", code=2
     )
     assert "--judge without --synth" in _error("train", "seg", store_path, *out, "--judge", baseline, code=2)
-    assert "holds a run already" in _error("train", "seg", store_path, "--out", baseline.parent, "--config", config_file, code=2)
+    assert "holds a run already" in _error(
+        "train", "seg", store_path, "--out", baseline.parent, "--config", config_file, code=2
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -216,11 +258,10 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 
 
 def test_predict_writes_the_inputs_own_grid(baseline: Path, tmp_path: Path) -> None:
-    import nibabel
-
     image = _write_case(tmp_path / "src", "p", shape=(20, 30, 40))
     flipped = nibabel.Nifti1Image(
-        np.asanyarray(nibabel.load(image).dataobj)[::-1, :, ::2], np.array([[-3, 0, 0, 117], [0, 3, 0, -40], [0, 0, 6, 12], [0, 0, 0, 1.0]])
+        np.asanyarray(_nifti(image).dataobj)[::-1, :, ::2],
+        np.array([[-3, 0, 0, 117], [0, 3, 0, -40], [0, 0, 6, 12], [0, 0, 0, 1.0]]),
     )
     nibabel.save(flipped, tmp_path / "src" / "q_ct.nii.gz")
     (tmp_path / "src" / "broken.nii").write_bytes(b"x")
@@ -230,7 +271,10 @@ def test_predict_writes_the_inputs_own_grid(baseline: Path, tmp_path: Path) -> N
     assert len(document["predictions"]) == 2
     assert list(document["failed"]) == ["predict/broken"]
     for name in ("p", "q"):
-        source, result = nibabel.load(tmp_path / "src" / f"{name}_ct.nii.gz"), nibabel.load(tmp_path / "out" / f"{name}.nii.gz")
+        source, result = (
+            _nifti(tmp_path / "src" / f"{name}_ct.nii.gz"),
+            _nifti(tmp_path / "out" / f"{name}.nii.gz"),
+        )
         assert source.shape == result.shape
         np.testing.assert_allclose(source.affine, result.affine, atol=1e-4)
         assert result.get_data_dtype() == np.uint8

@@ -16,7 +16,9 @@ VOLUMES = arrays(np.uint8, (3, 4, 5), elements=st.integers(0, 2))
 
 
 @given(VOLUMES, VOLUMES)
-def test_dice_equals_its_formula(predicted: "np.typing.NDArray[np.uint8]", truth: "np.typing.NDArray[np.uint8]") -> None:
+def test_dice_equals_its_formula(
+    predicted: "np.typing.NDArray[np.uint8]", truth: "np.typing.NDArray[np.uint8]"
+) -> None:
     score = score_case("c", predicted, truth, LABELS)
     for name, value in (("liver", 1), ("liver_tumor", 2)):
         p, t = set(np.flatnonzero(predicted == value)), set(np.flatnonzero(truth == value))
@@ -38,12 +40,19 @@ def test_a_perfect_prediction_scores_one(truth: "np.typing.NDArray[np.uint8]") -
     ("truth", "predicted", "overlap", "outcome"),
     [(5, 5, 1, "tp"), (5, 5, 0, "fn"), (5, 0, 0, "fn"), (0, 3, 0, "fp"), (0, 0, 0, "tn")],
 )
-def test_a_volume_is_a_hit_where_prediction_and_truth_overlap_at_all(truth: int, predicted: int, overlap: int, outcome: str) -> None:
+def test_a_volume_is_a_hit_where_prediction_and_truth_overlap_at_all(
+    truth: int, predicted: int, overlap: int, outcome: str
+) -> None:
     assert ClassScore(0.0, truth, predicted, overlap).outcome == outcome
 
 
 def _scores(outcomes: str) -> list[CaseScore]:
-    made = {"p": ClassScore(0.5, 4, 4, 2), "n": ClassScore(0.0, 4, 0, 0), "f": ClassScore(0.0, 0, 3, 0), "t": ClassScore(math.nan, 0, 0, 0)}
+    made = {
+        "p": ClassScore(0.5, 4, 4, 2),
+        "n": ClassScore(0.0, 4, 0, 0),
+        "f": ClassScore(0.0, 0, 3, 0),
+        "t": ClassScore(math.nan, 0, 0, 0),
+    }
     return [CaseScore(str(i), {"tumor": made[o]}) for i, o in enumerate(outcomes)]
 
 

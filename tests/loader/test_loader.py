@@ -36,7 +36,8 @@ def _take(loader: Loader, count: int) -> list[Batch]:
 
 def _equal(a: list[Batch], b: list[Batch]) -> bool:
     return all(
-        torch.equal(x.image, y.image) and torch.equal(x.label, y.label) and x.records == y.records for x, y in zip(a, b, strict=True)
+        torch.equal(x.image, y.image) and torch.equal(x.label, y.label) and x.records == y.records
+        for x, y in zip(a, b, strict=True)
     )
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from ftengine.config import AugmentConfig
 from ftengine.geometry import Box
@@ -20,17 +21,22 @@ def _patches(seed: int) -> list[Patch]:
     rng = np.random.default_rng(seed)
     shape = CONFIG.region.patch_zyx
     return [
-        Patch("c", Box((0, 0, 0), shape), rng.integers(-1024, 3000, shape).astype(np.int16), rng.integers(0, 3, shape).astype(np.uint8))
+        Patch(
+            "c",
+            Box((0, 0, 0), shape),
+            rng.integers(-1024, 3000, shape).astype(np.int16),
+            rng.integers(0, 3, shape).astype(np.uint8),
+        )
         for _ in range(2)
     ]
 
 
-def _expected(patch: Patch, a: Augmentation) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]  # float64 and uint8
+def _expected(patch: Patch, a: Augmentation) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
     low, high = CONFIG.region.window_hu
     image, label = patch.image.astype(np.float64), patch.label
     if a.transpose_yx:
         image, label = image.transpose(0, 2, 1), label.transpose(0, 2, 1)
-    axes = [axis for axis in range(3) if a.flip_zyx[axis]]
+    axes = tuple(axis for axis in range(3) if a.flip_zyx[axis])
     unit = np.clip((np.flip(image, axes) - low) / (high - low), 0, 1)
     return np.clip(unit * a.intensity_scale + a.intensity_shift, 0, 1), np.flip(label, axes)
 
@@ -39,14 +45,18 @@ def _check(pipeline: PatchPipeline, rounds: int) -> None:
     kept = None
     for k in range(rounds):
         patches = _patches(k)
-        augmentations = [draw_augmentation(patch_rng(0, Purpose.CROP_AND_AUGMENT, epoch=k, index=i), ALWAYS) for i in range(2)]
+        augmentations = [
+            draw_augmentation(patch_rng(0, Purpose.CROP_AND_AUGMENT, epoch=k, index=i), ALWAYS) for i in range(2)
+        ]
         image, label = (t.cpu() for t in pipeline(patches, augmentations))
         assert (image.dtype, label.dtype) == (torch.float32, torch.uint8)
         assert image.shape == label.shape == (2, 1, *CONFIG.region.patch_zyx)
         for i in range(2):
             wanted_image, wanted_label = _expected(patches[i], augmentations[i])
             # HU over 425 is rounded at most four times in float32
-            np.testing.assert_allclose(image[i, 0].numpy(), wanted_image, rtol=0, atol=4 * np.finfo(np.float32).eps * 3000 / 425)
+            np.testing.assert_allclose(
+                image[i, 0].numpy(), wanted_image, rtol=0, atol=float(4 * np.finfo(np.float32).eps * 3000 / 425)
+            )
             np.testing.assert_array_equal(label[i, 0].numpy(), wanted_label)
         kept = kept or (image, image.clone())
     assert kept is not None

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from ftengine.config import AugmentConfig
 from ftengine.errors import ConfigError
@@ -66,6 +67,19 @@ def test_positive_patches_of_any_size_hold_a_single_labelled_voxel(tmp_path: Pat
             assert origin == -((size - length) // 2) if size >= length else 0 <= origin <= length - size
 
 
+def test_class_balanced_patches_meet_small_tumors_as_often_as_organs(store: Store) -> None:
+    config = small_config(loader__positive_fraction=1.0, loader__patches_per_epoch=200, region__patch_zyx=(8, 8, 8))
+    shares = []
+    for balanced in (False, True):
+        plan = Plan(config.with_overrides({"loader.class_balanced": balanced}), store, mix="annotated")
+        boxes = [plan.request(0, number) for number in range(200)]
+        labels = [store.read(r.case, r.box.origin_zyx, r.box.shape_zyx).label for r in boxes]
+        assert all(label.any() for label in labels)
+        shares.append(np.mean([(label == 2).any() for label in labels]))
+    assert shares[0] < 0.25  # 125 of 21,000 labelled voxels are tumour
+    assert shares[1] > 0.45  # half of the draws ask for one
+
+
 def test_positive_and_negative_patches_come_in_the_asked_ratio(store: Store) -> None:
     plan = Plan(small_config(loader__positive_fraction=0.0, loader__patches_per_epoch=200), store, mix="mixed")
     centers = []
@@ -78,7 +92,9 @@ def test_positive_and_negative_patches_come_in_the_asked_ratio(store: Store) -> 
 
 def test_every_volume_comes_once_a_pass(store: Store) -> None:
     plan = Plan(small_config(training__batch_size=4), store, mix="mixed")
-    visits = Counter(r.case for epoch in range(15) for step in range(plan.batches_per_epoch) for r in plan.batch(epoch, step))
+    visits = Counter(
+        r.case for epoch in range(15) for step in range(plan.batches_per_epoch) for r in plan.batch(epoch, step)
+    )
     annotated = [n for case, n in visits.items() if case.startswith("a/")]
     organs = [n for case, n in visits.items() if case.startswith("o/")]
     assert (len(annotated), len(organs)) == (3, 5)
@@ -117,7 +133,7 @@ def test_a_volume_of_air_can_be_drawn_from(tmp_path: Path) -> None:
     assert Plan(config, open_store(root), mix="annotated").request(0, 0).case == "d/x"
 
 
-def _by_numpy(volume: np.ndarray, rng: np.random.Generator, augment: AugmentConfig) -> np.ndarray:  # type: ignore[type-arg]  # any dtype
+def _by_numpy(volume: NDArray[np.int64], rng: np.random.Generator, augment: AugmentConfig) -> NDArray[np.int64]:
     """The released order written with numpy: flip x, y, z, then quarter turns in the (y, x) plane."""
     for axis in (2, 1, 0):
         if rng.random() < augment.flip_probability:
@@ -134,7 +150,7 @@ def test_one_transpose_and_one_flip_equal_the_flips_and_turns(number: int) -> No
     volume = np.arange(4 * 5 * 5).reshape(4, 5, 5)
     drawn = draw_augmentation(patch_rng(1, Purpose.CROP_AND_AUGMENT, index=number), augment)
     ours = volume.transpose(0, 2, 1) if drawn.transpose_yx else volume
-    ours = np.flip(ours, [axis for axis in range(3) if drawn.flip_zyx[axis]])
+    ours = np.flip(ours, tuple(axis for axis in range(3) if drawn.flip_zyx[axis]))
     expected = _by_numpy(volume, patch_rng(1, Purpose.CROP_AND_AUGMENT, index=number), augment)
     np.testing.assert_array_equal(ours, expected)
 

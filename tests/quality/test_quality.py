@@ -39,14 +39,16 @@ def test_judge_counts_the_organs_own_tumor_class() -> None:
 
 def test_released_judge_counts_any_tumor_class_and_is_strict() -> None:
     seen, mask = _case()
-    judge = SegmenterJudge(lambda _image: _logits(seen), QualityConfig(threshold=1.0), REGION, any_tumor=True, strict=True)
+    judge = SegmenterJudge(
+        lambda _image: _logits(seen), QualityConfig(threshold=1.0), REGION, any_tumor=True, strict=True
+    )
     proportion, passed = judge(torch.zeros(3, 1, 1, 4, 5), mask, [2, 6, 2])
     assert proportion.tolist() == pytest.approx([0.7, 1.0, 0.0])
     assert passed.tolist() == [False, False, False]  # P > T, not P >= T
 
 
 @pytest.mark.parametrize(("threshold", "expected"), [(0.5, True), (0.50001, False), (None, True)])
-def test_the_threshold_is_inclusive(threshold: float | None, expected: bool) -> None:  # noqa: FBT001 - a test's parameter
+def test_the_threshold_is_inclusive(threshold: float | None, expected: bool) -> None:
     mask = torch.ones((1, 1, 2, 2), dtype=torch.uint8)
     seen = torch.tensor([[[[2, 2], [0, 0]]]])
     judge = SegmenterJudge(lambda _image: _logits(seen), QualityConfig(threshold=threshold), REGION)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +23,14 @@ CONFIG = small_config()
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     root = create_store(tmp_path_factory.mktemp("store") / "s.zarr", CONFIG.region)
     image = coordinate_volume(SHAPE)
     label = (image % 3).astype(np.uint8)
     grid = ras_grid_at(SHAPE)
     write_volume(root, "d/labelled", image, label, grid, grid, CONFIG.region, Provenance("x.nii.gz", "00"))
     write_volume(root, "d/sub/plain", image, None, grid, grid, CONFIG.region, Provenance("y.nii.gz", "11"))
-    yield open_store(root)
+    return open_store(root)
 
 
 @given(
@@ -39,19 +38,24 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     shape=st.tuples(*(st.integers(1, 50) for _ in range(3))),
 )
 @settings(max_examples=40, deadline=None)
-def test_read_equals_a_slice_of_the_padded_volume(store: Store, origin: tuple[int, int, int], shape: tuple[int, int, int]) -> None:
+def test_read_equals_a_slice_of_the_padded_volume(
+    store: Store, origin: tuple[int, int, int], shape: tuple[int, int, int]
+) -> None:
     patch = store.read("d/labelled", origin, shape)
     image = np.full(shape, layout.AIR_HU, dtype=np.int16)
     label = np.zeros(shape, dtype=np.uint8)
     whole = coordinate_volume(SHAPE)
     inside = Box(origin, shape).inside(SHAPE)
     if min(inside.shape_zyx) > 0:
-        target = tuple(slice(i - o, i - o + n) for i, o, n in zip(inside.origin_zyx, origin, inside.shape_zyx, strict=True))
+        target = tuple(
+            slice(i - o, i - o + n) for i, o, n in zip(inside.origin_zyx, origin, inside.shape_zyx, strict=True)
+        )
         image[target] = whole[inside.slices()]
         label[target] = whole[inside.slices()] % 3
     np.testing.assert_array_equal(patch.image, image)
     np.testing.assert_array_equal(patch.label, label)
-    assert (patch.image.dtype, patch.label.dtype) == (np.int16, np.uint8)
+    assert patch.image.dtype == np.int16
+    assert patch.label.dtype == np.uint8
 
 
 def test_a_volume_without_a_label_reads_label_zero(store: Store) -> None:
@@ -260,7 +264,16 @@ def test_writing_again_replaces_row_and_data(tmp_path: Path) -> None:
     root = create_store(tmp_path / "s.zarr", CONFIG.region)
     grid = ras_grid_at((8, 8, 8))
     for offset in (0, 5):
-        write_volume(root, "d/x", coordinate_volume((8, 8, 8), offset), None, grid, grid, CONFIG.region, Provenance("x", str(offset)))
+        write_volume(
+            root,
+            "d/x",
+            coordinate_volume((8, 8, 8), offset),
+            None,
+            grid,
+            grid,
+            CONFIG.region,
+            Provenance("x", str(offset)),
+        )
         index.compact_index(root)
     store = open_store(root)
     assert (len(store), store.row("d/x")["source_sha256"]) == (1, "5")
@@ -271,9 +284,10 @@ def test_compaction_keeps_every_row_and_ends_with_one_file(tmp_path: Path) -> No
     store = make_store(tmp_path, CONFIG)
     before = store.index
     grid = ras_grid_at((8, 8, 8))
-    write_volume(store.path, "b/new", coordinate_volume((8, 8, 8)), None, grid, grid, CONFIG.region, Provenance("x", "y"))
+    write_volume(
+        store.path, "b/new", coordinate_volume((8, 8, 8)), None, grid, grid, CONFIG.region, Provenance("x", "y")
+    )
     assert open_store(store.path).cases == ["a/0", "a/1", "b/new", "o/0", "o/1"]
     assert index.compact_index(store.path) == 5
     assert list((store.path / "index.d").iterdir()) == []
     assert open_store(store.path).index.slice(0, 2) == before.slice(0, 2)
-

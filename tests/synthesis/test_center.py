@@ -4,13 +4,14 @@ import numpy as np
 import scipy.ndimage as ndi
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from ftengine.synthesis.center import choose_center, choose_center_released
 
 ORGANS = st.tuples(st.integers(0, 2**32), st.floats(0.02, 0.9), st.tuples(*(st.integers(3, 14),) * 3))
 
 
-def _organ(case: tuple[int, float, tuple[int, int, int]]) -> np.ndarray:  # type: ignore[type-arg]  # bool
+def _organ(case: tuple[int, float, tuple[int, int, int]]) -> NDArray[np.bool_]:
     seed, level, shape = case
     smooth = ndi.gaussian_filter(np.random.default_rng(seed).random(shape), 1.5)
     organ = smooth >= np.quantile(smooth, level)
@@ -19,9 +20,11 @@ def _organ(case: tuple[int, float, tuple[int, int, int]]) -> np.ndarray:  # type
 
 @given(case=ORGANS, draw=st.floats(0, 1, exclude_max=True), margin=st.integers(0, 3))
 @settings(max_examples=100, deadline=None)
-def test_center_is_a_voxel_of_the_eroded_organ(case: tuple[int, float, tuple[int, int, int]], draw: float, margin: int) -> None:
+def test_center_is_a_voxel_of_the_eroded_organ(
+    case: tuple[int, float, tuple[int, int, int]], draw: float, margin: int
+) -> None:
     organ = _organ(case)
-    eroded = ndi.binary_erosion(organ, np.ones((2 * margin + 1,) * 3), border_value=1) if margin else organ
+    eroded = ndi.binary_erosion(organ, np.ones((2 * margin + 1,) * 3, dtype=bool), border_value=1) if margin else organ
     center = choose_center(organ, margin * 1.5, (1.5, 1.5, 1.5), draw)
     assert organ[center]
     if eroded.any():

@@ -149,7 +149,9 @@ class _Judge:
     def __init__(self, proportions: list[list[float]]) -> None:
         self.proportions, self.asked = proportions, 0
 
-    def __call__(self, image: torch.Tensor, mask: torch.Tensor, tumor_values: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, image: torch.Tensor, mask: torch.Tensor, tumor_values: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         proportion = torch.tensor(self.proportions[self.asked])
         assert len(proportion) == len(image) == len(mask) == len(tumor_values)
         self.asked += 1
@@ -193,7 +195,8 @@ def test_retries_draw_failed_patches_anew_with_one_generator_call() -> None:
 
 def test_released_noise_field_has_the_stated_statistics() -> None:
     field = noise_field(0, 0, 3.0, 4.0, (60, 64, 68))
-    assert (field.dtype, field.shape) == (np.float32, (60, 64, 68))
+    assert field.dtype == np.float32
+    assert field.shape == (60, 64, 68)
     assert field.min() >= 0
     assert field.max() <= 1
     np.testing.assert_array_equal(field, noise_field(0, 0, 3.0, 4.0, (60, 64, 68)))
@@ -204,7 +207,11 @@ def test_texture_crops_come_from_one_field_made_once() -> None:
     crop = fields.crop((0.6, 0.5, 0.0, 0.99), (8, 8, 8))
     whole = noise_field(0, 1, 3.0, 2.0, (24, 24, 24))
     np.testing.assert_array_equal(crop.numpy(), whole[8:16, 0:8, 16:24])
-    assert fields.crop((0.0, 0.5, 0.5, 0.5), (30, 8, 8)).shape == (30, 8, 8)  # a patch larger than the field makes it larger
+    assert fields.crop((0.0, 0.5, 0.5, 0.5), (30, 8, 8)).shape == (
+        30,
+        8,
+        8,
+    )  # a patch larger than the field makes it larger
 
 
 @pytest.mark.parametrize("sign", [-1.0, 1.0])

@@ -12,7 +12,13 @@ REGION = Config.preset("abdomen").region
 CONFIG = SynthesisConfig()
 
 
-def _draw(index: int, config: SynthesisConfig = CONFIG, *, spacing: tuple[float, float, float] = (1.5, 1.5, 1.5), draw: int = 0) -> PatchDraw:
+def _draw(
+    index: int,
+    config: SynthesisConfig = CONFIG,
+    *,
+    spacing: tuple[float, float, float] = (1.5, 1.5, 1.5),
+    draw: int = 0,
+) -> PatchDraw:
     found = draw_patch(["liver", "kidney"], config, spacing, seed=1, epoch=2, index=index, draw=draw)
     assert found is not None
     return found

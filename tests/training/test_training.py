@@ -20,7 +20,9 @@ from ftengine.training.checkpoint import load_checkpoint, load_generator, load_s
 from ftengine.training.run import StallMeter, learning_rate, read_metrics, stopping_on_signals
 from tests.support import make_store, small_config
 
-CONFIG = small_config(training__steps=8, generator_training__steps=4, training__checkpoint_every=3, generator_training__checkpoint_every=3)
+CONFIG = small_config(
+    training__steps=8, generator_training__steps=4, training__checkpoint_every=3, generator_training__checkpoint_every=3
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,9 @@ def baseline(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def generator(store: Store, baseline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_synthesis(CONFIG, store.path, tmp_path_factory.mktemp("runs") / "generator", baseline=baseline).checkpoint
+    return train_synthesis(
+        CONFIG, store.path, tmp_path_factory.mktemp("runs") / "generator", baseline=baseline
+    ).checkpoint
 
 
 def _weights_equal(a: Path, b: Path) -> bool:
@@ -69,19 +73,25 @@ def test_generator_training_changes_g_and_c_and_nothing_of_s(store: Store, basel
 
 def test_student_sees_painted_tumors(store: Store, baseline: Path, generator: Path, tmp_path: Path) -> None:
     config = CONFIG.with_overrides({"qc.threshold": None})
-    result = train_segmentation(config, store.path, tmp_path / "s", generator_path=generator, judge_path=baseline, init=baseline)
+    result = train_segmentation(
+        config, store.path, tmp_path / "s", generator_path=generator, judge_path=baseline, init=baseline
+    )
     assert result.quality["qc/pass_rate"] == 1.0
     assert sum(row["painted_fraction"] for row in read_metrics(tmp_path / "s")) > 0
 
 
 def test_init_starts_from_the_given_weights(store: Store, baseline: Path, tmp_path: Path) -> None:
-    config = CONFIG.with_overrides({"training.steps": 1, "training.warmup_steps": 5})  # the first step of a warm-up has rate 0
+    config = CONFIG.with_overrides(
+        {"training.steps": 1, "training.warmup_steps": 5}
+    )  # the first step of a warm-up has rate 0
     result = train_segmentation(config, store.path, tmp_path / "s", init=baseline)
     assert _weights_equal(result.checkpoint, baseline)
 
 
 def test_almost_nothing_passing_stops_the_run(store: Store, baseline: Path, generator: Path, tmp_path: Path) -> None:
-    config = CONFIG.with_overrides({"qc.threshold": 1.0, "qc.min_pass_rate": 1.0, "qc.window": 3, "training.steps": 200})
+    config = CONFIG.with_overrides(
+        {"qc.threshold": 1.0, "qc.min_pass_rate": 1.0, "qc.window": 3, "training.steps": 200}
+    )
     with pytest.raises(RejectionError, match="of the last 3 painted patches"):
         train_segmentation(config, store.path, tmp_path / "s", generator_path=generator, judge_path=baseline)
 
@@ -89,43 +99,55 @@ def test_almost_nothing_passing_stops_the_run(store: Store, baseline: Path, gene
 # resume
 
 
-class _Stop(Exception):
+class _StopError(Exception):
     pass
 
 
 def _stop_after(step: int) -> Callable[[int, dict[str, float]], None]:
     def check(done: int, _values: dict[str, float]) -> None:
         if done == step:
-            raise _Stop
+            raise _StopError
 
     return check
 
 
 def test_a_broken_baseline_resumes_to_the_same_losses_and_weights(store: Store, tmp_path: Path) -> None:
     whole = train_segmentation(CONFIG, store.path, tmp_path / "whole")
-    with pytest.raises(_Stop):
+    with pytest.raises(_StopError):
         train_segmentation(CONFIG, store.path, tmp_path / "broken", on_step=_stop_after(5))  # last checkpoint: 3 steps
     resumed = train_segmentation(CONFIG, store.path, tmp_path / "broken", resume=True)
     assert resumed.losses == whole.losses
     assert _weights_equal(resumed.checkpoint, whole.checkpoint)
     assert [r["step"] for r in read_metrics(tmp_path / "broken")] == list(range(8))
-    assert [r["loss"] for r in read_metrics(tmp_path / "broken")] == [r["loss"] for r in read_metrics(tmp_path / "whole")]
+    assert [r["loss"] for r in read_metrics(tmp_path / "broken")] == [
+        r["loss"] for r in read_metrics(tmp_path / "whole")
+    ]
 
 
-def test_a_broken_student_resumes_to_the_same_losses(store: Store, baseline: Path, generator: Path, tmp_path: Path) -> None:
+def test_a_broken_student_resumes_to_the_same_losses(
+    store: Store, baseline: Path, generator: Path, tmp_path: Path
+) -> None:
     config = CONFIG.with_overrides({"qc.threshold": 0.1})
 
-    def run(out: Path, **options: object) -> list[float]:
-        return train_segmentation(config, store.path, out, generator_path=generator, judge_path=baseline, **options).losses  # type: ignore[arg-type]  # keywords of the test
+    def run(out: Path, *, resume: bool = False, stop_after: int = -1) -> list[float]:
+        return train_segmentation(
+            config,
+            store.path,
+            out,
+            generator_path=generator,
+            judge_path=baseline,
+            resume=resume,
+            on_step=_stop_after(stop_after),
+        ).losses
 
-    with pytest.raises(_Stop):
-        run(tmp_path / "broken", on_step=_stop_after(4))
+    with pytest.raises(_StopError):
+        run(tmp_path / "broken", stop_after=4)
     assert run(tmp_path / "broken", resume=True) == run(tmp_path / "whole")
 
 
 def test_a_broken_generator_resumes_to_the_same_weights(store: Store, baseline: Path, tmp_path: Path) -> None:
     whole = train_synthesis(CONFIG, store.path, tmp_path / "whole", baseline=baseline)
-    with pytest.raises(_Stop):
+    with pytest.raises(_StopError):
         train_synthesis(CONFIG, store.path, tmp_path / "broken", baseline=baseline, on_step=_stop_after(4))
     resumed = train_synthesis(CONFIG, store.path, tmp_path / "broken", baseline=baseline, resume=True)
     assert _weights_equal(resumed.checkpoint, whole.checkpoint)
@@ -143,7 +165,14 @@ train_segmentation(config, sys.argv[2], sys.argv[3], resume=len(sys.argv) > 4)
 def test_a_run_killed_by_sigkill_resumes_to_the_same_losses(store: Store, tmp_path: Path) -> None:
     config = CONFIG.with_overrides({"training.steps": 30, "training.checkpoint_every": 2})
     (tmp_path / "config.yaml").write_text(config.to_yaml())
-    arguments = [sys.executable, "-c", _KILLED, str(tmp_path / "config.yaml"), str(store.path), str(tmp_path / "killed")]
+    arguments = [
+        sys.executable,
+        "-c",
+        _KILLED,
+        str(tmp_path / "config.yaml"),
+        str(store.path),
+        str(tmp_path / "killed"),
+    ]
     process = subprocess.Popen(arguments)
     deadline = time.monotonic() + 120
     while not (tmp_path / "killed" / "checkpoint.pt").exists() and time.monotonic() < deadline:
@@ -222,7 +251,9 @@ def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
     assert not (tmp_path / "harm").exists()
 
 
-def test_a_checkpoint_for_other_labels_is_refused(store: Store, baseline: Path, generator: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_for_other_labels_is_refused(
+    store: Store, baseline: Path, generator: Path, tmp_path: Path
+) -> None:
     from ftengine.assemble import load_painters
 
     with pytest.raises(ConfigError, match=r"was trained with region\."):

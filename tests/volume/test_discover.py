@@ -354,3 +354,12 @@ def test_discovery_of_many_files_stays_fast(tmp_path: Path) -> None:
     touch(tmp_path, *(f"{n // 20:03d}/{n:05d}.nii.gz" for n in range(2000)))
     assert len(discover([tmp_path], dataset="x")) == 2000
     assert np.all([s.label is None for s in discover([tmp_path / "000"], dataset="x")])
+
+
+def test_a_label_beside_an_image_can_be_left_out(tmp_path: Path) -> None:
+    for name in ("a_ct.nii.gz", "a_seg.nii.gz"):
+        (tmp_path / name).touch()
+    image, label = parse_source(f"{tmp_path / 'a_ct.nii.gz'}=-")
+    assert label is not None
+    assert discover([image], dataset="d")[0].label == tmp_path / "a_seg.nii.gz"
+    assert discover([image], dataset="d", pairs={image: label})[0].label is None

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ftengine.errors import CaseError, ConfigError
 from ftengine.geometry import Grid, grid_from_codes, grid_offset_vox
-from ftengine.volume.nifti import read_label, write_nifti
+from ftengine.volume.nifti import write_nifti
 from ftengine.volume.readers import probe, read_volume
 from tests.recipes import ct_array, cut, flip_byte, grid_of, patch_nifti, save_nifti
 
@@ -356,14 +356,3 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 def test_what_cannot_be_written(tmp_path: Path, array: NDArray[np.int16], grid: Grid) -> None:
     with pytest.raises(ValueError, match=r"a\.nii\.gz"):
         write_nifti(tmp_path / "a.nii.gz", array, grid)
-
-
-def test_read_label_keeps_the_axis_order_of_the_file(tmp_path: Path) -> None:
-    label = (ct_array() > 0).astype(np.int32) * 2
-    path = save_nifti(tmp_path / "a_seg.nii.gz", label)
-    values, grid = read_label(path, (0, 2))
-    assert values.dtype == np.uint8
-    np.testing.assert_array_equal(values, label)
-    assert grid == grid_of((6, 8, 10))
-    with pytest.raises(CaseError, match="label values 2"):
-        read_label(path, (0, 1))

@@ -16,7 +16,7 @@ from ftengine.errors import CaseError
 from ftengine.geometry import Grid, grid_from_codes, grid_from_matrix, grid_offset_vox, to_ras
 from ftengine.types import Volume
 from ftengine.volume.discover import discover, discover_all
-from ftengine.volume.readers import probe, read_volume
+from ftengine.volume.readers import probe, read_label, read_volume
 from tests.recipes import ct_array, grid_of, save_itk, save_nifti, save_nrrd_in_ras, save_series
 
 LABELS = (0, 1, 2)
@@ -378,3 +378,15 @@ def test_a_lost_slice_of_the_real_dicom_series_is_noticed(data_dir: Path, tmp_pa
     (tmp_path / "ct" / "slice_007.dcm").unlink()
     with pytest.raises(CaseError, match="1 slice missing"):
         read_volume(tmp_path / "ct")
+
+
+def test_read_label_turns_any_format_to_ras(tmp_path: Path) -> None:
+    label = (ct_array() > 0).astype(np.uint8) * 2
+    path = save_nifti(tmp_path / "a_seg.nii.gz", label)
+    values, grid = read_label(path, label_values=(0, 2))
+    assert values.dtype == np.uint8
+    assert grid.is_ras
+    volume = read_volume(save_nifti(tmp_path / "a_ct.nii.gz", ct_array()), path)
+    np.testing.assert_array_equal(values, volume.label)
+    with pytest.raises(CaseError, match="label values 2"):
+        read_label(path, label_values=(0, 1))
