@@ -59,9 +59,9 @@ def launch(
     ``args`` are NumPy scalars of exactly the parameters' types (``pointer`` for pointers): a bare Python number would
     be passed as 64 bit whatever the kernel declares.
     """
-    import cupy
-
     kernel = compiled(file, name, device.index, options)
+    import cupy  # after compiled(), which explains its absence
+
     stream = torch.cuda.current_stream(device)
     with cupy.cuda.Device(device.index), cupy.cuda.ExternalStream(stream.cuda_stream, device.index):
         kernel(grid, block, args, shared_mem=shared_bytes)

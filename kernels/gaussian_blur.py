@@ -136,28 +136,27 @@ def _blur_sample(sample: Tensor, sigma_zyx: NDArray[np.float64]) -> Tensor:
 def _blur_rows(weights: NDArray[np.float64], stack: Tensor) -> Tensor:
     """Blur [n, rows, columns] along the rows; the result has the strides of ``stack``.
 
-    Block by block: the rows of one product need only the columns of the matrix that their windows reach, so the cost
-    of a long axis grows with its window, not with its length.
+    Block by block: the rows of one product need only the voxels that their windows reach, so that the cost of a long
+    axis grows with its window, not with the square of its length.
     """
     count, num_rows, _ = stack.shape
     radius = len(weights) // 2
-    matrix = _axis_matrix(weights, num_rows)
     out = torch.empty_like(stack)
     for start in range(0, num_rows, _ROWS_PER_PRODUCT):
         stop = min(start + _ROWS_PER_PRODUCT, num_rows)
         first, last = max(0, start - radius), min(num_rows, stop + radius)
-        block = matrix[start:stop, first:last].expand(count, stop - start, last - first)
-        torch.bmm(block, stack[:, first:last], out=out[:, start:stop])
+        matrix = _folded_windows(weights, num_rows, start, stop)[:, first:last]
+        torch.bmm(matrix.expand(count, *matrix.shape), stack[:, first:last], out=out[:, start:stop])
     return out
 
 
-def _axis_matrix(weights: NDArray[np.float64], length: int) -> Tensor:
-    """The blur of one axis as a matrix: row p holds every voxel's weight for voxel p, windows folded at the ends."""
+def _folded_windows(weights: NDArray[np.float64], length: int, start: int, stop: int) -> Tensor:
+    """Rows start..stop of an axis' blur as a matrix: every voxel's weight for the row's, windows folded at the ends."""
     radius = len(weights) // 2
-    rows = np.arange(length)
-    matrix = np.zeros((length, length))
+    voxels, rows = np.arange(start, stop), np.arange(stop - start)
+    matrix = np.zeros((stop - start, length))
     for tap, weight in zip(range(-radius, radius + 1), weights, strict=True):
-        inside = (rows + tap) % (2 * length)
+        inside = (voxels + tap) % (2 * length)
         matrix[rows, np.where(inside < length, inside, 2 * length - 1 - inside)] += weight
     return torch.from_numpy(matrix)
 
@@ -194,8 +193,8 @@ def _blur_by_kernel(x: Tensor, sigma: NDArray[np.float64], out: Tensor) -> None:
                 _launch.pointer(radii_on_device[axis]),
                 np.int32(weights.shape[2]),
                 np.int32(length),
-                np.int64(np.prod(shape[axis + 1 :], dtype=np.int64)),
-                np.int64(lines),
+                np.int32(np.prod(shape[axis + 1 :], dtype=np.int64)),
+                np.int32(lines),
                 np.int32(lines_per_block),
             ),
             x.device,

@@ -31,7 +31,7 @@ def masked_blend(x: Tensor, g: Tensor, texture: Tensor, mask: Tensor, *, out: Te
     there. The result is not clipped: the paper does not clip it either.
     Differentiable in x, g and texture (once); their gradients are 0, for x the incoming one, where the mask is 0. Not
     in the mask. Raises KernelInputError, before any launch, for wrong types, dtypes, shapes, devices or memory order,
-    for ``out`` where a gradient is required, and for a mask that requires one.
+    for ``out`` where a gradient is required, for a mask that requires one, and for ``create_graph=True``.
     Source: FreeTumor, Eq. 1, where ``texture`` is g(x) and ``g`` is G(x).
     """
     require_tensor(_NAME, "x", x, (torch.float32,))
@@ -67,19 +67,18 @@ class _Blend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, gradients[0])
-
-
-@torch.autograd.function.once_differentiable
-def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of x, g, texture and mask; differentiating them again is an error, not a silent zero."""
-    g, texture, mask = ctx.saved_tensors
-    needs_x, needs_g, needs_texture, _ = ctx.needs_input_grad
-    grad_g = torch.empty_like(g) if needs_g else None
-    grad_texture = torch.empty_like(texture) if needs_texture else None
-    if needs_g or needs_texture:
-        _blend_backward(grad_out.contiguous(), g, texture, mask, grad_g, grad_texture)
-    return (grad_out if needs_x else None), grad_g, grad_texture, None
+        if torch.is_grad_enabled():
+            raise KernelInputError(
+                f"{_NAME}: its gradient was asked for with create_graph=True; want first derivatives only, since a "
+                "second one would silently lack this part. Write Eq. 1 in torch operations for that."
+            )
+        g, texture, mask = ctx.saved_tensors
+        needs_x, needs_g, needs_texture, _ = ctx.needs_input_grad
+        grad_g = torch.empty_like(g) if needs_g else None
+        grad_texture = torch.empty_like(texture) if needs_texture else None
+        if needs_g or needs_texture:
+            _blend_backward(gradients[0].contiguous(), g, texture, mask, grad_g, grad_texture)
+        return (gradients[0] if needs_x else None), grad_g, grad_texture, None
 
 
 def _blend(x: Tensor, g: Tensor, texture: Tensor, mask: Tensor, out: Tensor) -> None:

@@ -80,20 +80,22 @@ extern "C" __global__ void tumor_mask(unsigned char* mask, const Tumor* tumors, 
     const long long shape[3] = {nx, ny, nz};
     for (long long sample = blockIdx.y; sample < num_tumors; sample += gridDim.y) {
         const Tumor& tumor = tumors[sample];
-        long long start[3], first[3], count[3];  // of the box; of its part inside the volume, seen from the box
+        long long start[3];      // of the box
+        int first[3], count[3];  // of its part inside the volume, seen from the box; the launcher limits the box
         for (int axis = 0; axis < 3; ++axis) {
             start[axis] = (long long)tumor.start[axis];
-            first[axis] = start[axis] < 0 ? -start[axis] : 0;
             const long long size = (long long)tumor.size[axis], left = shape[axis] - start[axis];
-            count[axis] = (size < left ? size : left) - first[axis];
-            if (count[axis] < 0) count[axis] = 0;
+            const long long low = start[axis] < 0 ? -start[axis] : 0, high = size < left ? size : left;
+            first[axis] = low < high ? (int)low : 0;
+            count[axis] = low < high ? (int)(high - low) : 0;
         }
-        const long long num_voxels = count[0] * count[1] * count[2];  // 64 bit: a batch can pass 2^31 voxels
+        const long long num_voxels = (long long)count[0] * count[1] * count[2];  // 64 bit: it can pass 2^31
         const long long step = (long long)gridDim.x * blockDim.x;
         for (long long item = blockIdx.x * (long long)blockDim.x + threadIdx.x; item < num_voxels; item += step) {
-            const long long x = first[0] + item % count[0];
-            const long long y = first[1] + item / count[0] % count[1];
-            const long long z = first[2] + item / (count[0] * count[1]);
+            const int row = (int)(item / count[0]);  // one slow division of 64 bit, the rest are of 32
+            const int x = first[0] + (int)(item - (long long)row * count[0]);
+            const int y = first[1] + row % count[1];
+            const int z = first[2] + row / count[1];
             const long long voxel = ((sample * nz + start[2] + z) * ny + start[1] + y) * nx + start[0] + x;
             if (organ != nullptr && organ[voxel] == 0) continue;
             if (is_inside(tumor, (double)x, (double)y, (double)z)) mask[voxel] = 1;

@@ -68,8 +68,8 @@ class PlacedTumor(Tumor):
 class TumorSpec:
     """How tumours are drawn: number per volume (both ends included), log-uniform diameter in mm, organs (None: all of the region).
 
-    Kinds and contrasts follow ``KINDS``, contrasts times ``contrast_factor`` (above 1: an easier task, for demos that train for minutes). A diameter is lowered, at most to the smallest asked, where the organ is too thin for it.
-    Raises ConfigError.
+    Kinds and contrasts follow ``KINDS``, contrasts times ``contrast_factor`` (above 1: an easier task, for demos that train for minutes).
+    A diameter is lowered, at most to the smallest asked, where the organ is too thin for it. Raises ConfigError.
     """
 
     num_tumors: tuple[int, int] = (1, 3)
