@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ def run(*, batch: int, patch_zyx: IntZYX, rounds: int, as_json: bool = False) ->
     }
     results = []
     for name, (kernel, arguments, reference) in cases.items():
-        candidates: dict[str, Callable[[], object]] = {"ftengine, CPU": lambda k=kernel, a=arguments: k(*a)}
+        candidates: dict[str, Callable[[], object]] = {"ftengine, CPU": partial(kernel, *arguments)}
         if reference is not None:
             if not np.allclose(kernel(*arguments).numpy(), reference(), rtol=0, atol=1e-5):
                 raise AssertionError(f"{name} differs from its reference: the measurement would mean nothing")

@@ -40,8 +40,12 @@ def environment() -> dict[str, Any]:
     """What a result file must say of the machine and the code."""
     root = Path(__file__).resolve().parents[1]
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False
-    )  # noqa: S607 - git of the developer
+        ["git", "rev-parse", "--short", "HEAD"],  # noqa: S607 - the developer's own git
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     import os
 
     import torch

@@ -184,7 +184,8 @@ class NetworkConfig(_Section):
 
     name: Literal["swinunetr", "unet"] = "swinunetr"  # paper 4.5
     feature_size: int = Field(default=48, ge=12)  # swinunetr; Table A19: 72 M parameters. A multiple of 12
-    channels: tuple[int, ...] = (16, 32, 64, 128)  # unet, one entry a level
+    # unet: channels of its levels; the first works at full resolution, each but the last halves it
+    channels: tuple[int, ...] = Field(default=(16, 32, 64, 128), min_length=2)
     checkpointing: bool = True  # swinunetr: recompute activations; costs 1.8 % arithmetic (reference 2.2)
 
     @field_validator("feature_size")

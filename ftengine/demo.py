@@ -44,9 +44,9 @@ class DemoSize:
     num_test_healthy: int = 4
     shape_zyx: IntZYX = (64, 88, 88)
     spacing_mm_zyx: FloatZYX = (3.0, 3.0, 3.0)
-    baseline_steps: int = 800
+    baseline_steps: int = 400
     generator_steps: int = 100
-    student_steps: int = 300
+    student_steps: int = 250
 
 
 FULL = DemoSize()

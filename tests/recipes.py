@@ -16,7 +16,7 @@ import SimpleITK as sitk
 from numpy.typing import NDArray
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
-from pydicom.uid import ExplicitVRLittleEndian, RLELossless, generate_uid
+from pydicom.uid import UID, ExplicitVRLittleEndian, RLELossless, generate_uid
 
 from ftengine.geometry import Grid, sitk_frame
 
@@ -241,7 +241,7 @@ def make_constant_jpeg_ls(path: Path) -> None:
     data.PixelData = encapsulate([b"\xff\xd8" + frame + start + bytes(scan) + b"\xff\xd9"])
     data["PixelData"].VR = "OB"
     data["PixelData"].is_undefined_length = True
-    data.file_meta.TransferSyntaxUID = JPEG_LS_LOSSLESS
+    data.file_meta.TransferSyntaxUID = UID(JPEG_LS_LOSSLESS)
     data.save_as(path, enforce_file_format=True)
 
 

@@ -73,7 +73,7 @@ def _graph(low_hu: float, high_hu: float, *, on_gpu: bool) -> tuple[Any, Any]:
     shift = fn.external_source(name="shift", dtype=DALIDataType.FLOAT, ndim=0)
     if on_gpu:
         image, label = image.gpu(), label.gpu()
-    if transpose:
+    if transpose:  # pyright: ignore[reportGeneralTypeIssues]  # the decorator rewrites the branch for each sample
         image = fn.transpose(image, perm=[0, 2, 1, 3], transpose_layout=False)
         label = fn.transpose(label, perm=[0, 2, 1, 3], transpose_layout=False)
     image = fn.flip(image, depthwise=flip_z, vertical=flip_y, horizontal=flip_x)

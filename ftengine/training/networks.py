@@ -26,7 +26,7 @@ def build_segmenter(config: Config) -> nn.Module:
     Raises ConfigError where the patch does not fit the network's strides.
     """
     network, region = config.network, config.region
-    divisor = 32 if network.name == "swinunetr" else 2 ** (len(network.channels) - 1)
+    divisor = 32 if network.name == "swinunetr" else 2 ** max(0, len(network.channels) - 2)
     if any(n % divisor for n in region.patch_zyx):
         raise ConfigError(
             f"region.patch_zyx={region.patch_zyx}: network {network.name} wants multiples of {divisor} on each axis."
@@ -45,7 +45,7 @@ def _segmenter(network: NetworkConfig, region: RegionConfig) -> nn.Module:
             spatial_dims=3,
         )
         return swin
-    strides = (2,) * (len(network.channels) - 1)
+    strides = (1, *(2,) * (len(network.channels) - 2))  # MONAI would halve the volume before its first convolution
     unet: nn.Module = UNet(
         spatial_dims=3,
         in_channels=1,

@@ -196,7 +196,7 @@ def _paint_kidney(canvas: Canvas, rng: np.random.Generator, look: Scanner, side:
     whole = canvas.ellipsoid(center, radii, turn, bump_mm=1.2, room_mm=5)
     inward = np.array([0.0, 6.0, -side * 14.0])
     sinus = canvas.ellipsoid(
-        np.array(center) + inward, (0.52 * radii[0], 0.36 * radii[1], 0.62 * radii[2]), turn, bump_mm=2
+        list(np.array(center) + inward), (0.52 * radii[0], 0.36 * radii[1], 0.62 * radii[2]), turn, bump_mm=2
     )
     kidney = whole.without(sinus)
     canvas.paint(whole.grown(3), FAT_HU, texture=0.7, label=0)

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ftengine.geometry import IntZYX
 
-Floats: TypeAlias = NDArray[np.float32]
+Floats: TypeAlias = NDArray[np.floating[Any]]
 Slices: TypeAlias = tuple[slice, slice, slice]
 Segment: TypeAlias = tuple[
     NDArray[np.float64], NDArray[np.float64], float, float

@@ -236,7 +236,7 @@ def _paint_tumor(scene: Scene, tumor: Tumor, center: NDArray[np.float64], rng: n
         contrast[level > -0.3 * radius] *= -0.6
     hu = canvas.hu[view]
     target = (
-        np.minimum(hu + contrast, 60)
+        np.maximum(hu, np.minimum(hu + contrast, 60))
         if tumor.kind == "ground_glass"
         else scene.base_hu[tumor.organ] + contrast + np.float32(0.8) * canvas.texture[view]
     )

@@ -54,7 +54,8 @@ __all__ = [
     "write_phantom_dataset",
 ]
 
-# Liver and vein HU follow the five scanners of the first trial (few labels, many scanners); the sixth is a delayed phase.
+# Liver and vein HU follow the five scanners of the first trial (few labels, many scanners); the sixth is a delayed phase. Columns:
+# name; HU of liver, veins, arteries, pancreas, spleen, cortex, medulla, pelvis, lung; blur mm, noise HU, noise mm; radius of view mm.
 SCANNERS: tuple[Scanner, ...] = (
     Scanner("portal-a", 105, 145, 150, 100, 118, 185, 170, 20, -855, 0.7, 6.5, 0.8),
     Scanner("portal-b", 95, 120, 130, 88, 108, 165, 145, 15, -835, 1.0, 7.5, 1.1, 190.0),

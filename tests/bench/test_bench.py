@@ -29,7 +29,12 @@ def test_kernel_bench_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_candidates_are_interleaved() -> None:
     calls: list[str] = []
-    rows = interleave({"a": lambda: calls.append("a"), "b": lambda: (calls.append("b"), time.sleep(0.002))}, rounds=3)
+
+    def slow() -> None:
+        calls.append("b")
+        time.sleep(0.002)
+
+    rows = interleave({"a": lambda: calls.append("a"), "b": slow}, rounds=3)
     assert calls == list("abababab")
     assert len(rows[0].samples_s) == 3
     assert rows[1].median_s > rows[0].median_s

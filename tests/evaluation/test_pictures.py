@@ -196,7 +196,7 @@ def test_equivalent_diameter_is_that_of_a_sphere() -> None:
     ball = z**2 + y**2 + x**2 <= 15**2
     assert equivalent_diameter_mm(int(ball.sum()), (1.0, 1.0, 1.0)) == pytest.approx(30.0, rel=0.01)
     assert equivalent_diameter_mm(1000, (5.0, 1.25, 1.25)) == pytest.approx(
-        equivalent_diameter_mm(7812, (1.0,) * 3), rel=1e-3
+        equivalent_diameter_mm(7812, (1.0, 1.0, 1.0)), rel=1e-3
     )
 
 

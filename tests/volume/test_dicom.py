@@ -8,7 +8,7 @@ import numpy as np
 import pydicom
 import pytest
 from numpy.typing import NDArray
-from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ImplicitVRLittleEndian, generate_uid
+from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ImplicitVRLittleEndian, generate_uid
 
 from ftengine.errors import CaseError
 from ftengine.volume.readers import probe, read_volume
@@ -266,7 +266,7 @@ def test_other_uncompressed_syntaxes(tmp_path: Path, syntax: str) -> None:
         data = pydicom.dcmread(path)
         if syntax == ExplicitVRBigEndian:
             data.PixelData = np.frombuffer(data.PixelData, "<u2").byteswap().tobytes()
-        data.file_meta.TransferSyntaxUID = syntax
+        data.file_meta.TransferSyntaxUID = UID(syntax)
         pydicom.dcmwrite(path, data, enforce_file_format=True)
     np.testing.assert_array_equal(read_volume(tmp_path / "ct").image_hu, wanted_hu())
     cut(tmp_path / "ct" / "004.dcm", 2)

@@ -23,7 +23,7 @@ LABELS = (0, 1, 2)
 ALL_CODES = ["RAS", "LPS", "LAS", "PIR", "SRA", "ILP", "AIL"]
 
 
-def save(path: Path, array: NDArray[np.int16], grid: Grid) -> Path:
+def save(path: Path, array: NDArray[Any], grid: Grid) -> Path:
     if ".nii" in path.name:
         return save_nifti(path, array, grid.matrix)
     if path.name.startswith("ras"):
