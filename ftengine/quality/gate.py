@@ -1,5 +1,6 @@
 """The gate: counts verdicts by organ and size, and stops a run in which almost nothing passes."""
 
+import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -42,7 +43,8 @@ class QualityGate:
             tally.passed += painted.passed
             tally.draws += painted.num_draws
             self._recent.append(painted.passed)
-            self._proportions.append(painted.proportion)
+            if not math.isnan(painted.proportion):  # NaN: nobody judged
+                self._proportions.append(painted.proportion)
             full = len(self._recent) == self._config.window
             rate = sum(self._recent) / len(self._recent)
             if full and rate < self._config.min_pass_rate:
@@ -67,7 +69,7 @@ class QualityGate:
             return {name: _add(t for key, t in self._tallies.items() if key[part] == name) for name in names}
 
     def _message(self, rate: float) -> str:
-        ordered = sorted(self._proportions)
+        ordered = sorted(self._proportions) or [math.nan]
         quartiles = ", ".join(f"{ordered[int(q * (len(ordered) - 1))]:.2f}" for q in (0.25, 0.5, 0.75))
         worst = min(self._tallies.items(), key=lambda item: item[1].pass_rate)
         return (
