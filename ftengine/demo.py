@@ -45,7 +45,7 @@ class DemoSize:
     shape_zyx: IntZYX = (64, 88, 88)
     spacing_mm_zyx: FloatZYX = (3.0, 3.0, 3.0)
     baseline_steps: int = 400
-    generator_steps: int = 100
+    generator_steps: int = 80
     student_steps: int = 250
 
 
