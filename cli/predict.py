@@ -24,12 +24,11 @@ def predict(
     quiet: QuietOption = False,
 ) -> None:
     """Predict CT files; each result is a NIfTI label map on the grid of its input."""
-    from ftengine.volume.discover import discover
-
     from ftengine.assemble import resolve_device
     from ftengine.errors import CaseError
     from ftengine.evaluation.infer import Prediction, predict_file
     from ftengine.training.checkpoint import load_segmenter
+    from ftengine.volume.discover import discover
 
     network, config = load_segmenter(checkpoint)
     if overlap is not None:

@@ -24,10 +24,9 @@ def preview(
     quiet: QuietOption = False,
 ) -> None:
     """Draw PNG sheets of painted patches: original, mask, synthetic, difference, verdict; in radiological view."""
-    from ftengine.evaluation.preview import preview as draw
-
     from ftengine.assemble import check_region, load_painters
     from ftengine.cli.console import load_config
+    from ftengine.evaluation.preview import preview as draw
     from ftengine.store.reader import open_store
     from ftengine.training.checkpoint import load_segmenter
 
