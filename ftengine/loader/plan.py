@@ -1,7 +1,7 @@
 """Which case and which box: from the index alone, as a function of (seed, epoch, index).
 
-Law of the sampling. A batch has ``annotated_fraction`` of its slots from tumour-annotated volumes, the rest from volumes with
-organ labels only; each of the two streams goes through its volumes in a new random order every pass. A patch is positive with
+Law of the sampling. ``annotated_fraction`` of all slots, spread evenly over the steps, come from tumour-annotated volumes, the rest
+from volumes with organ labels only; each of the two streams goes through its volumes in a new random order every pass. A patch is positive with
 ``positive_fraction``: an inner chunk is drawn in proportion to its labelled voxels (any label above 0; with ``class_balanced``, of one
 class that is drawn first, so that small tumours are met as often as the organ around them), the centre uniformly inside
 that chunk, and the box is moved so that one labelled voxel of the chunk, fixed at conversion, lies inside. So a positive patch always
@@ -10,7 +10,7 @@ holds background of the body. Boxes are clamped into the volume; a volume smalle
 """
 
 import math
-from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 import numpy as np
@@ -30,18 +30,24 @@ Mix = Literal["annotated", "mixed"]
 _STREAM_ANNOTATED, _STREAM_ORGANS = 0, 1
 
 
-@dataclass(frozen=True)
 class _Stream:
     """Volumes of one kind, visited in a new random order every pass."""
 
-    number: int
-    rows: NDArray[np.int64]
+    def __init__(self, number: int, rows: NDArray[np.int64]) -> None:
+        self.number = number
+        self.rows = rows
+        self._order: tuple[tuple[int, int], NDArray[np.int64]] | None = (
+            None  # of the pass drawn last: most requests ask for it again
+        )
 
     def row(self, seed: int, visit: int) -> int:
         """The row of the ``visit``-th patch of this stream, counted over all epochs."""
         turn, place = divmod(visit, len(self.rows))
-        order = patch_rng(seed, Purpose.CASE_ORDER, epoch=turn, index=self.number).permutation(len(self.rows))
-        return int(self.rows[order[place]])
+        known = self._order
+        if known is None or known[0] != (seed, turn):
+            rng = patch_rng(seed, Purpose.CASE_ORDER, epoch=turn, index=self.number)
+            known = self._order = ((seed, turn), rng.permutation(len(self.rows)))
+        return int(self.rows[known[1][place]])
 
 
 class Plan:
@@ -63,14 +69,15 @@ class Plan:
         self._annotated = annotation == "tumor"
         annotated = _Stream(_STREAM_ANNOTATED, np.flatnonzero(used & self._annotated))
         organs = _Stream(_STREAM_ORGANS, np.flatnonzero(used & (annotation == "organ")))
-        batch_size = config.training.batch_size
-        from_annotated = batch_size if mix == "annotated" else round(batch_size * config.loader.annotated_fraction)
+        fraction = 1.0 if mix == "annotated" else config.loader.annotated_fraction
         if mix == "mixed" and not len(organs.rows):
-            from_annotated = batch_size
+            fraction = 1.0
         if mix == "mixed" and not len(annotated.rows):
-            from_annotated = 0
-        self._slots = [annotated] * from_annotated + [organs] * (batch_size - from_annotated)
-        if any(not len(slot.rows) for slot in self._slots):
+            fraction = 0.0
+        self._annotated_share = Fraction(fraction).limit_denominator(10_000)
+        self._streams = {True: annotated, False: organs}
+        used_streams = [stream for kind, stream in self._streams.items() if fraction != (0.0 if kind else 1.0)]
+        if any(not len(stream.rows) for stream in used_streams):
             kinds = {k: int((used & (annotation == k)).sum()) for k in ("tumor", "organ", "none")}
             where = f" in split {split!r}" if split is not None else ""
             raise ConfigError(
@@ -78,15 +85,11 @@ class Plan:
                 f"{kinds['none']}); this run needs tumour-annotated volumes. Convert labelled cases, or mark tumour-free ones with "
                 "'ftengine convert --annotated tumor'."
             )
-        volumes = sum(len(stream.rows) for stream in {s.number: s for s in self._slots}.values())
+        self.batch_size = config.training.batch_size
+        volumes = sum(len(stream.rows) for stream in used_streams)
         patches = config.loader.patches_per_epoch or volumes
-        self.batches_per_epoch = max(1, math.ceil(patches / batch_size))
+        self.batches_per_epoch = max(1, math.ceil(patches / self.batch_size))
         self.num_volumes = volumes
-
-    @property
-    def batch_size(self) -> int:
-        """Patches in a batch."""
-        return len(self._slots)
 
     def batch(self, epoch: int, step: int) -> list[PatchRequest]:
         """The requests of batch ``step`` of ``epoch``."""
@@ -97,10 +100,14 @@ class Plan:
     def request(self, epoch: int, index: int) -> PatchRequest:
         """The request of patch ``index`` of ``epoch``."""
         step, slot = divmod(index, self.batch_size)
-        stream = self._slots[slot]
-        peers = [i for i, s in enumerate(self._slots) if s.number == stream.number]
-        visit = (epoch * self.batches_per_epoch + step) * len(peers) + peers.index(slot)
-        row = stream.row(self.config.seed, visit)
+        step += epoch * self.batches_per_epoch
+        # slots of annotated volumes up to and with this step: the share is kept over steps, whatever the batch size
+        before, after = (math.floor(s * self.batch_size * self._annotated_share) for s in (step, step + 1))
+        if slot < after - before:
+            row = self._streams[True].row(self.config.seed, before + slot)
+        else:
+            organs_before = step * self.batch_size - before
+            row = self._streams[False].row(self.config.seed, organs_before + slot - (after - before))
         rng = patch_rng(self.config.seed, Purpose.CROP_AND_AUGMENT, epoch=epoch, index=index)
         shape = int_zyx(self._store.index.column("shape_zyx")[row].as_py())
         box = self._draw_box(rng, row, shape)
@@ -122,15 +129,15 @@ class Plan:
         return Box(_clamped(origin, shape, self._patch), self._patch)
 
     def _labelled_voxel(self, rng: np.random.Generator, row: int, shape: IntZYX) -> NDArray[np.int64] | None:
-        classes = self._store.index.column("class_chunks")[row].as_py()
-        if not classes:
+        classes = self._store.index.column("class_chunks")[
+            row
+        ].values  # Arrow: no Python object for each of thousands of chunks
+        if classes is None or not len(classes):
             return None
         if self.config.loader.class_balanced:
-            classes = [classes[int(rng.integers(len(classes)))]]
-        chunk = np.concatenate([c["chunk"] for c in classes])
-        voxels = np.concatenate([c["voxels"] for c in classes]).astype(np.float64)
-        anchor = np.concatenate([c["anchor"] for c in classes])
-        drawn = rng.choice(len(chunk), p=voxels / voxels.sum())
+            classes = classes.slice(int(rng.integers(len(classes))), 1)
+        chunk, voxels, anchor = (classes.field(name).flatten().to_numpy() for name in ("chunk", "voxels", "anchor"))
+        drawn = rng.choice(len(chunk), p=voxels / voxels.sum(dtype=np.float64))
         start = np.array(np.unravel_index(chunk[drawn], chunks_per_axis(shape))) * CHUNK
         return np.array(start + np.array(np.unravel_index(anchor[drawn], (CHUNK,) * 3)), dtype=np.int64)
 

@@ -1,6 +1,7 @@
 """From files to a store: read, turn to RAS+, resample, write, commit; one bad file never stops the others."""
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,6 +20,7 @@ from ftengine.volume.readers import probe, read_volume
 from ftengine.volume.resample import resample
 
 Annotation = Literal["auto", "tumor", "organ"]
+ROWS_PER_COMPACTION = 500  # so that opening a store never reads many thousand row files
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def convert_cases(
     on_start: Callable[[str], None] = lambda _case: None,
     on_outcome: Callable[[CaseOutcome], None] = lambda _outcome: None,
 ) -> ConversionReport:
-    """Convert sources into ``store``, made if it does not exist; a case whose source hash is already committed is skipped.
+    """Convert sources into ``store``, made if it does not exist; a case committed from equal files with equal options is skipped.
 
     A file that cannot be used is reported and the rest goes on. Ctrl-C between or inside cases leaves a valid store.
     ``on_start`` and ``on_outcome`` are called for each case, for progress. Raises ConfigError and StoreError for the store itself.
@@ -86,34 +88,55 @@ def convert_cases(
     if annotation not in ("auto", "tumor", "organ"):
         raise ConfigError(f"--annotated {annotation}: want auto, tumor or organ.")
     root = create_store(store, region)
-    rows = index.read_index(root)
-    known = {
-        case: (image_hash, label_hash)
-        for case, image_hash, label_hash in zip(
-            rows.column("case").to_pylist(),
-            rows.column("source_sha256").to_pylist(),
-            rows.column("label_sha256").to_pylist(),
-            strict=True,
-        )
+    options = {
+        "annotation": annotation,
+        "split": split,
+        "label_map": sorted((label_map or {}).items()),
+        "orientation": assume_orientation,
     }
-    try:
-        for source in sources:
-            on_start(source.case)
-            started = time.perf_counter()
-            try:
-                outcome = _convert_one(source, root, region, known, annotation, split, label_map, assume_orientation)
-            except CaseError as error:
-                outcome = CaseOutcome(source.case, "failed", reason=str(error), seconds=time.perf_counter() - started)
-            except OSError as error:
-                if not isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
-                    raise  # a full disk and the like concern the store, not the case
-                reason = f"{error.filename}: {error.strerror}. Check the path and its permissions."
-                outcome = CaseOutcome(source.case, "failed", reason=reason, seconds=time.perf_counter() - started)
-            report.outcomes.append(outcome)
-            on_outcome(outcome)
-    finally:
-        index.compact_index(root)
+    conversion = json.dumps(options)
+    with index.only_writer(root):
+        known = _known_rows(root)
+        try:
+            for number, source in enumerate(sources, start=1):
+                on_start(source.case)
+                report.outcomes.append(_attempt(source, root, region, known, options, conversion))
+                on_outcome(report.outcomes[-1])
+                if number % ROWS_PER_COMPACTION == 0:
+                    index.compact_index(root)
+        finally:
+            index.compact_index(root)
     return report
+
+
+def _known_rows(root: Path) -> dict[str, tuple[str, str, str]]:
+    """What decides whether a committed case is up to date: hashes of its files and the options of its conversion."""
+    rows = index.read_index(root)
+    columns = [rows.column(name).to_pylist() for name in ("source_sha256", "label_sha256", "conversion")]
+    return dict(zip(rows.column("case").to_pylist(), zip(*columns, strict=True), strict=True))
+
+
+def _attempt(
+    source: Source,
+    root: Path,
+    region: RegionConfig,
+    known: Mapping[str, tuple[str, str, str]],
+    options: Mapping[str, Any],
+    conversion: str,
+) -> CaseOutcome:
+    """Convert one source; what concerns this source alone becomes a failed outcome."""
+    started = time.perf_counter()
+    try:
+        return _convert_one(source, root, region, known, options, conversion)
+    except CaseError as error:
+        reason = str(error)
+    except (
+        FileNotFoundError,
+        PermissionError,
+        IsADirectoryError,
+    ) as error:  # other OSErrors, a full disk say, concern the store
+        reason = f"{error.filename}: {error.strerror}. Check the path and its permissions."
+    return CaseOutcome(source.case, "failed", reason=reason, seconds=time.perf_counter() - started)
 
 
 def _plan(source: Source, region: RegionConfig, assume_orientation: str | None) -> CaseOutcome:
@@ -130,38 +153,42 @@ def _convert_one(
     source: Source,
     root: Path,
     region: RegionConfig,
-    known: Mapping[str, tuple[str, str]],
-    annotation: Annotation,
-    split: str,
-    label_map: Mapping[int, int] | None,
-    assume_orientation: str | None,
+    known: Mapping[str, tuple[str, str, str]],
+    options: Mapping[str, Any],
+    conversion: str,
 ) -> CaseOutcome:
     started = time.perf_counter()
     image_hash = _sha256(source.files)
     label_hash = _sha256(source.label_files) if source.label is not None else ""
-    if known.get(source.case) == (image_hash, label_hash):
-        return CaseOutcome(source.case, "skipped", reason="already converted from the same file")
+    before = known.get(source.case)
+    if before == (image_hash, label_hash, conversion):
+        return CaseOutcome(source.case, "skipped", reason="already converted from the same files with the same options")
     volume = read_volume(
         source.image,
         source.label,
         series_files=source.series_files,
         label_values=region.labels.values(),
-        label_map=label_map,
-        assume_orientation=assume_orientation,
+        label_map=dict(options["label_map"]),
+        assume_orientation=options["orientation"],
     )
     stored = resample(volume, region.spacing_mm_zyx)
     image = cast("NDArray[np.int16]", stored.image_hu)  # resample rounds to whole HU
     notes = (*source.notes, *stored.notes)
+    if before is not None:
+        notes = (*notes, "replaces the volume of this name that was converted from other files or with other options")
     provenance = Provenance(
         source=source.image.name,
         source_sha256=image_hash,
         label_source="" if source.label is None else source.label.name,
         label_sha256=label_hash,
-        annotation=annotation if stored.label is not None else "auto",
-        split=split,
+        annotation=options["annotation"] if stored.label is not None else "auto",
+        split=options["split"],
+        conversion=conversion,
         notes=notes,
     )
-    row = write_volume(root, source.case, image, stored.label, stored.grid, volume.native, region, provenance)
+    row = write_volume(
+        root, source.case, image, stored.label, stored.grid, volume.native, region, provenance, is_new=before is None
+    )
     z, y, x = image.shape
     return CaseOutcome(
         source.case, "converted", "", notes, (z, y, x), row["stored_bytes"], time.perf_counter() - started

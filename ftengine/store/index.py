@@ -1,8 +1,11 @@
 """The index: one row a volume, in Parquet. It is the commit record, and all that the plan needs to know of a volume."""
 
+import fcntl
+import hashlib
 import os
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -63,6 +66,7 @@ SCHEMA = pa.schema(
         ("tumor_diameters_mm", pa.list_(pa.float32())),  # longest axial diameter
         ("hu_percentiles", pa.list_(pa.float32())),  # 0.5 5 25 50 75 95 99.5
         ("stored_bytes", pa.int64()),
+        ("conversion", pa.string()),  # JSON of the options that shaped this row: another one converts again
         ("notes", pa.list_(pa.string())),
         ("engine_version", pa.string()),
     ]
@@ -141,26 +145,47 @@ def read_index(root: Path) -> Table:
 
 
 def append_row(root: Path, row: Mapping[str, Any]) -> None:
-    """Commit one volume: write its row to ``index.d`` and make it durable before returning."""
+    """Commit one volume: write its row to ``index.d``, in a file named after the case, and make it durable before returning."""
     folder = root / "index.d"
     folder.mkdir(exist_ok=True)
-    _write_table(pa.Table.from_pylist([dict(row)], schema=SCHEMA), folder / f"{uuid.uuid4().hex}.parquet")
+    _write_table(pa.Table.from_pylist([dict(row)], schema=SCHEMA), _row_file(root, str(row["case"])))
+
+
+def withdraw_row(root: Path, case: str) -> None:
+    """Take back a row that ``append_row`` may have written and nobody has compacted."""
+    file = _row_file(root, case)
+    if file.exists():
+        file.unlink()
+        sync_folder(file.parent)
 
 
 def drop_case(root: Path, case: str) -> None:
-    """Withdraw a volume's row, wherever it stands, before its data are written again."""
-    for file in (root / "index.parquet", *sorted((root / "index.d").glob("*.parquet"))):
-        if not file.exists():
-            continue
-        table = pq.read_table(file)
-        keep = [i for i, name in enumerate(table.column("case").to_pylist()) if name != case]
-        if len(keep) == table.num_rows:
-            continue
-        if keep or file.name == "index.parquet":
-            _write_table(table.take(pa.array(keep, type=pa.int64())), file)
-        else:
-            file.unlink()
-            sync_folder(file.parent)
+    """Withdraw a volume's row, wherever it stands, before its data are written again. Rewrites the compacted index where it is there."""
+    withdraw_row(root, case)
+    compacted = root / "index.parquet"
+    if not compacted.exists():
+        return
+    table = pq.read_table(compacted)
+    keep = [i for i, name in enumerate(table.column("case").to_pylist()) if name != case]
+    if len(keep) < table.num_rows:
+        _write_table(table.take(pa.array(keep, type=pa.int64())), compacted)
+
+
+def _row_file(root: Path, case: str) -> Path:
+    return root / "index.d" / f"{hashlib.sha256(case.encode()).hexdigest()[:32]}.parquet"
+
+
+@contextmanager
+def only_writer(root: Path) -> Iterator[None]:
+    """Hold the store's writer lock; StoreError where another process on this machine holds it. Readers need no lock."""
+    with (root / ".writer.lock").open("w", encoding="utf-8") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StoreError(
+                f"{root}: another process is converting into this store; wait for it, or convert into another store."
+            ) from error
+        yield  # the lock goes with the file, also when the process is killed
 
 
 def compact_index(root: Path) -> int:

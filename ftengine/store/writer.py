@@ -1,5 +1,6 @@
 """Write volumes into a store of format 1: data first, made durable, then the row that commits them."""
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 
 from ftengine import __version__
 from ftengine.config import RegionConfig
-from ftengine.errors import ConfigError, StoreError
+from ftengine.errors import CaseError, ConfigError, StoreError
 from ftengine.geometry import Grid
 from ftengine.store import index, layout
 from ftengine.store.reader import local_root, open_store
@@ -31,6 +32,7 @@ class Provenance:
         "auto"  # auto: tumor where a tumour voxel is found, organ where there is a label, none without one
     )
     split: str = ""
+    conversion: str = ""  # JSON of the conversion's options
     notes: tuple[str, ...] = ()
 
 
@@ -68,15 +70,20 @@ def write_volume(
     native: Grid,
     region: RegionConfig,
     provenance: Provenance,
+    *,
+    is_new: bool = False,
 ) -> dict[str, Any]:
     """Write one volume and commit it; returns its index row.
 
     image_hu, label: [z, y, x] on ``grid``, RAS+, at the region's spacing. An existing volume of that name is replaced: its row is
     withdrawn first, so that a reader never meets a row whose data are half written. If anything fails, nothing of the volume stays.
+    is_new: the caller knows that the index has no row of this case; saves reading it. Raises CaseError for a case inside another one.
     """
     layout.check_case_name(case)
     folder = root / layout.volume_path(case)
-    index.drop_case(root, case)
+    _refuse_nested(root, folder, case)
+    if not is_new:
+        index.drop_case(root, case)
     shutil.rmtree(folder, ignore_errors=True)
     try:
         _ensure_parent_groups(root, case)
@@ -94,10 +101,28 @@ def write_volume(
             index.sync_folder(parent)
         row = _row(case, folder, image_hu, label, grid, native, region, provenance)
         index.append_row(root, row)
-    except BaseException:  # also Ctrl-C: leave no trace of a volume without a row
+    except BaseException:  # also Ctrl-C: neither a volume without a row nor a row without its volume
+        index.withdraw_row(root, case)
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return row
+
+
+def _refuse_nested(root: Path, folder: Path, case: str) -> None:
+    """A volume's folder is replaced whole: it must not hold other volumes, nor lie in one."""
+    inside = [p for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
+    inner = [p for p in inside if p.name not in ("0", "labels") or _is_volume(p)]
+    outer = [p for p in folder.parents if p.is_relative_to(root / "volumes") and _is_volume(p)]
+    if inner or outer:
+        other = (inner or outer)[0].relative_to(root / "volumes").as_posix()
+        raise CaseError(
+            f"case {case!r} and {other!r} of {root} lie inside one another; rename one, or convert it under another --dataset."
+        )
+
+
+def _is_volume(folder: Path) -> bool:
+    metadata = folder / "0" / "zarr.json"
+    return metadata.exists() and json.loads(metadata.read_text(encoding="utf-8")).get("node_type") == "array"
 
 
 def _write_array(group: zarr.Group, data: NDArray[Any], fill: int, codec: dict[str, Any]) -> None:
@@ -176,6 +201,7 @@ def _row(
         "tumor_diameters_mm": [lesion.diameter_mm for lesion in lesions],
         "hu_percentiles": np.percentile(image_hu[::2, ::2, ::2], index.HU_PERCENTILES).tolist(),
         "stored_bytes": sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()),
+        "conversion": provenance.conversion,
         "notes": list(provenance.notes),
         "engine_version": __version__,
     }

@@ -5,10 +5,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from ftengine.store.reader import open_store
 from tests.cli.test_cli import _error, _run
@@ -17,12 +19,12 @@ from tests.support import make_store, small_config
 SHAPE = (20, 22, 24)  # x, y, z of the files
 
 
-def _nifti(path: Path, array: np.ndarray, affine: np.ndarray | None = None) -> Path:  # type: ignore[type-arg]  # any dtype
+def _nifti(path: Path, array: NDArray[Any], affine: NDArray[np.float64] | None = None) -> Path:
     nibabel.save(nibabel.Nifti1Image(array, np.diag([3.0, 3.0, 3.0, 1.0]) if affine is None else affine), path)
     return path
 
 
-def _ct() -> np.ndarray:  # type: ignore[type-arg]  # int16
+def _ct() -> NDArray[np.int16]:
     return np.random.default_rng(0).integers(-1000, 400, SHAPE).astype(np.int16)
 
 

@@ -142,6 +142,20 @@ def test_convert_again_skips_what_is_there_and_redoes_what_changed(tmp_path: Pat
     assert store.row("data/b")["num_tumors"] == 1
 
 
+def test_convert_again_with_other_options_does_what_it_is_told(tmp_path: Path) -> None:
+    _write_case(tmp_path / "src", "a")
+    arguments = ("convert", tmp_path / "src", tmp_path / "s.zarr", "--region", "demo", "--json")
+    _run(*arguments)
+    assert open_store(tmp_path / "s.zarr").row("data/a")["annotation"] == "organ"
+    report = json.loads(_run(*arguments, "--annotated", "tumor", "--split", "train").stdout)
+    assert report["converted"] == 1
+    assert any("replaces the volume" in note for note in report["cases"][0]["notes"])
+    row = open_store(tmp_path / "s.zarr").row("data/a")
+    assert (row["annotation"], row["split"]) == ("tumor", "train")
+    _run(*arguments, "--annotated", "tumor", "--split", "train", "--label-map", "1=0")
+    assert open_store(tmp_path / "s.zarr").row("data/a")["class_voxels"][1] == 0
+
+
 def test_convert_dry_run_writes_nothing(tmp_path: Path) -> None:
     _write_case(tmp_path / "src", "a")
     done = _run("convert", tmp_path / "src", tmp_path / "s.zarr", "--region", "demo", "--dry-run", "--json")

@@ -102,11 +102,18 @@ def test_every_volume_comes_once_a_pass(store: Store) -> None:
     assert max(organs) - min(organs) <= 1
 
 
-def test_a_mixed_batch_has_the_asked_share_of_annotated_volumes(store: Store) -> None:
-    for fraction, expected in ((0.25, 1), (0.5, 2), (1.0, 4), (0.0, 0)):
-        plan = Plan(small_config(training__batch_size=4, loader__annotated_fraction=fraction), store, mix="mixed")
-        assert [r.annotated for r in plan.batch(0, 0)] == [True] * expected + [False] * (4 - expected)
-    assert all(r.annotated for r in Plan(small_config(), store, mix="annotated").batch(0, 0))
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_a_mixed_run_has_the_asked_share_of_annotated_volumes(store: Store, batch_size: int, fraction: float) -> None:
+    config = small_config(
+        training__batch_size=batch_size, loader__annotated_fraction=fraction, loader__patches_per_epoch=120
+    )
+    plan = Plan(config, store, mix="mixed")
+    drawn = [r for epoch in range(2) for step in range(plan.batches_per_epoch) for r in plan.batch(epoch, step)]
+    assert sum(r.annotated for r in drawn) == int(240 * fraction)
+    for number in range(0, 240 - 40, 40):  # spread evenly, not bunched
+        assert abs(sum(r.annotated for r in drawn[number : number + 40]) - 40 * fraction) <= batch_size
+    assert all(r.annotated for r in Plan(config, store, mix="annotated").batch(0, 0))
 
 
 def test_only_the_asked_split_is_drawn(store: Store) -> None:

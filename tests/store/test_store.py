@@ -11,7 +11,7 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftengine.errors import ConfigError, StoreError
+from ftengine.errors import CaseError, ConfigError, StoreError
 from ftengine.geometry import Box
 from ftengine.store import index, layout
 from ftengine.store.reader import Store, open_store
@@ -291,3 +291,43 @@ def test_compaction_keeps_every_row_and_ends_with_one_file(tmp_path: Path) -> No
     assert index.compact_index(store.path) == 5
     assert list((store.path / "index.d").iterdir()) == []
     assert open_store(store.path).index.slice(0, 2) == before.slice(0, 2)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("d/p", "d/p/scan"), ("d/p/scan", "d/p"), ("d/p/0", "d/p"), ("d/p/labels", "d/p")]
+)
+def test_a_case_inside_another_is_refused_and_both_stay_whole(tmp_path: Path, first: str, second: str) -> None:
+    root = create_store(tmp_path / "s.zarr", CONFIG.region)
+    grid = ras_grid_at((8, 8, 8))
+    volume = coordinate_volume((8, 8, 8))
+    write_volume(root, first, volume, None, grid, grid, CONFIG.region, Provenance("x", "y"))
+    with pytest.raises(CaseError, match="lie inside one another"):
+        write_volume(root, second, volume, None, grid, grid, CONFIG.region, Provenance("x", "y"))
+    store = open_store(root)
+    assert store.cases == [first]
+    np.testing.assert_array_equal(store.read_volume(first).image, volume)
+
+
+def test_an_interrupt_behind_the_commit_takes_the_row_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = create_store(tmp_path / "s.zarr", CONFIG.region)
+    grid = ras_grid_at((8, 8, 8))
+    append = index.append_row
+
+    def interrupted(where: Path, row: dict[str, object]) -> None:
+        append(where, row)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(index, "append_row", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_volume(root, "d/x", coordinate_volume((8, 8, 8)), None, grid, grid, CONFIG.region, Provenance("x", "y"))
+    assert open_store(root).cases == []
+    assert not (root / "volumes/d/x").exists()
+
+
+def test_two_converters_do_not_write_at_once(tmp_path: Path) -> None:
+    root = create_store(tmp_path / "s.zarr", CONFIG.region)
+    with index.only_writer(root):
+        with pytest.raises(StoreError, match="another process is converting into this store"), index.only_writer(root):
+            pass
+    with index.only_writer(root):
+        assert len(open_store(root)) == 0  # readers need no lock
