@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from ftengine.cli.console import JsonOption, QuietOption, SplitOption, print_json, stdout
+from ftengine.cli.console import ConfigOption, JsonOption, QuietOption, SplitOption, print_json, stdout
 
 if TYPE_CHECKING:
     from ftengine.evaluation.evaluate import Evaluation
@@ -20,6 +20,7 @@ def evaluate(
     region: Annotated[
         str, typer.Option(help="Preset whose labels the files have: abdomen, chest or demo.")
     ] = "abdomen",
+    config: ConfigOption = None,
     split: SplitOption = None,
     overlap: Annotated[float | None, typer.Option(help="Overlap of the windows for a checkpoint.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -46,15 +47,16 @@ def evaluate(
             predicted, open_store(truth), device=resolve_device(device), split=split, overlap=overlap, on_case=show
         )
     else:
-        result = evaluate_folders(predicted, truth, Config.preset(region).region, on_case=show)
-    if csv_file is not None:
-        from ftengine.evaluation.evaluate import write_csv
-
-        write_csv(result, csv_file)
+        chosen = Config.preset(region) if config is None else Config.from_file(config, default_preset=region)
+        result = evaluate_folders(predicted, truth, chosen.region, on_case=show)
     if as_json:
         print_json(result.to_json())
     else:
         _print(result)
+    if csv_file is not None:
+        from ftengine.evaluation.evaluate import write_csv
+
+        write_csv(result, csv_file)
     raise typer.Exit(result.exit_code)
 
 
@@ -69,6 +71,12 @@ def _print(result: "Evaluation") -> None:
             name, _figure(row["dice"]), str(row["num_volumes_with_truth"]), *(_figure(f) for f in figures), counts
         )
     stdout().print(table)
+    if result.num_left_out:
+        typer.echo(
+            f"left out: {result.num_left_out} volumes with organ labels only, whose tumours nobody annotated; if they are healthy, convert them "
+            "with --annotated tumor, so that false positives in them count.",
+            err=True,
+        )
     for case, reason in result.failed.items():
         typer.echo(f"failed: {case}: {reason}", err=True)
 

@@ -55,24 +55,35 @@ def run() -> None:
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     try:
         app(args=arguments)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:  # typer makes this of Ctrl-C, and 'train' of a run that was saved
+            _say(
+                "interrupted; what was committed is kept. The same command goes on (train: with --resume; demo: starts anew)."
+            )
+        raise
     except FtengineError as error:
-        if debug:
-            raise
-        typer.echo(f"ftengine: error: {error}", err=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        typer.echo("ftengine: interrupted; what was committed is kept, the same command goes on.", err=True)
-        sys.exit(INTERRUPTED)
-    except MemoryError:
-        if debug:
-            raise
-        typer.echo(
-            "ftengine: error: out of memory. Use a smaller batch or patch (--set training.batch_size=1), or convert fewer at once.",
-            err=True,
+        _fail(f"error: {error}", error.exit_code, debug=debug)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        _fail(
+            f"error: {place}{error.strerror or error}. Check the path, its permissions and the free space.",
+            2,
+            debug=debug,
         )
-        sys.exit(2)
+    except MemoryError:
+        _fail("error: out of memory. Use a smaller batch or patch (--set training.batch_size=1).", 2, debug=debug)
+
+
+def _say(text: str) -> None:
+    typer.echo(f"ftengine: {text}", err=True)
+
+
+def _fail(text: str, code: int, *, debug: bool) -> None:
+    """Inside an except clause: print one line and leave with the code, or raise again for ``--debug``."""
+    if debug:
+        raise  # noqa: PLE0704 - only called while an exception is handled
+    _say(text)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

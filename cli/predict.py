@@ -26,7 +26,7 @@ def predict(
     """Predict CT files; each result is a NIfTI label map on the grid of its input."""
     from ftengine.assemble import resolve_device
     from ftengine.errors import CaseError
-    from ftengine.evaluation.infer import Prediction, predict_file
+    from ftengine.evaluation.infer import Prediction, check_outputs, predict_file
     from ftengine.training.checkpoint import load_segmenter
     from ftengine.volume.discover import discover
 
@@ -34,6 +34,7 @@ def predict(
     if overlap is not None:
         config = config.with_overrides({"inference.overlap": overlap})
     found = discover([Path(s) for s in sources], labels=None, dataset="predict")
+    check_outputs(found, out)
     chosen_device = resolve_device(device)
     done: list[Prediction] = []
     failed: dict[str, str] = {}

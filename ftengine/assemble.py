@@ -1,5 +1,6 @@
 """The one place that knows all stages: wires store, plan, pipeline, synthesis, quality control and training together."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,11 @@ def train_segmentation(
             resume=resume,
             on_step=on_step,
             quality=dict if stage is None else lambda: quality_figures(stage.gate),
+            identity={
+                "--synth": _fingerprint(generator_path),
+                "--judge": _fingerprint(judge_path),
+                "--split": split or "",
+            },
         )
 
 
@@ -203,8 +209,20 @@ def train_synthesis(
     for_loader = config.with_overrides({"training.batch_size": config.generator_training.batch_size})
     with build_loader(for_loader, store, mix="mixed", split=split) as loader:
         return train_generator(
-            config, loader, segmenter, out, device=resolve_device(config.device), resume=resume, on_step=on_step
+            config,
+            loader,
+            segmenter,
+            out,
+            device=resolve_device(config.device),
+            resume=resume,
+            on_step=on_step,
+            identity={"--baseline": _fingerprint(baseline), "--split": split or ""},
         )
+
+
+def _fingerprint(path: str | Path | None) -> str:
+    """A file's SHA-256, shortened; empty for None."""
+    return "" if path is None else f"sha256:{hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}"
 
 
 def quality_figures(gate: QualityGate) -> dict[str, Any]:
@@ -252,7 +270,8 @@ def synthesize(
     image_hu: int16 HU [z, y, x], RAS+; label: uint8 of the same shape with the region's values (the organ must be there). A volume
     larger than the region's patch is painted in one patch around the tumour's place. generator, judge: networks or checkpoint files;
     generator None: a fixed contrast instead of tanh(G(x)); judge None: no quality control. config: its region and synthesis sections
-    apply (default: the abdomen preset, or the chest one where ``organ`` is lung). Voxels outside the mask come back bit-identical.
+    apply (default: the abdomen preset, or the chest one where ``organ`` is lung). Voxels outside
+    the mask (with a soft edge: outside the organ) come back bit-identical.
     Raises ConfigError for an unknown organ, shapes that differ or an organ that the label does not hold.
     """
     if config is None:
@@ -287,7 +306,9 @@ def synthesize(
     image_batch = torch.from_numpy(window)[None, None].to(device)
     label_batch = torch.from_numpy(only_organ)[None, None].to(device)
     synthesis = config.synthesis.model_copy(update={"fraction": 1.0, "min_organ_voxels": 1})
-    loaded_generator = load_generator(generator)[0].to(device) if isinstance(generator, str | Path) else generator
+    loaded_generator = load_generator(generator)[0] if isinstance(generator, str | Path) else generator
+    if isinstance(loaded_generator, nn.Module):
+        loaded_generator = loaded_generator.to(device).eval()
     segmenter = load_segmenter(judge)[0] if isinstance(judge, str | Path) else judge
     synthesizer = Synthesizer(
         region,

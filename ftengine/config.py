@@ -159,6 +159,11 @@ class SynthesisConfig(_Section):
         unknown = set(self.size_weights) - set(self.sizes)
         if unknown:
             raise ValueError(f"size_weights names {sorted(unknown)}, sizes has {sorted(self.sizes)}")
+        foreign = set(self.size_weights) - set(_RELEASED_SIZES_MM)
+        if self.variant == "released" and foreign:
+            raise ValueError(
+                f"size_weights names {sorted(foreign)}; variant released knows {sorted(_RELEASED_SIZES_MM)}"
+            )
         if any(w < 0 for w in self.size_weights.values()) or sum(self.size_weights.values()) <= 0:
             raise ValueError(f"size_weights={self.size_weights}: want weights of at least 0 with a positive sum")
         if not 0 <= self.texture_sigma_mm[0] <= self.texture_sigma_mm[1]:
@@ -279,6 +284,8 @@ class Config(_Section):
             text = path.read_text(encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read ({error.strerror}); want a YAML configuration file.") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path}: is not UTF-8 text; want a YAML configuration file saved as UTF-8.") from error
         try:
             given = yaml.safe_load(text) or {}
         except yaml.YAMLError as error:

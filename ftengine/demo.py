@@ -84,13 +84,15 @@ def run_demo(
         baseline = _train(config, out, "baseline", size.baseline_steps, say)
     with clock.stage("generator"):
         generator_config = config.with_overrides({"generator_training.steps": size.generator_steps})
-        generator = train_synthesis(
-            generator_config,
-            store.path,
-            out / "generator",
-            baseline=baseline.checkpoint,
-            split="train",
-            on_step=_every(20, "generator", "loss_seen", say),
+        generator = _finished(
+            train_synthesis(
+                generator_config,
+                store.path,
+                out / "generator",
+                baseline=baseline.checkpoint,
+                split="train",
+                on_step=_every(20, "generator", "loss_seen", say),
+            )
         )
     with clock.stage("student without synthesis"):
         control = _train(config, out, "student_baseline", size.student_steps, say, init=baseline.checkpoint)
@@ -198,9 +200,17 @@ def _train(
     config: Config, out: Path, name: str, steps: int, say: Callable[[str], None], **options: Any
 ) -> TrainingResult:
     chosen = config.with_overrides({"training.steps": steps})
-    return train_segmentation(
-        chosen, out / "store.zarr", out / name, split="train", on_step=_every(50, name, "loss", say), **options
+    progress = _every(50, name, "loss", say)
+    return _finished(
+        train_segmentation(chosen, out / "store.zarr", out / name, split="train", on_step=progress, **options)
     )
+
+
+def _finished(result: TrainingResult) -> TrainingResult:
+    """Training saves and returns on Ctrl-C; the demo as a whole stops."""
+    if result.interrupted:
+        raise KeyboardInterrupt
+    return result
 
 
 def _every(steps: int, name: str, figure: str, say: Callable[[str], None]) -> Progress:

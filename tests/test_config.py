@@ -61,6 +61,10 @@ def test_assignments_are_read_as_yaml() -> None:
         ("region.patch_zyx=[32, 64, 96]", "square axial patch"),
         ("network.feature_size=50", "multiple of 12"),
         ("synthesis.sizes={tiny: {radius_mm: [9, 4], warp_sigma_mm: [1, 2]}}", "want 0 < low <= high, in mm"),
+        (
+            "synthesis={variant: released, sizes: {odd: {radius_mm: [4, 9], warp_sigma_mm: [1, 2]}}, size_weights: {odd: 1}}",
+            "variant released knows",
+        ),
         ("seed=x", "seed"),
         ("seed", "want key=value"),
         ("seed=[", "not YAML"),

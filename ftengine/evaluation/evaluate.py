@@ -27,6 +27,9 @@ class Evaluation:
 
     cases: list[CaseScore] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+    num_left_out: int = (
+        0  # labelled volumes whose tumours are not annotated: they can be scored neither as healthy nor as ill
+    )
 
     @property
     def exit_code(self) -> int:
@@ -45,7 +48,12 @@ class Evaluation:
             }
             for score in self.cases
         ]
-        return {"summary": summarize(self.cases), "cases": cases, "failed": self.failed}
+        return {
+            "summary": summarize(self.cases),
+            "cases": cases,
+            "failed": self.failed,
+            "num_left_out": self.num_left_out,
+        }
 
 
 def evaluate_checkpoint(
@@ -58,7 +66,7 @@ def evaluate_checkpoint(
     overlap: float | None = None,
     on_case: OnCase = lambda _score: None,
 ) -> Evaluation:
-    """Predict the labelled volumes of a store (of a split, or the named ones) on the store's grid and score them.
+    """Predict the tumour-annotated volumes of a store (of a split, or the named ones) on the store's grid and score them.
 
     ``overlap`` replaces the checkpoint's ``inference.overlap``. Raises ConfigError where nothing is left to score.
     """
@@ -70,12 +78,12 @@ def evaluate_checkpoint(
         )
     if overlap is not None:
         config = config.with_overrides({"inference.overlap": overlap})
-    wanted = list(cases) if cases is not None else _labelled_cases(store, split)
+    wanted = list(cases) if cases is not None else _cases_of_kind(store, "tumor", split)
     if not wanted:
         raise ConfigError(
             f"{store.path}: no labelled volume{'' if split is None else f' in split {split!r}'} to evaluate on."
         )
-    result = Evaluation()
+    result = Evaluation(num_left_out=0 if cases is not None else len(_cases_of_kind(store, "organ", split)))
     for case in wanted:
         patch = store.read_volume(case)
         result.cases.append(
@@ -85,14 +93,11 @@ def evaluate_checkpoint(
     return result
 
 
-def _labelled_cases(store: Store, split: str | None) -> list[str]:
-    annotation = store.index.column("annotation").to_pylist()
-    splits = store.index.column("split").to_pylist()
-    return [
-        case
-        for case, kind, part in zip(store.cases, annotation, splits, strict=True)
-        if kind == "tumor" and (split is None or part == split)
-    ]
+def _cases_of_kind(store: Store, kind: str, split: str | None) -> list[str]:
+    rows = zip(
+        store.cases, store.index.column("annotation").to_pylist(), store.index.column("split").to_pylist(), strict=True
+    )
+    return [case for case, annotation, part in rows if annotation == kind and (split is None or part == split)]
 
 
 def evaluate_folders(

@@ -1,5 +1,6 @@
 """Predict whole volumes by sliding windows, and files back onto their own grid."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ftengine.config import Config
+from ftengine.errors import ConfigError
 from ftengine.geometry import from_ras, ras_grid
 from ftengine.volume.discover import Source
 from ftengine.volume.nifti import write_nifti
@@ -53,11 +55,29 @@ class Prediction:
     class_voxels: dict[str, int]
 
 
+def prediction_path(source: Source, out: Path) -> Path:
+    """Where the prediction of a source goes: ``<out>/<name>.nii.gz``."""
+    return out / f"{source.case.split('/', maxsplit=1)[1]}.nii.gz"
+
+
+def check_outputs(sources: Sequence[Source], out: Path) -> None:
+    """ConfigError where a prediction would replace one of the files that are to be predicted."""
+    inputs = {file.resolve() for source in sources for file in source.files}
+    for source in sources:
+        path = prediction_path(source, out)
+        if path.resolve() in inputs:
+            raise ConfigError(
+                f"{path}: is an input and would be replaced by its prediction; choose another folder for --out."
+            )
+
+
 def predict_file(network: nn.Module, source: Source, out: Path, config: Config, device: torch.device) -> Prediction:
     """Predict one CT and write ``<out>/<name>.nii.gz`` (uint8) with the shape, affine and axis order of the input.
 
-    The label map is brought back by nearest neighbour. Raises CaseError for a CT that cannot be used; nothing is left half written.
+    The label map is brought back by nearest neighbour. Raises CaseError for a CT that cannot be used, ConfigError where the output
+    would replace the input; nothing is left half written.
     """
+    check_outputs([source], out)
     volume = read_volume(
         source.image, None, series_files=source.series_files, label_values=config.region.labels.values()
     )
@@ -65,7 +85,7 @@ def predict_file(network: nn.Module, source: Source, out: Path, config: Config, 
     predicted = predict_volume(network, cast("NDArray[np.int16]", stored.image_hu), config, device)
     native_ras = ras_grid(volume.native)
     label = resample_to(predicted, stored.grid, native_ras, nearest=True, outside=0).astype(np.uint8)
-    path = out / f"{source.case.split('/', maxsplit=1)[1]}.nii.gz"
+    path = prediction_path(source, out)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_nifti(path, from_ras(label, volume.native), volume.native)
     counts = np.bincount(label.ravel(), minlength=config.region.num_classes)

@@ -69,16 +69,13 @@ def summarize(scores: Sequence[CaseScore]) -> dict[str, dict[str, Any]]:
         counts = {k: sum(c.outcome == k for c in of_class) for k in ("tp", "fp", "tn", "fn")}
         sensitivity = _ratio(counts["tp"], counts["tp"] + counts["fn"])
         precision = _ratio(counts["tp"], counts["tp"] + counts["fp"])
-        f1 = None
-        if sensitivity is not None and precision is not None:
-            f1 = _ratio(2 * precision * sensitivity, precision + sensitivity) or 0.0
         table[name] = {
             "dice": float(np.mean(dice)) if dice else None,
             "num_volumes_with_truth": len(dice),
             "sensitivity": sensitivity,
             "specificity": _ratio(counts["tn"], counts["tn"] + counts["fp"]),
             "precision": precision,
-            "f1": f1,
+            "f1": _ratio(2 * counts["tp"], 2 * counts["tp"] + counts["fp"] + counts["fn"]),  # Eq. 10 with Eq. 11 put in
             **counts,
         }
     return table

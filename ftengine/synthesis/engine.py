@@ -97,10 +97,13 @@ class Synthesizer:
         self._is_chest = "lung" in region.organs
         self._fields = TextureFields(seed, CHEST_SIGMAS if self._is_chest else ABDOMEN_SIGMAS)
 
-    def draw(self, label: torch.Tensor, addresses: Sequence[Address], *, draw: int = 0) -> dict[int, PatchDraw]:
-        """Decide, for each patch of a batch, whether and what to paint: {row: draw}. label: uint8 [B, 1, z, y, x]."""
+    def draw(
+        self, label: torch.Tensor, addresses: Sequence[Address], *, draw: int = 0, rows: Sequence[int] | None = None
+    ) -> dict[int, PatchDraw]:
+        """Decide, for each patch of a batch (or the given rows), whether and what to paint: {row: draw}. label: uint8 [B, 1, z, y, x]."""
         drawn = {}
-        for row, address in enumerate(addresses):
+        for row in range(len(addresses)) if rows is None else rows:
+            address = addresses[row]
             organs = organs_in_patch(label[row].cpu().numpy(), self.region, self.config.min_organ_voxels)
             patch_draw = draw_patch(
                 organs, self.config, self._spacing, seed=self._seed, epoch=address.epoch, index=address.index, draw=draw
@@ -155,7 +158,8 @@ class Synthesizer:
         texture *= factors.view(-1, 1, 1, 1)
         mask = placement.mask.to(x.dtype)
         if self.config.edge_sigma_mm > 0:
-            mask = gaussian_blur(mask, mm_to_vox(self.config.edge_sigma_mm, self._spacing))
+            # the edge fades inside the organ and into M, never into tissue that holds no tumour
+            mask = gaussian_blur(mask, mm_to_vox(self.config.edge_sigma_mm, self._spacing)) * placement.organ
         return masked_blend(x, g, texture, mask)
 
     def paint(self, image: torch.Tensor, label: torch.Tensor, addresses: Sequence[Address]) -> Painting:
@@ -178,11 +182,7 @@ class Synthesizer:
                     g_of_row = dict(zip(placement.rows, self.difference(x, placement), strict=True))
                 g = torch.stack([g_of_row[row] for row in placement.rows])
                 failed = self._accept(out, x, self.blend(x[:, 0], g, placement), placement, draw)
-                if draw < self._retries and failed:
-                    redrawn = self.draw(label, addresses, draw=draw + 1)
-                    pending = {row: redrawn[row] for row in failed}
-                else:
-                    pending = {}
+                pending = self.draw(label, addresses, draw=draw + 1, rows=failed) if draw < self._retries else {}
         return out
 
     def _accept(
@@ -225,5 +225,7 @@ class Synthesizer:
         texture = torch.stack([self._fields.crop(d.texture_draw, shape) for d in placement.draws]).to(x.device)
         soft = gaussian_blur(placement.mask.to(x.dtype), [(d.edge_sigma_vox,) * 3 for d in placement.draws])
         activated = torch.sigmoid(g) if self._is_chest and self._generator is not None else torch.tanh(g)
-        sign = 1.0 if self._is_chest else -1.0
+        sign = (
+            1.0 if self._is_chest and self._generator is not None else -1.0
+        )  # fixed_contrast is meant for Eq. 1's minus
         return released_blend(x, activated, placement.organ.to(x.dtype), texture, soft, sign=sign)

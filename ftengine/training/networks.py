@@ -31,6 +31,10 @@ def build_segmenter(config: Config) -> nn.Module:
         raise ConfigError(
             f"region.patch_zyx={region.patch_zyx}: network {network.name} wants multiples of {divisor} on each axis."
         )
+    if network.name == "swinunetr" and max(region.patch_zyx) < 64:
+        raise ConfigError(
+            f"region.patch_zyx={region.patch_zyx}: network swinunetr wants at least 64 voxels on some axis."
+        )
     return _seeded(config.seed, lambda: _segmenter(network, region))
 
 
@@ -60,6 +64,11 @@ def _segmenter(network: NetworkConfig, region: RegionConfig) -> nn.Module:
 
 def build_generator(config: Config) -> "SynthesisUNet":
     """G: [B, 1, z, y, x] in [0, 1] -> [B, organs, z, y, x] before tanh; the last layer starts near 0, so first tumours are faint."""
+
+    if any(n % 8 for n in config.region.patch_zyx):
+        raise ConfigError(
+            f"region.patch_zyx={config.region.patch_zyx}: the generator wants multiples of 8 on each axis."
+        )
 
     def build() -> SynthesisUNet:
         generator = SynthesisUNet(config.generator, out_channels=len(config.region.organs))

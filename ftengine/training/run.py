@@ -81,11 +81,21 @@ class TrainingResult:
     interrupted: bool = False
 
 
+def check_identity(saved: Mapping[str, str], given: Mapping[str, str]) -> None:
+    """ConfigError where a resumed run is given other files or volumes than it began with; names the first difference and its flag."""
+    for key, value in given.items():
+        if saved.get(key, "") != value:
+            raise ConfigError(
+                f"the run began with {key}={saved.get(key) or 'nothing'} and would go on with {value or 'nothing'}; "
+                "give the same options with --resume, or start a new run."
+            )
+
+
 class Run:
     """The folder of a training run: ``config.yaml``, ``run.json``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoint.pt``."""
 
     def __init__(self, folder: str | Path, config: Config, *, resume: bool) -> None:
-        """Make the folder. Raises ConfigError where a run lies there already and ``resume`` is false, or none lies there and it is true."""
+        """Raises ConfigError where a run lies there already and ``resume`` is false, or none lies there and it is true."""
         self.folder = Path(folder)
         self.checkpoint = self.folder / CHECKPOINT
         if resume and not self.checkpoint.exists():
@@ -94,31 +104,36 @@ class Run:
             )
         if not resume and self.checkpoint.exists():
             raise ConfigError(f"{self.folder}: holds a run already. Go on with --resume or choose another --out.")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-        document = {"config": config.model_dump(mode="json"), "versions": versions()}
-        (self.folder / "run.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        self._config = config
         self._metrics = self.folder / "metrics.jsonl"
-        self._board = SummaryWriter(str(self.folder / "tensorboard"))
+        self._board: SummaryWriter | None = None
 
-    def keep_log_until(self, step: int) -> None:
-        """Drop logged steps from ``step`` on: those that a killed run logged after its last checkpoint."""
-        if not self._metrics.exists():
-            return
-        lines = [line for line in self._metrics.read_text(encoding="utf-8").splitlines() if line.strip()]
-        kept = [line for line in lines if json.loads(line)["step"] < step]
+    def begin(self, first_step: int) -> None:
+        """Write what describes the run, and drop logged steps from ``first_step`` on, which a killed run logged after its last checkpoint.
+
+        Called once everything that could refuse the run has been checked, so that a refused run changes nothing.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.yaml").write_text(self._config.to_yaml(), encoding="utf-8")
+        document = {"config": self._config.model_dump(mode="json"), "versions": versions()}
+        (self.folder / "run.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        lines = self._metrics.read_text(encoding="utf-8").splitlines() if self._metrics.exists() else []
+        kept = [line for line in lines if line.strip() and json.loads(line)["step"] < first_step]
         self._metrics.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self._board = SummaryWriter(str(self.folder / "tensorboard"))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Write one line to ``metrics.jsonl`` and the same scalars to TensorBoard."""
         with self._metrics.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flush the logs."""
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, float]]:
@@ -168,7 +183,10 @@ def run_steps(
                 for batch in loader:
                     started = time.perf_counter() - loader.last_wait_s
                     figures = train_step(batch, step)
-                    logged = (step + 1) % log_every == 0 or step + 1 == steps
+                    saved = (
+                        step + 1
+                    ) % checkpoint_every == 0  # logged too: figures() refuses a diverged run before it is saved
+                    logged = (step + 1) % log_every == 0 or saved or step + 1 == steps
                     values = figures() if logged else {}
                     meter.record(loader.last_wait_s, time.perf_counter() - started)
                     if logged:
@@ -181,7 +199,7 @@ def run_steps(
                         run.log(step, values)
                     step += 1
                     on_step(step, values)
-                    if step % checkpoint_every == 0 and step < steps:
+                    if saved and step < steps:
                         save(step)
                     if step >= steps or stop:
                         break

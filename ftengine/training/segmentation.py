@@ -1,6 +1,7 @@
 """Segmentation training: the baseline S on labelled data, and the student with painted tumours (Eq. 5-6 happen in the loader)."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,12 @@ import torch
 from torch import nn
 
 from ftengine.config import Config
+from ftengine.errors import ConfigError
 from ftengine.loader.loader import Loader
 from ftengine.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from ftengine.training.losses import segmentation_loss
 from ftengine.training.networks import build_segmenter
-from ftengine.training.run import CHECKPOINT, Progress, Run, TrainingResult, learning_rate, run_steps
+from ftengine.training.run import CHECKPOINT, Progress, Run, TrainingResult, check_identity, learning_rate, run_steps
 from ftengine.types import Batch
 
 
@@ -26,11 +28,13 @@ def train_segmenter(
     resume: bool = False,
     on_step: Progress = lambda _step, _values: None,
     quality: Callable[[], dict[str, Any]] = dict,
+    identity: Mapping[str, str] | None = None,
 ) -> TrainingResult:
     """Train for ``config.training.steps`` steps on the loader's batches; writes ``out/checkpoint.pt``.
 
     init: a segmenter's checkpoint to start from (weights only). resume: go on from ``out``, to the same losses as without the break
-    (bit for bit on the CPU). ``quality`` gives the counts of quality control for the log. Ctrl-C and SIGTERM finish the step, save and
+    (bit for bit on the CPU). ``quality`` gives the counts of quality control for the log. ``identity`` names what else decides the
+    result (painter files, split): a resumed run must be given the same. Ctrl-C and SIGTERM finish the step, save and
     return with ``interrupted``. Source: FreeTumor 4.5 and Table A19: DiceCE, AdamW, warm-up and cosine per iteration.
     """
     settings = config.training
@@ -38,6 +42,7 @@ def train_segmenter(
     document: dict[str, Any] | None = None
     if resume:
         document = load_checkpoint(Path(out) / CHECKPOINT, "segmenter")
+        check_identity(document["identity"], identity or {})
         load_weights(network, Path(out) / CHECKPOINT, document)
     elif init is not None:
         load_weights(network, init, load_checkpoint(init, "segmenter"))
@@ -50,7 +55,7 @@ def train_segmenter(
         optimizer.load_state_dict(document["optimizer"])
         loader.load_state_dict(document["loader"])
         first_step, losses = document["step"], list(document["losses"])
-        run.keep_log_until(first_step)
+    run.begin(first_step)
     loss_function = segmentation_loss()
 
     def train_step(batch: Batch, step: int) -> Callable[[], dict[str, float]]:
@@ -61,6 +66,11 @@ def train_segmenter(
 
         def figures() -> dict[str, float]:
             losses.append(float(loss))
+            if not math.isfinite(losses[-1]):
+                raise ConfigError(
+                    f"{out}: the loss is {losses[-1]} at step {step}: training diverged. The last checkpoint is kept; lower "
+                    "training.learning_rate or set training.clip_norm."
+                )
             painted = sum(r.painted is not None and r.painted.passed for r in batch.records) / len(batch.records)
             counts = {name: value for name, value in quality().items() if isinstance(value, float)}
             return {"loss": losses[-1], "learning_rate": rate, "painted_fraction": painted, **counts}
@@ -74,6 +84,7 @@ def train_segmenter(
             "loader": loader.state_dict(),
             "step": step,
             "losses": losses,
+            "identity": dict(identity or {}),
         }
         save_checkpoint(run.checkpoint, "segmenter", config, contents)
 

@@ -1,6 +1,6 @@
 """Synthesis training: G against the frozen segmenter S and the classifier C (Eq. 1-3)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from ftengine.synthesis.engine import Address, Placement, Synthesizer
 from ftengine.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from ftengine.training.losses import PAINTED, REAL, classified_as_loss, tumor_seen_loss
 from ftengine.training.networks import build_classifier, build_generator
-from ftengine.training.run import CHECKPOINT, Progress, Run, TrainingResult, learning_rate, run_steps
+from ftengine.training.run import CHECKPOINT, Progress, Run, TrainingResult, check_identity, learning_rate, run_steps
 from ftengine.types import Batch
 
 
@@ -39,12 +39,13 @@ def train_generator(
     device: torch.device,
     resume: bool = False,
     on_step: Progress = lambda _step, _values: None,
+    identity: Mapping[str, str] | None = None,
 ) -> TrainingResult:
     """Train G and C for ``config.generator_training.steps`` steps; writes ``out/checkpoint.pt`` with both.
 
     Phases of a step: (1) G paints the eligible patches; S and C are frozen (no weight of theirs gets a gradient) but pass gradients to
     the painted image; G minimises Eq. 2 + lambda_cls L_cls. (2) C learns to tell real tumours of the batch from the painted ones, which
-    are detached. A batch without an eligible patch trains C on its real tumours only.
+    are detached. A batch without an eligible patch trains C on its real tumours only. ``identity``: as in ``train_segmenter``.
     """
     settings = config.generator_training
     generator, classifier = build_generator(config), build_classifier(config)
@@ -52,6 +53,7 @@ def train_generator(
     if resume:
         path = Path(out) / CHECKPOINT
         document = load_checkpoint(path, "generator")
+        check_identity(document["identity"], identity or {})
         load_weights(generator, path, document)
         load_weights(classifier, path, {"model": document["classifier"]})
     run = Run(out, config, resume=resume)
@@ -71,7 +73,7 @@ def train_generator(
             optimizer.load_state_dict(state)
         loader.load_state_dict(document["loader"])
         first_step, losses = document["step"], list(document["losses"])
-        run.keep_log_until(first_step)
+    run.begin(first_step)
     trainer = _AdversarialStep(config, generator, classifier, segmenter, optimizers[0], optimizers[1])
 
     def train_step(batch: Batch, step: int) -> Callable[[], dict[str, float]]:
@@ -102,6 +104,7 @@ def train_generator(
             "loader": loader.state_dict(),
             "step": step,
             "losses": losses,
+            "identity": dict(identity or {}),
         }
         save_checkpoint(run.checkpoint, "generator", config, contents)
 

@@ -294,6 +294,22 @@ def test_predict_writes_the_inputs_own_grid(baseline: Path, tmp_path: Path) -> N
         assert result.get_data_dtype() == np.uint8
 
 
+def test_predict_never_replaces_its_input(baseline: Path, tmp_path: Path) -> None:
+    image, _ = organ_volume((20, 22, 24), tumor=False, seed=0)
+    write_nifti(tmp_path / "a.nii.gz", image, ras_grid_at((20, 22, 24)))
+    before = (tmp_path / "a.nii.gz").read_bytes()
+    assert "is an input and would be replaced" in _error(
+        "predict", baseline, tmp_path / "a.nii.gz", "--out", tmp_path, code=2
+    )
+    assert (tmp_path / "a.nii.gz").read_bytes() == before
+
+
+def test_a_path_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    image = _write_case(tmp_path / "src", "a")
+    assert "file" in _error("convert", image, tmp_path / "file" / "s.zarr", code=2)
+
+
 def test_evaluate_folders_and_checkpoint(store_path: Path, baseline: Path, tmp_path: Path) -> None:
     _write_case(tmp_path / "truth", "a", tumor=True)
     (tmp_path / "truth" / "a_ct.nii.gz").unlink()
@@ -309,6 +325,7 @@ def test_evaluate_folders_and_checkpoint(store_path: Path, baseline: Path, tmp_p
     assert "has no prediction" in json.loads(done.stdout)["failed"]["b_label.nii.gz"]
     done = _run("evaluate", baseline, store_path, "--json")
     assert json.loads(done.stdout)["summary"]["liver_tumor"]["num_volumes_with_truth"] == 2
+    assert json.loads(done.stdout)["num_left_out"] == 2
     assert "no labelled volume" in _error("evaluate", baseline, store_path, "--split", "none", code=2)
 
 

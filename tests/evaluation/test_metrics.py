@@ -72,6 +72,8 @@ def test_a_figure_without_volumes_is_none_never_nan() -> None:
     assert healthy["specificity"] == 1.0
     missed = summarize(_scores("nnf"))["tumor"]
     assert (missed["sensitivity"], missed["precision"], missed["f1"]) == (0.0, 0.0, 0.0)
+    silent = summarize(_scores("nt"))["tumor"]  # a model that never predicts
+    assert (silent["sensitivity"], silent["precision"], silent["f1"]) == (0.0, None, 0.0)
     assert summarize([]) == {}
 
 

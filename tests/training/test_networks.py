@@ -99,3 +99,10 @@ def test_the_first_tumors_are_faint() -> None:
 def test_a_patch_that_does_not_fit_the_network_is_named() -> None:
     with pytest.raises(ConfigError, match="network swinunetr wants multiples of 32"):
         build_segmenter(Config.preset("abdomen").with_overrides({"region.patch_zyx": (48, 48, 48)}))
+
+
+def test_a_patch_too_small_for_swinunetr_or_odd_for_the_generator_is_named() -> None:
+    with pytest.raises(ConfigError, match="at least 64 voxels on some axis"):
+        build_segmenter(Config.preset("abdomen").with_overrides({"region.patch_zyx": (32, 32, 32)}))
+    with pytest.raises(ConfigError, match="the generator wants multiples of 8"):
+        build_generator(Config.preset("demo").with_overrides({"region.patch_zyx": (36, 36, 36)}))

@@ -215,6 +215,49 @@ def test_a_run_is_not_overwritten_and_nothing_is_not_resumed(store: Store, tmp_p
     assert not (tmp_path / "nothing").exists()
 
 
+def test_a_refused_resume_changes_nothing(store: Store, baseline: Path, generator: Path, tmp_path: Path) -> None:
+    config = CONFIG.with_overrides({"training.steps": 2})
+    out = tmp_path / "run"
+    train_segmentation(config, store.path, out, generator_path=generator, judge_path=baseline)
+    before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
+    longer = CONFIG.with_overrides({"training.steps": 4})
+    with pytest.raises(ConfigError, match="batch_size: was 2, is 3"):
+        train_segmentation(
+            longer.with_overrides({"training.batch_size": 3}),
+            store.path,
+            out,
+            generator_path=generator,
+            judge_path=baseline,
+            resume=True,
+        )
+    with pytest.raises(ConfigError, match="the run began with --judge=sha256"):
+        train_segmentation(longer, store.path, out, generator_path=generator, resume=True)
+    with pytest.raises(ConfigError, match="the run began with --synth=sha256"):
+        train_segmentation(longer, store.path, out, resume=True)
+    assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
+
+
+def test_a_diverged_run_stops_and_keeps_the_last_checkpoint(store: Store, tmp_path: Path) -> None:
+    config = CONFIG.with_overrides(
+        {
+            "training.steps": 60,
+            "training.learning_rate": 1e18,
+            "training.warmup_steps": 0,
+            "training.checkpoint_every": 1,
+        }
+    )
+    with pytest.raises(ConfigError, match="training diverged"):
+        train_segmentation(config, store.path, tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_with_an_empty_log(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(_StopError):
+        train_segmentation(CONFIG, store.path, tmp_path / "run", on_step=_stop_after(2))
+    train_segmentation(CONFIG, store.path, tmp_path / "run")
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(8))
+
+
 # checkpoints
 
 
