@@ -27,7 +27,7 @@ WHITE = (1.0, 1.0, 1.0)
 
 @pytest.fixture(scope="module")
 def config() -> Config:
-    return small_config(device="cpu")
+    return small_config(device="cpu", qc__retries=0)
 
 
 @pytest.fixture(scope="module")
