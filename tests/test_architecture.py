@@ -6,16 +6,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BASE = {"errors", "geometry", "rng", "types", "config"}
+BASE = {"errors", "geometry", "rng", "types", "config", "vml"}
 
 # what each part may import of ftengine, besides itself
 ALLOWED = {
     "errors": set[str](),
     "geometry": {"errors"},
     "rng": set[str](),
+    "vml": set[str](),
     "types": {"geometry"},
     "config": {"errors", "geometry"},
-    "kernels": {"errors", "geometry"},
+    "kernels": {"errors", "geometry", "vml"},
     "volume": BASE,
     "store": BASE | {"volume"},
     "loader": BASE | {"store"},

@@ -9,6 +9,9 @@ from torch import nn
 
 from ftengine.config import Config, GeneratorConfig, NetworkConfig, RegionConfig
 from ftengine.errors import ConfigError
+from ftengine.vml import settle
+
+settle()  # forward, backward and optimiser run in several threads
 
 NUM_CLASSIFIER_CLASSES = 3  # background, real tumour, painted tumour
 
