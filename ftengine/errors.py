@@ -12,6 +12,8 @@
 Every message says where, what was found, what was wanted, and the next step.
 """
 
+from enum import StrEnum
+
 
 class FtengineError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -25,10 +27,33 @@ class ConfigError(FtengineError):
     exit_code = 2
 
 
+class FailureCode(StrEnum):
+    """Why a CT cannot be used: stable names, each an anchor of docs/bring-your-own-ct.md. Append only."""
+
+    UNREADABLE = "unreadable"
+
+
 class CaseError(FtengineError):
-    """One CT or label cannot be used; skip it, count it, name it. One that reaches the top means that nothing was usable."""
+    """One CT or label cannot be used; skip it, count it, name it. One that reaches the top means that nothing was usable.
+
+    reason: where, what was found, what was wanted. advice: the next step, a whole sentence. code: for tables and scripts.
+    """
 
     exit_code = 4
+
+    def __init__(self, reason: str, advice: str = "", *, code: FailureCode = FailureCode.UNREADABLE) -> None:
+        super().__init__(f"{reason} {advice}".rstrip())
+        self.reason = reason
+        self.advice = advice
+        self.code = code
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Errors cross process borders whole."""
+        return _case_error, (self.reason, self.advice, self.code.value)
+
+
+def _case_error(reason: str, advice: str, code: str) -> CaseError:
+    return CaseError(reason, advice, code=FailureCode(code))
 
 
 class StoreError(FtengineError):

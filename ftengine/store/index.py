@@ -49,6 +49,10 @@ SCHEMA = pa.schema(
         ("source_sha256", pa.string()),
         ("label_source", pa.string()),
         ("label_sha256", pa.string()),
+        ("organ_label_source", pa.string()),  # the file of the organs, where they came in a second one
+        ("organ_label_sha256", pa.string()),
+        ("label_provenance", pa.string()),  # JSON: what made a pseudo label (tool, version, weights), "" for files
+        ("source_stat", pa.string()),  # digest of name, size and time of change of all these files
         ("native_shape_zyx", pa.list_(pa.int32())),
         ("native_affine_ras", pa.list_(pa.float64())),
         ("region", pa.string()),

@@ -28,6 +28,10 @@ class Provenance:
     source_sha256: str
     label_source: str = ""
     label_sha256: str = ""
+    organ_label_source: str = ""
+    organ_label_sha256: str = ""
+    label_provenance: str = ""  # JSON: what made a pseudo label
+    source_stat: str = ""
     annotation: str = (
         "auto"  # auto: tumor where a tumour voxel is found, organ where there is a label, none without one
     )
@@ -184,6 +188,10 @@ def _row(
         "source_sha256": provenance.source_sha256,
         "label_source": provenance.label_source,
         "label_sha256": provenance.label_sha256,
+        "organ_label_source": provenance.organ_label_source,
+        "organ_label_sha256": provenance.organ_label_sha256,
+        "label_provenance": provenance.label_provenance,
+        "source_stat": provenance.source_stat,
         "native_shape_zyx": list(native.shape_zyx),
         "native_affine_ras": list(native.affine_ras),
         "region": region.name,

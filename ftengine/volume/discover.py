@@ -36,6 +36,8 @@ class Source:
     """One case: where its image and label lie.
 
     case: ``<dataset>/<name>``, unique. image: a file or a DICOM folder. series_files: the slices to read of that folder, else empty.
+    organ_label: a second label file with the organs, under the tumours of ``label``. label_map, organ_label_map: value in the file ->
+    value in the region, pairs; values that they do not name stay. split: as the source says, "" where it says nothing.
     notes: what of the folder was left out.
     """
 
@@ -45,6 +47,10 @@ class Source:
     label: Path | None = None
     series_files: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
+    organ_label: Path | None = None
+    label_map: tuple[tuple[int, int], ...] = ()
+    organ_label_map: tuple[tuple[int, int], ...] = ()
+    split: str = ""
 
     @property
     def files(self) -> tuple[Path, ...]:
