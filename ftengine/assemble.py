@@ -93,7 +93,7 @@ def check_region(config: Config, store: Store) -> None:
     want = (config.region.name, config.region.spacing_mm_zyx, config.region.labels)
     if have != want:
         raise ConfigError(
-            f"{store.path}: holds region {have[0]} at {have[1]} mm with labels {have[2]}; the configuration is for {want[0]} at {want[1]} mm "
+            f"{store.location}: holds region {have[0]} at {have[1]} mm with labels {have[2]}; the configuration is for {want[0]} at {want[1]} mm "
             f"with labels {want[2]}. Choose the preset or --config that the store was converted with."
         )
 
@@ -108,7 +108,7 @@ def config_for_store(store: Store) -> Config:
             continue
         return config
     raise ConfigError(
-        f"{store.path}: no preset has region {store.region} at {store.spacing_mm_zyx} mm with labels {store.labels}; give --config FILE."
+        f"{store.location}: no preset has region {store.region} at {store.spacing_mm_zyx} mm with labels {store.labels}; give --config FILE."
     )
 
 

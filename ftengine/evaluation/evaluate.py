@@ -73,7 +73,7 @@ def evaluate_checkpoint(
     network, config = load_segmenter(checkpoint)
     if store.labels != config.region.labels or store.spacing_mm_zyx != config.region.spacing_mm_zyx:
         raise ConfigError(
-            f"{checkpoint}: was trained for labels {config.region.labels} at {config.region.spacing_mm_zyx} mm; {store.path} has "
+            f"{checkpoint}: was trained for labels {config.region.labels} at {config.region.spacing_mm_zyx} mm; {store.location} has "
             f"{store.labels} at {store.spacing_mm_zyx} mm. Evaluate on a store of the same region."
         )
     if overlap is not None:
@@ -81,7 +81,7 @@ def evaluate_checkpoint(
     wanted = list(cases) if cases is not None else _cases_of_kind(store, "tumor", split)
     if not wanted:
         raise ConfigError(
-            f"{store.path}: no labelled volume{'' if split is None else f' in split {split!r}'} to evaluate on."
+            f"{store.location}: no labelled volume{'' if split is None else f' in split {split!r}'} to evaluate on."
         )
     result = Evaluation(num_left_out=0 if cases is not None else len(_cases_of_kind(store, "organ", split)))
     for case in wanted:

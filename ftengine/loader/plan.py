@@ -81,7 +81,7 @@ class Plan:
             kinds = {k: int((used & (annotation == k)).sum()) for k in ("tumor", "organ", "none")}
             where = f" in split {split!r}" if split is not None else ""
             raise ConfigError(
-                f"{store.path}: no volume{where} to draw from (tumours annotated: {kinds['tumor']}, organs only: {kinds['organ']}, no label: "
+                f"{store.location}: no volume{where} to draw from (tumours annotated: {kinds['tumor']}, organs only: {kinds['organ']}, no label: "
                 f"{kinds['none']}); this run needs tumour-annotated volumes. Convert labelled cases, or mark tumour-free ones with "
                 "'ftengine convert --annotated tumor'."
             )

@@ -11,7 +11,9 @@
         labels/seg/0/               uint8; same chunks; blosc zstd 5
 """
 
+import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from ftengine.config import RegionConfig
@@ -57,6 +59,12 @@ def chunks_per_axis(shape_zyx: IntZYX) -> IntZYX:
     """Number of inner chunks along each axis; a chunk id is its C-order place in this grid."""
     z, y, x = (-(-n // CHUNK) for n in shape_zyx)
     return z, y, x
+
+
+def group_document(attributes: Mapping[str, Any] | None = None) -> bytes:
+    """``zarr.json`` of a Zarr v3 group."""
+    document = {"attributes": dict(attributes or {}), "zarr_format": 3, "node_type": "group"}
+    return json.dumps(document, indent=2).encode()
 
 
 def store_attributes(region: RegionConfig, created_by: str) -> dict[str, Any]:
