@@ -12,7 +12,7 @@ import errno
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from ftengine.config import RegionConfig
 from ftengine.errors import CaseError, FailureCode, FtengineError, StoreError
+from ftengine.geometry import FloatZYX
 from ftengine.store.location import Location, locate
 from ftengine.store.writer import Provenance, write_volume
 from ftengine.types import Volume
@@ -53,6 +54,17 @@ class ConvertOptions:
                 "organ_label_map": sorted(source.organ_label_map),
                 "orientation": self.assume_orientation,
             }
+        )
+
+    @classmethod
+    def of_row(cls, conversion: str) -> "ConvertOptions":
+        """The options that ``text`` wrote into a row."""
+        values = json.loads(conversion) if conversion else {}
+        return cls(
+            annotation=values.get("annotation", "auto"),
+            split=values.get("split", ""),
+            label_map=tuple((int(a), int(b)) for a, b in values.get("label_map", ())),
+            assume_orientation=values.get("orientation"),
         )
 
     def maps(self, source: Source) -> dict[int, int]:
@@ -128,7 +140,7 @@ def _convert(task: Task) -> CaseOutcome:
         hashes = source_hashes(source)
         if known is not None and (known.hashes, known.conversion) == (hashes, conversion):
             return CaseOutcome(source.case, "skipped", reason="already converted from the same files, by their content")
-        stored = prepare(task)
+        stored = prepare(source, task.options, task.region.spacing_mm_zyx, task.region.labels.values())
     except OSError as error:
         raise _unreadable(source, error) from error
     except MemoryError as error:
@@ -186,18 +198,17 @@ def _convert(task: Task) -> CaseOutcome:
     )
 
 
-def prepare(task: Task) -> Volume:
-    """Read a case and bring it to the region's spacing: the voxels that a store holds of it. Raises CaseError, OSError."""
-    source = task.source
+def prepare(source: Source, options: ConvertOptions, spacing_mm_zyx: FloatZYX, label_values: Collection[int]) -> Volume:
+    """Read a case and bring it to a store's spacing: the voxels that the store holds of it. Raises CaseError, OSError."""
     volume = read_volume(
         source.image,
         source.label,
         series_files=source.series_files,
-        label_values=task.region.labels.values(),
-        label_map=task.options.maps(source),
-        assume_orientation=task.options.assume_orientation,
+        label_values=label_values,
+        label_map=options.maps(source),
+        assume_orientation=options.assume_orientation,
     )
-    return resample(volume, task.region.spacing_mm_zyx)
+    return resample(volume, spacing_mm_zyx)
 
 
 def unwritable(location: Location, error: OSError) -> StoreError:

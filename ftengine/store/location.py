@@ -92,6 +92,10 @@ class Location(ABC):
         """Remove what killed conversions left of volumes being built; only under the writer lock."""
 
     @abstractmethod
+    def prune(self, key: str) -> None:
+        """Remove empty folders below a key; a bucket has none."""
+
+    @abstractmethod
     def is_empty(self) -> bool:
         """Whether nothing lies here yet."""
 
@@ -203,6 +207,12 @@ class LocalLocation(Location):
     @override
     def clear_scratch(self) -> None:
         shutil.rmtree(self.path / SCRATCH, ignore_errors=True)
+
+    @override
+    def prune(self, key: str) -> None:
+        for folder in sorted((self.path / key).rglob("*"), key=lambda p: -len(p.parts)):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
     @override
     def is_empty(self) -> bool:
@@ -335,6 +345,10 @@ class RemoteLocation(Location):
     @override
     def clear_scratch(self) -> None:
         return  # a bucket's scratch lies in temporary folders of its workers
+
+    @override
+    def prune(self, key: str) -> None:
+        return
 
     @override
     def is_empty(self) -> bool:
