@@ -86,8 +86,9 @@ def write_volume(
     location = locate(place)
     layout.check_case_name(case)
     if committed is None:
-        committed = index.read_index(location).column("case").to_pylist()
-        CaseNames(committed).refuse_nested(case, location)
+        names = CaseNames(index.read_index(location).column("case").to_pylist())
+        names.refuse_nested(case, location)
+        committed = names.cases
     folder = location.scratch()
     try:
         _build(folder, case, image_hu, label, region)

@@ -19,7 +19,7 @@ import pytest
 
 from ftengine.errors import CaseError, ConfigError, StoreError
 from ftengine.store import convert, index, workers
-from ftengine.store.case import CaseOutcome, ConvertOptions, Task
+from ftengine.store.case import CaseOutcome, ConvertOptions, Task, failed
 from ftengine.store.convert import Resources, convert_cases, read_failed
 from ftengine.store.location import locate
 from ftengine.store.maintenance import compact_store
@@ -190,7 +190,7 @@ def test_cells_of_failed_csv_are_never_formulas(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "x_ct.nii.gz").write_bytes(b"no image")
     source = Source("d/x", "d", Path("=src/x_ct.nii.gz"))
-    report = convert.ConversionReport("s", "demo", [convert.failed(source, CaseError("=1+1", "@x"))])
+    report = convert.ConversionReport("s", "demo", [failed(source, CaseError("=1+1", "@x"))])
     location = locate(tmp_path / "s.zarr")
     convert._write_failed(location, report)
     (row,) = read_failed(location)
