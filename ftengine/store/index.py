@@ -192,6 +192,11 @@ def only_writer(root: Path) -> Iterator[None]:
         yield  # the lock goes with the file, also when the process is killed
 
 
+def write_index(root: Path, table: Table) -> None:
+    """Write a whole index at once, durable; for a store whose rows come from another one."""
+    _write_table(table.cast(SCHEMA), root / "index.parquet")
+
+
 def compact_index(root: Path) -> int:
     """Fold ``index.d`` into ``index.parquet``; returns the number of rows. Killed anywhere, no row is lost or doubled."""
     folded = sorted((root / "index.d").glob("*.parquet"))

@@ -3,6 +3,7 @@
 import json
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class Store:
     def __init__(self, path: str | Path) -> None:
         self.path = local_root(path)
         attributes = _read_attributes(self.path)
+        self.volumes_root = volumes_root(self.path, attributes)  # another store's folder where this one is a subset
         self.region: str = attributes["region"]
         self.spacing_mm_zyx: FloatZYX = float_zyx(attributes["spacing_mm_zyx"])
         self.labels: dict[str, int] = dict(attributes["labels"])
@@ -128,13 +130,13 @@ class Store:
                 return self._open[key]
         spec = {
             "driver": "zarr3",
-            "kvstore": {"driver": "file", "path": f"{self.path / key}/"},
+            "kvstore": {"driver": "file", "path": f"{self.volumes_root / key}/"},
             "fill_missing_data_reads": False,  # a missing chunk is an error, not air
         }
         array = ts.open(spec, open=True, read=True, context=self._context).result()
         if tuple(array.shape) != shape_zyx:
             raise StoreError(
-                f"{self.path / key}: shape_zyx is {tuple(array.shape)}, the index says {shape_zyx}. Convert this case again."
+                f"{self.volumes_root / key}: shape_zyx is {tuple(array.shape)}, the index says {shape_zyx}. Convert this case again."
             )
         with self._lock:
             self._open[key] = array
@@ -145,8 +147,32 @@ class Store:
     def _damaged(self, case: str, error: Exception) -> StoreError:
         what = " ".join(str(error).split("[source locations", maxsplit=1)[0].split())
         return StoreError(
-            f"{self.path / layout.volume_path(case)}: a chunk is missing or damaged ({what[:300]}). Convert this case again."
+            f"{self.volumes_root / layout.volume_path(case)}: a chunk is missing or damaged ({what[:300]}). Convert this case again."
         )
+
+
+def volumes_root(root: Path, attributes: Mapping[str, Any]) -> Path:
+    """The folder whose ``volumes`` hold a store's voxels: its own, or that of the store named by ``volumes_of`` (relative to ``root``).
+
+    Raises StoreError where that store is missing, is a subset itself, or holds another region, spacing or label table.
+    """
+    named = attributes.get("volumes_of")
+    if named is None:
+        return root
+    parent = (root / named).resolve()
+    if not (parent / "zarr.json").exists():
+        raise StoreError(
+            f"{root}: is a subset of {parent}, where there is no store. Move that store back, or make the subset again with "
+            "'ftengine store subset' where the store lies now."
+        )
+    of_parent = _read_attributes(parent)
+    keys = ("region", "spacing_mm_zyx", "labels")
+    if of_parent.get("volumes_of") is not None or any(of_parent[key] != attributes[key] for key in keys):
+        raise StoreError(
+            f"{root}: is a subset of {parent}, which holds other volumes now (region, spacing or labels differ, or it is a subset itself). "
+            "Make the subset again with 'ftengine store subset'."
+        )
+    return parent
 
 
 def _read_attributes(root: Path) -> dict[str, Any]:

@@ -45,6 +45,10 @@ def create_store(path: str | Path, region: RegionConfig) -> Path:
     root = local_root(path)
     if (root / "zarr.json").exists():
         store = open_store(root)
+        if store.volumes_root != store.path:
+            raise ConfigError(
+                f"{root}: is a subset of {store.volumes_root} and holds no volumes of its own; convert into that store and make the subset again."
+            )
         have = (store.region, store.spacing_mm_zyx, store.labels)
         want = (region.name, region.spacing_mm_zyx, region.labels)
         if have != want:
