@@ -105,11 +105,11 @@ def check_folder(
     on_start is called with the number of images whose headers will be read, on_case after each.
     """
     sources, ignored = _discover(folder, labels)
-    fits = () if dataset is not None else _fits(folder, registry, sources, labels)
+    fits: tuple[Fit, ...] = () if dataset is not None else _fits(folder, registry, sources, labels)
     entry = registry.get(dataset) if dataset is not None else None
     problems = []
     if dataset is None:
-        best = [fit for fit in fits if fit.score == fits[0].score]
+        best = [fit for fit in fits if fit.score == max(f.score for f in fits)]
         if len(best) == 1:
             entry = registry.get(best[0].name)
         elif best:

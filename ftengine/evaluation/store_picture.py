@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -88,7 +88,7 @@ def _draw_spacing(axes: Axes, store: Store) -> None:
     for name, values, color in groups:
         axes.hist(
             values,
-            bins=bins,
+            bins=bins.tolist(),
             histtype="stepfilled",
             facecolor=(*color, 0.35),
             edgecolor=color,
@@ -158,7 +158,7 @@ def _draw_diameters(axes: Axes, store: Store) -> None:
     kinds = sorted(int(v) for v in np.unique(values))
     axes.hist(
         [diameters[values == kind] for kind in kinds],
-        bins=bins,
+        bins=bins.tolist(),
         stacked=True,
         color=[_rgb(kind) for kind in kinds],
         label=[f"{names.get(kind, kind)}, {int((values == kind).sum()):,}" for kind in kinds],
@@ -193,10 +193,10 @@ def _draw_datasets(axes: Axes, table: Table) -> None:
                 height=min(0.75, 0.15 * len(bars)),
             )
         left += widths
-    for row, count in enumerate(left):
+    for row, total in enumerate(left.tolist()):
         axes.annotate(
-            f"{int(count):,}",
-            (count, row),
+            f"{int(total):,}",
+            (total, row),
             xytext=(4, 0),
             textcoords="offset points",
             va="center",
@@ -281,7 +281,7 @@ def _finish(axes: Axes, title: str, x_label: str, y_label: str) -> None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{int(value):,}"))
 
 
-def _legend(axes: Axes, place: str = "upper right") -> None:
+def _legend(axes: Axes, place: Literal["upper left", "upper right", "lower right"] = "upper right") -> None:
     axes.legend(fontsize=9, loc=place, frameon=True, framealpha=0.85, edgecolor="none", borderpad=0.2)
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.patches import Patch, Rectangle
 
 from ftengine.errors import ConfigError
 from ftengine.evaluation.store_picture import draw_store, native_spacing_mm, store_figure
@@ -16,15 +17,20 @@ CONFIG = small_config()
 SHAPE = (20, 22, 24)
 
 
+def _extent(bar: Patch) -> tuple[float, float]:
+    """Width and height of a bar."""
+    assert isinstance(bar, Rectangle)
+    return bar.get_width(), bar.get_height()
+
+
 def test_every_volume_and_tumour_is_counted(tmp_path: Path) -> None:
     store = make_store(tmp_path, CONFIG, num_annotated=3, num_organs=2, shape_zyx=SHAPE)
     spacing, hu, voxels, diameters, datasets = store_figure(store).axes
-    heights = [sum(np.diff(np.unique(p.get_path().vertices[:, 1])).max(initial=0) for p in spacing.patches[:2])]
-    assert heights == [10]  # five volumes between slices and five in the slice, all at 3 mm
+    assert [np.asarray(p.get_path().vertices)[:, 1].max() for p in spacing.patches[:2]] == [5, 5]  # all at 3 mm
     assert len(hu.lines) == 7 * 6  # whiskers, caps, median and ends of seven percentiles
     assert [t.get_text() for t in voxels.get_yticklabels()] == ["liver_tumor\n3 volumes", "liver\n5 volumes"]
-    assert sum(bar.get_height() for bar in diameters.patches) == 3
-    assert sum(bar.get_width() for bar in datasets.patches) == 5
+    assert sum(_extent(bar)[1] for bar in diameters.patches) == 3
+    assert sum(_extent(bar)[0] for bar in datasets.patches) == 5
     assert {t.get_text() for t in datasets.get_yticklabels()} == {"a", "o"}
 
 
