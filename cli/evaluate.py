@@ -22,6 +22,7 @@ def evaluate(
     ] = "abdomen",
     config: ConfigOption = None,
     split: SplitOption = None,
+    fold: Annotated[int | None, typer.Option(metavar="K", help="Score only volumes of this fold of a store.")] = None,
     overlap: Annotated[float | None, typer.Option(help="Overlap of the windows for a checkpoint.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     csv_file: Annotated[
@@ -44,7 +45,13 @@ def evaluate(
 
     if "://" in truth or (Path(truth) / "zarr.json").exists():
         result = evaluate_checkpoint(
-            predicted, open_store(truth), device=resolve_device(device), split=split, overlap=overlap, on_case=show
+            predicted,
+            open_store(truth),
+            device=resolve_device(device),
+            split=split,
+            fold=fold,
+            overlap=overlap,
+            on_case=show,
         )
     else:
         chosen = Config.preset(region) if config is None else Config.from_file(config, default_preset=region)

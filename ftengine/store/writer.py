@@ -46,6 +46,10 @@ def create_store(place: str | Path | Location, region: RegionConfig) -> Location
     location = locate(place)
     if location.exists("zarr.json"):
         store = open_store(location)
+        if store.volumes is not store.location:
+            raise ConfigError(
+                f"{location}: is a subset of {store.volumes} and holds no volumes of its own; convert into that store and make the subset again."
+            )
         have = (store.region, store.spacing_mm_zyx, store.labels)
         want = (region.name, region.spacing_mm_zyx, region.labels)
         if have != want:
