@@ -57,7 +57,7 @@ PAGE_CASES = 500  # cases on one page of the list
 DAMAGED = 422
 _LOCAL_ORIGIN = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?"
 _ORIGIN = re.compile(r"https?://[A-Za-z0-9.\-\[\]:]+")
-_RANGE = re.compile(r"bytes=(?:(\d{1,18})-(\d{0,18})|-(\d{1,18}))")
+_RANGE = re.compile(r"bytes=(?:([0-9]{1,18})-([0-9]{0,18})|-[0-9]{1,18})")
 _ENCODED_SEPARATOR = re.compile(rb"%(2f|5c|00)", re.IGNORECASE)
 _SHARDS = ("0/c/0/0/0", "labels/seg/0/c/0/0/0")  # image, label
 
@@ -123,11 +123,15 @@ def make_app(place: str | Path | Location, *, allow_origins: Sequence[str] = ())
 
 
 def listen(port: int) -> socket.socket:
-    """A socket bound to 127.0.0.1 and the port (0: any free one). Raises ConfigError where the port cannot be had."""
+    """A socket that listens on 127.0.0.1 and the port (0: any free one); who connects now waits for ``run_server``.
+
+    Raises ConfigError where the port cannot be had.
+    """
     sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((ADDRESS, port))
+        sock.listen()
     except OSError as error:
         sock.close()
         raise ConfigError(

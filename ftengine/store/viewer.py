@@ -1,7 +1,8 @@
 """Addresses and viewer states of the cases of a store that ``serve.py`` serves.
 
-The cross-sections of neuroglancer follow the voxel axes: RAS+ data drawn as they lie are rotated by 180 degrees from what a radiologist
-expects, so the state turns the axial view (patient's left on the right of the picture, anterior on top).
+neuroglancer draws voxel axes as they lie, which for RAS+ data is turned from what a radiologist expects, and its own four panels cannot all
+be turned right at once. The state therefore has three views with an orientation each: axial seen from the feet, coronal from the front
+(both with the patient's right on the left of the picture), sagittal with anterior on the left; superior or anterior on top.
 """
 
 import json
@@ -13,7 +14,12 @@ from ftengine.store.reader import Store
 
 NEUROGLANCER = "https://neuroglancer-demo.appspot.com/"
 STORE_ROUTE = "/store"  # where the server shows the store's root
-_HALF_TURN_ABOUT_Z = [0, 0, 1, 0]  # quaternion x, y, z, w
+_VIEW_PIXELS = 400  # the volume is scaled to about this many
+_ROOT_HALF = 0.5**0.5
+# quaternions x, y, z, w that turn (right of picture, bottom of picture) from (+x, +y) to ...
+_AXIAL = (0.0, 0.0, 1.0, 0.0)  # (-x, -y)
+_CORONAL = (0.0, _ROOT_HALF, -_ROOT_HALF, 0.0)  # (-x, -z)
+_SAGITTAL = (-0.5, 0.5, -0.5, 0.5)  # (-y, -z)
 _SHADER = "#uicontrol invlerp normalized\nvoid main() {\n  emitGrayscale(normalized());\n}\n"
 
 
@@ -70,11 +76,24 @@ def neuroglancer_state(store: Store, case: str, image_url: str, label_url: str |
         )
     metre_zyx = [round(mm / 1000, 12) for mm in store.spacing_mm_zyx]  # the dimension unit must be SI without a prefix
     shape_zyx = store.shape_zyx(case)
+    extent_mm = max(n * mm for n, mm in zip(shape_zyx, store.spacing_mm_zyx, strict=True))
+    names = [layer["name"] for layer in layers]
     return {
         "title": case,
-        "dimensions": {axis: [metre_zyx["zyx".index(axis)], "m"] for axis in "xyz"},  # this order is the one displayed
+        "dimensions": {axis: [metre_zyx["zyx".index(axis)], "m"] for axis in "xyz"},
         "position": [n / 2 for n in reversed(shape_zyx)],
-        "crossSectionOrientation": _HALF_TURN_ABOUT_Z,
+        "crossSectionScale": extent_mm / min(store.spacing_mm_zyx) / _VIEW_PIXELS,  # smallest voxels a pixel
         "layers": layers,
-        "layout": "xy",
+        "layout": {
+            "type": "row",
+            "children": [
+                _view(names, _AXIAL),
+                {"type": "column", "children": [_view(names, _CORONAL), _view(names, _SAGITTAL)]},
+            ],
+        },
     }
+
+
+def _view(layers: list[str], orientation: tuple[float, float, float, float]) -> dict[str, Any]:
+    turned = {"link": "unlinked", "value": list(orientation)}
+    return {"type": "viewer", "layers": layers, "layout": "xy", "crossSectionOrientation": turned}
