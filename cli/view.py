@@ -35,7 +35,7 @@ def view(
     from ftengine.store.viewer import case_links
 
     opened = open_store(store)
-    app = make_app(store, allow_origins=allow_origin or [])
+    app = make_app(opened, allow_origins=allow_origin or [])
     for name in case or []:
         opened.row_number(name)  # an unknown case is an error before anything is printed
     with listen(port) as sock:

@@ -74,17 +74,18 @@ _COMMON_HEADERS = {
 }
 
 
-def make_app(place: str | Path | Location, *, allow_origins: Sequence[str] = ()) -> Starlette:
+def make_app(place: str | Path | Location | Store, *, allow_origins: Sequence[str] = ()) -> Starlette:
     """The ASGI application that serves a store: the list of cases at ``/``, the Zarr hierarchy below ``/store/``.
 
-    allow_origins: pages, as ``https://host[:port]``, that may read besides VIEWER_ORIGINS and this machine's. The index is read once.
+    allow_origins: pages, as ``https://host[:port]``, that may read besides VIEWER_ORIGINS and this machine's. An open store is served as it was
+    opened: the index is read once.
     Raises StoreError for a store that cannot be opened; ConfigError for one in a bucket (viewers read buckets without our help) and for
     an origin that is none.
     """
     for origin in allow_origins:
         if not _ORIGIN.fullmatch(origin):
             raise ConfigError(f"--allow-origin {origin}: want https://HOST or http://HOST:PORT, without a path.")
-    store = open_store(place)
+    store = place if isinstance(place, Store) else open_store(place)
     root = store.path.resolve()
     groups = {PurePosixPath(".")}  # folders that hold cases: their metadata are served, nothing else of them
     for case in store.cases:

@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +84,14 @@ def test_three_libraries_read_what_was_written(volume: tuple[NDArray[np.int16], 
 @pytest.fixture
 def napari_reader() -> Any:
     """The reader of napari-ome-zarr. Its 280 MB of a desktop viewer are no part of ``dev``; CI installs the extra and must run this."""
-    if os.environ.get("CI") != "true":
-        pytest.importorskip("napari_ome_zarr", reason="not installed: pip install 'ftengine[interop]'")
-    from napari_ome_zarr import napari_get_reader
-
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of napari's own imports
+        try:
+            from napari_ome_zarr import napari_get_reader
+        except ModuleNotFoundError:
+            if os.environ.get("CI") == "true":
+                raise
+            pytest.skip("napari-ome-zarr is not installed: pip install 'ftengine[interop]'")
     return napari_get_reader
 
 
