@@ -39,7 +39,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ftengine.errors import ConfigError
 from ftengine.store.layout import volume_path
-from ftengine.store.location import Location
+from ftengine.store.location import LocalLocation, Location
 from ftengine.store.reader import Store, open_store
 from ftengine.store.viewer import STORE_ROUTE, case_links
 
@@ -77,16 +77,19 @@ _COMMON_HEADERS = {
 def make_app(place: str | Path | Location | Store, *, allow_origins: Sequence[str] = ()) -> Starlette:
     """The ASGI application that serves a store: the list of cases at ``/``, the Zarr hierarchy below ``/store/``.
 
-    allow_origins: pages, as ``https://host[:port]``, that may read besides VIEWER_ORIGINS and this machine's. An open store is served as it was
-    opened: the index is read once.
-    Raises StoreError for a store that cannot be opened; ConfigError for one in a bucket (viewers read buckets without our help) and for
-    an origin that is none.
+    allow_origins: pages, as ``https://host[:port]``, that may read besides VIEWER_ORIGINS and this machine's. The index is read once; an open
+    store is served as it was opened. Of a subset only its own cases are served. Raises StoreError for a store that cannot be opened;
+    ConfigError for one in a bucket and for an origin that is none.
     """
     for origin in allow_origins:
         if not _ORIGIN.fullmatch(origin):
             raise ConfigError(f"--allow-origin {origin}: want https://HOST or http://HOST:PORT, without a path.")
     store = place if isinstance(place, Store) else open_store(place)
-    root = store.path.resolve()
+    if not isinstance(store.volumes, LocalLocation):
+        raise ConfigError(
+            f"{store.volumes}: lies in a bucket; want a local store. Viewers read buckets by their own addresses."
+        )
+    root = store.volumes.path.resolve()  # of a subset: the store that holds its volumes
     groups = {PurePosixPath(".")}  # folders that hold cases: their metadata are served, nothing else of them
     for case in store.cases:
         groups.update(PurePosixPath(volume_path(case)).parents)
@@ -262,11 +265,12 @@ def _list_cases(store: Store, request: Request) -> Response:
             f'<td><a rel="noreferrer" href="{escape(links["neuroglancer_url"])}">neuroglancer</a></td>'
             f"<td><code>{escape(links['image_url'])}</code></td></tr>"
         )
+    title = escape(str(store.location).rstrip("/").rpartition("/")[2])
     labels = ", ".join(f"{value} {escape(name)}" for name, value in store.labels.items())
     pages = " ".join(f'<a href="?page={n}">{n}</a>' for n in range(1, num_pages + 1)) if num_pages > 1 else ""
     body = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(store.path.name)}</title><style>{_STYLE}</style></head>'
-        f"<body><h1>{escape(store.path.name)}</h1><p>{len(store)} volumes, region {escape(store.region)}; labels: {labels}. "
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style></head>'
+        f"<body><h1>{title}</h1><p>{len(store)} volumes, region {escape(store.region)}; labels: {labels}. "
         "A link opens a public viewer, which reads from this machine; the CT does not leave it. Not a medical device.</p>"
         f"<p>{pages}</p><table>{''.join(rows)}</table></body></html>"
     )

@@ -22,8 +22,10 @@ from zarr.storage import FsspecStore
 
 from ftengine.errors import ConfigError, StoreError
 from ftengine.store import index
+from ftengine.store.location import locate
 from ftengine.store.reader import Store, open_store
 from ftengine.store.serve import DAMAGED, PAGE_CASES, VIEWER_ORIGINS, listen, make_app
+from ftengine.store.subset import make_subset
 from ftengine.store.viewer import case_links
 from ftengine.store.writer import Provenance, create_store, write_volume
 from tests.support import coordinate_volume, ras_grid_at, small_config
@@ -305,6 +307,16 @@ def test_a_case_without_a_label_has_none(client: TestClient) -> None:
     assert client.get("/store/volumes/d/deep/er/plain/labels/zarr.json").status_code == 404
 
 
+def test_of_a_subset_only_its_cases_are_served(store: Store, tmp_path: Path) -> None:
+    make_subset(store, tmp_path / "few.zarr", cases=["d/labelled"])
+    client = _client(tmp_path / "few.zarr")
+    assert client.get(f"/store/{SHARD}").content == (store.path / SHARD).read_bytes()
+    assert client.get("/store/volumes/d/deep/er/plain/zarr.json").status_code == 404
+    page = _Page(client.get("/").text)
+    assert "few.zarr" in page.texts
+    assert [text for text in page.texts if text in store.cases] == ["d/labelled"]
+
+
 def test_groups_on_the_way_are_served(client: TestClient) -> None:
     for key in ("zarr.json", "volumes/zarr.json", "volumes/d/zarr.json", "volumes/d/deep/er/zarr.json"):
         answer = client.get(f"/store/{key}")
@@ -508,7 +520,11 @@ def test_the_views_are_radiological(store: Store) -> None:
         np.testing.assert_allclose(turn.apply((0, -1, 0)), top_of_picture, atol=1e-12)
 
 
-def test_what_cannot_be_served_is_refused(tmp_path: Path) -> None:
+def test_what_cannot_be_served_is_refused(store: Store, tmp_path: Path) -> None:
+    in_a_bucket = open_store(store.path)
+    in_a_bucket.volumes = locate("s3://bucket/prefix")  # as of a subset whose volumes lie there
+    with pytest.raises(ConfigError, match=r"s3://bucket/prefix: lies in a bucket; want a local store"):
+        make_app(in_a_bucket)
     with pytest.raises(StoreError, match="is not a store"):
         make_app(tmp_path)
     with listen(0) as taken:
