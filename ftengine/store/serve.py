@@ -24,7 +24,7 @@ import re
 import socket
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import uvicorn
 from starlette.applications import Starlette
@@ -90,9 +90,12 @@ def make_app(place: str | Path | Location | Store, *, allow_origins: Sequence[st
             f"{store.volumes}: lies in a bucket; want a local store. Viewers read buckets by their own addresses."
         )
     root = store.volumes.path.resolve()  # of a subset: the store that holds its volumes
-    groups = {PurePosixPath(".")}  # folders that hold cases: their metadata are served, nothing else of them
+    groups = {""}  # folders on the way to cases: their metadata are served, nothing else of them
     for case in store.cases:
-        groups.update(PurePosixPath(volume_path(case)).parents)
+        folder = volume_path(case).rpartition("/")[0]
+        while folder not in groups:
+            groups.add(folder)
+            folder = folder.rpartition("/")[0]
     cases = frozenset(store.cases)
 
     def page(request: Request) -> Response:
@@ -196,15 +199,13 @@ def _not_found() -> Response:
     return PlainTextResponse("not found", 404)
 
 
-def _serve_key(
-    root: Path, groups: set[PurePosixPath], cases: frozenset[str], store: Store, request: Request
-) -> Response:
+def _serve_key(root: Path, groups: set[str], cases: frozenset[str], store: Store, request: Request) -> Response:
     key = request.path_params["key"]
     parts = key.split("/")
     if any(not part or part.startswith(".") or "\0" in part for part in parts):
         return _not_found()
     case = _case_of(parts, cases)
-    if case is None and not (parts[-1] == "zarr.json" and PurePosixPath(*parts[:-1]) in groups):
+    if case is None and not (parts[-1] == "zarr.json" and key.rpartition("/")[0] in groups):
         return _not_found()
     path = _readable_file(root, key)
     if path is None or path.stat().st_size == 0:
