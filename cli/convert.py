@@ -46,6 +46,15 @@ def convert(
             metavar="CODES", help="Axis codes, e.g. RAS or LPS, for files that do not state their orientation."
         ),
     ] = None,
+    allow_gaps: Annotated[
+        bool, typer.Option(help="Fill missing or unevenly spaced DICOM slices linearly from their neighbours; noted.")
+    ] = False,
+    nan: Annotated[
+        float | None, typer.Option(metavar="HU", help="HU in place of NaN and infinity, e.g. -1024 for air; noted.")
+    ] = None,
+    resample_labels: Annotated[
+        bool, typer.Option(help="Bring labels on another grid to their image's by nearest neighbour; noted.")
+    ] = False,
     config: ConfigOption = None,
     assignments: SetOption = None,
     dry_run: Annotated[bool, typer.Option(help="Read headers only: list cases and sizes, write nothing.")] = False,
@@ -61,6 +70,7 @@ def convert(
     from ftengine.errors import ConfigError
     from ftengine.store.convert import convert_cases
     from ftengine.volume.discover import discover_all, parse_source
+    from ftengine.volume.readers import ReadOptions
 
     chosen = Config.preset(region) if config is None else Config.from_file(config, default_preset=region)
     chosen = chosen.with_assignments(assignments or [])
@@ -75,6 +85,7 @@ def convert(
         )
     if annotated not in ("auto", "tumor", "organ"):
         raise ConfigError(f"--annotated {annotated}: want auto, tumor or organ.")
+    reading = ReadOptions(assume_orientation, allow_gaps, nan, resample_labels)
     with progress("converting", len(found), quiet=quiet or as_json) as reporter:
         report = convert_cases(
             found,
@@ -83,7 +94,7 @@ def convert(
             annotation=annotated,  # type: ignore[arg-type]  # checked above
             split=split,
             label_map=_parse_label_map(label_map),
-            assume_orientation=assume_orientation,
+            reading=reading,
             dry_run=dry_run,
             on_start=reporter.working_on,
             on_outcome=lambda o: reporter.advance(f"{o.status} {o.case} ({o.seconds:.1f} s)"),
@@ -114,7 +125,12 @@ def _print_report(report: "ConversionReport", *, quiet: bool) -> None:
                 messages.print(f"note: {outcome.case}: {note}", markup=False, highlight=False)
     for outcome in report.outcomes:
         if outcome.status == "failed":
-            messages.print(f"failed: {outcome.case}: {outcome.reason}", markup=False, highlight=False, style="red")
+            messages.print(
+                f"failed: {outcome.case}: {outcome.reason} {outcome.advice} [{outcome.code}]",
+                markup=False,
+                highlight=False,
+                style="red",
+            )
     table = Table(title=f"{report.store} ({report.region})")
     for heading in ("case", "status", "voxels z y x", "MB", "s"):
         table.add_column(heading, justify="left" if heading in ("case", "status") else "right")

@@ -16,8 +16,9 @@ from ftengine.errors import CaseError, ConfigError
 from ftengine.store import index
 from ftengine.store.writer import Provenance, create_store, write_volume
 from ftengine.volume.discover import Source
-from ftengine.volume.readers import probe, read_volume
+from ftengine.volume.readers import STRICT, ReadOptions, probe, read_volume
 from ftengine.volume.resample import resample
+from ftengine.volume.values import read_failure, shown
 
 Annotation = Literal["auto", "tumor", "organ"]
 ROWS_PER_COMPACTION = 500  # so that opening a store never reads many thousand row files
@@ -34,6 +35,8 @@ class CaseOutcome:
     shape_zyx: tuple[int, int, int] | None = None
     stored_bytes: int = 0
     seconds: float = 0.0
+    code: str = ""  # of a failed case: its section in docs/bring-your-own-ct.md
+    advice: str = ""
 
 
 @dataclass
@@ -69,7 +72,7 @@ def convert_cases(
     annotation: Annotation = "auto",
     split: str = "",
     label_map: Mapping[int, int] | None = None,
-    assume_orientation: str | None = None,
+    reading: ReadOptions = STRICT,
     dry_run: bool = False,
     on_start: Callable[[str], None] = lambda _case: None,
     on_outcome: Callable[[CaseOutcome], None] = lambda _outcome: None,
@@ -82,7 +85,7 @@ def convert_cases(
     report = ConversionReport(str(store), region.name)
     if dry_run:
         for source in sources:
-            report.outcomes.append(_plan(source, region, assume_orientation))
+            report.outcomes.append(_plan(source, region, reading))
             on_outcome(report.outcomes[-1])
         return report
     if annotation not in ("auto", "tumor", "organ"):
@@ -92,7 +95,7 @@ def convert_cases(
         "annotation": annotation,
         "split": split,
         "label_map": sorted((label_map or {}).items()),
-        "orientation": assume_orientation,
+        "reading": asdict(reading),
     }
     conversion = json.dumps(options)
     with index.only_writer(root):
@@ -100,7 +103,7 @@ def convert_cases(
         try:
             for number, source in enumerate(sources, start=1):
                 on_start(source.case)
-                report.outcomes.append(_attempt(source, root, region, known, options, conversion))
+                report.outcomes.append(_attempt(source, root, region, known, options, conversion, reading))
                 on_outcome(report.outcomes[-1])
                 if number % ROWS_PER_COMPACTION == 0:
                     index.compact_index(root)
@@ -123,27 +126,29 @@ def _attempt(
     known: Mapping[str, tuple[str, str, str]],
     options: Mapping[str, Any],
     conversion: str,
+    reading: ReadOptions,
 ) -> CaseOutcome:
     """Convert one source; what concerns this source alone becomes a failed outcome."""
     started = time.perf_counter()
     try:
-        return _convert_one(source, root, region, known, options, conversion)
+        return _convert_one(source, root, region, known, options, conversion, reading)
     except CaseError as error:
-        reason = str(error)
-    except (
-        FileNotFoundError,
-        PermissionError,
-        IsADirectoryError,
-    ) as error:  # other OSErrors, a full disk say, concern the store
-        reason = f"{error.filename}: {error.strerror}. Check the path and its permissions."
-    return CaseOutcome(source.case, "failed", reason=reason, seconds=time.perf_counter() - started)
+        failure = error
+    return CaseOutcome(
+        source.case,
+        "failed",
+        failure.reason,
+        seconds=time.perf_counter() - started,
+        code=failure.code,
+        advice=failure.advice,
+    )
 
 
-def _plan(source: Source, region: RegionConfig, assume_orientation: str | None) -> CaseOutcome:
+def _plan(source: Source, region: RegionConfig, reading: ReadOptions) -> CaseOutcome:
     try:
-        info = probe(source.image, series_files=source.series_files, assume_orientation=assume_orientation)
+        info = probe(source.image, series_files=source.series_files, options=reading)
     except CaseError as error:
-        return CaseOutcome(source.case, "failed", reason=str(error))
+        return CaseOutcome(source.case, "failed", error.reason, code=error.code, advice=error.advice)
     scale = np.array(info.spacing_mm_zyx) / np.array(region.spacing_mm_zyx)
     z, y, x = (max(1, round(n * s)) for n, s in zip(info.shape_zyx, scale, strict=True))
     return CaseOutcome(source.case, "planned", shape_zyx=(z, y, x), stored_bytes=z * y * x * 2)
@@ -156,6 +161,7 @@ def _convert_one(
     known: Mapping[str, tuple[str, str, str]],
     options: Mapping[str, Any],
     conversion: str,
+    reading: ReadOptions,
 ) -> CaseOutcome:
     started = time.perf_counter()
     image_hash = _sha256(source.files)
@@ -169,7 +175,7 @@ def _convert_one(
         series_files=source.series_files,
         label_values=region.labels.values(),
         label_map=dict(options["label_map"]),
-        assume_orientation=options["orientation"],
+        options=reading,
     )
     stored = resample(volume, region.spacing_mm_zyx)
     image = cast("NDArray[np.int16]", stored.image_hu)  # resample rounds to whole HU
@@ -198,7 +204,10 @@ def _convert_one(
 def _sha256(files: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
+        try:
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:  # the source's alone: an OSError of the store, a full disk say, ends the conversion
+            raise read_failure(shown(file), error) from error
     return digest.hexdigest()

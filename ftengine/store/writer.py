@@ -13,7 +13,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 
 from ftengine import __version__
 from ftengine.config import RegionConfig
-from ftengine.errors import CaseError, ConfigError, StoreError
+from ftengine.errors import CaseError, ConfigError, FailureCode, StoreError
 from ftengine.geometry import Grid
 from ftengine.store import index, layout
 from ftengine.store.reader import local_root, open_store
@@ -120,7 +120,9 @@ def _refuse_nested(root: Path, folder: Path, case: str) -> None:
     if inner or outer:
         other = (inner or outer)[0].relative_to(root / "volumes").as_posix()
         raise CaseError(
-            f"case {case!r} and {other!r} of {root} lie inside one another; rename one, or convert it under another --dataset."
+            f"case {case!r} and {other!r} of {root} lie inside one another.",
+            "Rename one, or convert it under another --dataset.",
+            code=FailureCode.NESTED_CASE,
         )
 
 

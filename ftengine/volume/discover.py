@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ftengine.errors import CaseError, ConfigError
+from ftengine.errors import CaseError, ConfigError, FailureCode
 from ftengine.volume.dicom import looks_like_dicom, sort_out
 from ftengine.volume.itk import data_files
 from ftengine.volume.readers import SUPPORTED
@@ -146,7 +146,7 @@ def discover_all(
             if walk.ignored
             else ""
         )
-        raise CaseError(f"{named}: no CT found{passed}; want {SUPPORTED}. Check the path.")
+        raise CaseError(f"{named}: no CT found{passed}; want {SUPPORTED}.", "Check the path.", code=FailureCode.NO_CT)
 
     for paired in stated.values():
         if paired != NO_LABEL and not paired.is_file():
