@@ -114,7 +114,7 @@ def checked_grid(grid: Grid, where: str, *, tolerance: float = 2e-3) -> Grid:
         raise CaseError(
             f"{where}: the affine holds NaN or infinity; want finite numbers.",
             "Repair the header or leave the case out.",
-            code=FailureCode.DAMAGED_HEADER,
+            code=FailureCode.NO_POSITION if np.isfinite(matrix[:, :3]).all() else FailureCode.BAD_SPACING,
         )
     if min(grid.shape_zyx) < 1:
         raise CaseError(

@@ -82,6 +82,13 @@ def _checked_header(path: Path, where: str, assume_orientation: str | None) -> t
                 "Write the file again.",
                 code=FailureCode.DAMAGED_HEADER,
             )
+    stated = fields.get("spacings" if is_nrrd else "elementspacing", "")
+    if any(not _is_positive(text) for text in stated.split()[:3]):  # ITK turns a negative one into a flip
+        raise CaseError(
+            f"{where}: a spacing in the header is zero, negative or not a number; want three positive ones in millimetres.",
+            "Repair the header or leave the case out.",
+            code=FailureCode.BAD_SPACING,
+        )
     _voxel_file(path, where, fields, is_nrrd=is_nrrd)  # ITK opens it for the header of a NRRD already
     reader = sitk.ImageFileReader()
     reader.SetImageIO("NrrdImageIO" if is_nrrd else "MetaImageIO")  # by content: ITK itself goes by the name
@@ -274,6 +281,13 @@ def _encoding(fields: Mapping[str, str], where: str, *, is_nrrd: bool) -> tuple[
         )
     big_endian = fields.get("binarydatabyteordermsb", fields.get("elementbyteordermsb", ""))
     return "zlib" if _is_true(fields.get("compresseddata", "")) else "", _is_true(big_endian)
+
+
+def _is_positive(text: str) -> bool:
+    try:
+        return float(text) > 0
+    except ValueError:
+        return False
 
 
 def _is_true(text: str) -> bool:

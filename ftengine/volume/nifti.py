@@ -199,10 +199,11 @@ def _oriented(
         qform, _ = header.get_qform(coded=True)
     except (HeaderDataError, ValueError, FloatingPointError, np.linalg.LinAlgError) as error:
         if sform is None:
+            negative = bool((np.asarray(header["pixdim"])[1:4] < 0).any())
             raise CaseError(
-                f"{where}: the qform is damaged and there is no sform; want an orientation.",
+                f"{where}: the qform is damaged{' (a negative spacing)' if negative else ''} and there is no sform; want an orientation.",
                 "Repair the header.",
-                code=FailureCode.NO_ORIENTATION,
+                code=FailureCode.BAD_SPACING if negative else FailureCode.NO_ORIENTATION,
             ) from error
         return grid_from_matrix(shape_zyx, sform), ["the qform is damaged; the sform is used"]
     if sform is not None:

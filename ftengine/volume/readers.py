@@ -93,7 +93,7 @@ def read_volume(
     """
     raw = _load(image, series_files, options)
     hu, notes = to_hu(raw, shown(image), nan_hu=options.nan_hu)
-    notes = [*raw.notes, *notes]
+    notes = list(dict.fromkeys([*raw.notes, *notes]))  # a DICOM series was HU already and brings the same remarks
     turned, grid = to_ras(hu, raw.grid)
     image_hu = cast("NDArray[np.int16] | NDArray[np.float32]", turned)
     native = raw.grid
