@@ -55,6 +55,14 @@ def convert(
     resample_labels: Annotated[
         bool, typer.Option(help="Bring labels on another grid to their image's by nearest neighbour; noted.")
     ] = False,
+    pseudonymize: Annotated[
+        str | None,
+        typer.Option(metavar="SALT", help="Replace case and file names by keyed hashes; the same salt gives the same."),
+    ] = None,
+    pseudonym_key: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write which name stands for which case (JSON), outside the store."),
+    ] = None,
     config: ConfigOption = None,
     assignments: SetOption = None,
     dry_run: Annotated[bool, typer.Option(help="Read headers only: list cases and sizes, write nothing.")] = False,
@@ -70,6 +78,7 @@ def convert(
     from ftengine.errors import ConfigError
     from ftengine.store.convert import convert_cases
     from ftengine.volume.discover import discover_all, parse_source
+    from ftengine.volume.pseudonyms import Pseudonyms, write_key
     from ftengine.volume.readers import ReadOptions
 
     chosen = Config.preset(region) if config is None else Config.from_file(config, default_preset=region)
@@ -86,6 +95,10 @@ def convert(
     if annotated not in ("auto", "tumor", "organ"):
         raise ConfigError(f"--annotated {annotated}: want auto, tumor or organ.")
     reading = ReadOptions(assume_orientation, allow_gaps, nan, resample_labels)
+    pseudonyms = None if pseudonymize is None else Pseudonyms(pseudonymize)
+    key = {} if pseudonyms is None else pseudonyms.key(source.case for source in found)
+    if pseudonym_key is not None:
+        write_key(pseudonym_key, key, Path(store))
     with progress("converting", len(found), quiet=quiet or as_json) as reporter:
         report = convert_cases(
             found,
@@ -95,12 +108,13 @@ def convert(
             split=split,
             label_map=_parse_label_map(label_map),
             reading=reading,
+            pseudonyms=pseudonyms,
             dry_run=dry_run,
             on_start=reporter.working_on,
             on_outcome=lambda o: reporter.advance(f"{o.status} {o.case} ({o.seconds:.1f} s)"),
         )
     if as_json:
-        print_json(report.to_json())
+        print_json(report.to_json() | ({"pseudonyms": key} if key else {}))
     else:
         _print_report(report, quiet=quiet)
     raise typer.Exit(report.exit_code)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -16,6 +16,7 @@ from ftengine.errors import CaseError, ConfigError
 from ftengine.store import index
 from ftengine.store.writer import Provenance, create_store, write_volume
 from ftengine.volume.discover import Source
+from ftengine.volume.pseudonyms import Pseudonyms
 from ftengine.volume.readers import STRICT, ReadOptions, probe, read_volume
 from ftengine.volume.resample import resample
 from ftengine.volume.values import read_failure, shown
@@ -73,6 +74,7 @@ def convert_cases(
     split: str = "",
     label_map: Mapping[int, int] | None = None,
     reading: ReadOptions = STRICT,
+    pseudonyms: Pseudonyms | None = None,
     dry_run: bool = False,
     on_start: Callable[[str], None] = lambda _case: None,
     on_outcome: Callable[[CaseOutcome], None] = lambda _outcome: None,
@@ -80,12 +82,13 @@ def convert_cases(
     """Convert sources into ``store``, made if it does not exist; a case committed from equal files with equal options is skipped.
 
     A file that cannot be used is reported and the rest goes on. Ctrl-C between or inside cases leaves a valid store.
+    pseudonyms: take the place of case and source names in the store, the outcomes and the texts of errors.
     ``on_start`` and ``on_outcome`` are called for each case, for progress. Raises ConfigError and StoreError for the store itself.
     """
     report = ConversionReport(str(store), region.name)
     if dry_run:
         for source in sources:
-            report.outcomes.append(_plan(source, region, reading))
+            report.outcomes.append(_hidden(_plan(source, region, reading), source, pseudonyms))
             on_outcome(report.outcomes[-1])
         return report
     if annotation not in ("auto", "tumor", "organ"):
@@ -102,8 +105,10 @@ def convert_cases(
         known = _known_rows(root)
         try:
             for number, source in enumerate(sources, start=1):
-                on_start(source.case)
-                report.outcomes.append(_attempt(source, root, region, known, options, conversion, reading))
+                named = source if pseudonyms is None else replace(source, case=pseudonyms.case(source.case))
+                on_start(named.case)
+                outcome = _attempt(named, root, region, known, options, conversion, reading, pseudonyms)
+                report.outcomes.append(_hidden(outcome, source, pseudonyms))
                 on_outcome(report.outcomes[-1])
                 if number % ROWS_PER_COMPACTION == 0:
                     index.compact_index(root)
@@ -127,11 +132,12 @@ def _attempt(
     options: Mapping[str, Any],
     conversion: str,
     reading: ReadOptions,
+    pseudonyms: Pseudonyms | None,
 ) -> CaseOutcome:
     """Convert one source; what concerns this source alone becomes a failed outcome."""
     started = time.perf_counter()
     try:
-        return _convert_one(source, root, region, known, options, conversion, reading)
+        return _convert_one(source, root, region, known, options, conversion, reading, pseudonyms)
     except CaseError as error:
         failure = error
     return CaseOutcome(
@@ -141,6 +147,23 @@ def _attempt(
         seconds=time.perf_counter() - started,
         code=failure.code,
         advice=failure.advice,
+    )
+
+
+def _file_name(path: Path, pseudonyms: Pseudonyms | None) -> str:
+    return path.name if pseudonyms is None else pseudonyms.file(path.name)
+
+
+def _hidden(outcome: CaseOutcome, source: Source, pseudonyms: Pseudonyms | None) -> CaseOutcome:
+    """The outcome of a source (under its real name) as it may be shown."""
+    if pseudonyms is None:
+        return outcome
+    paths = [source.image, *source.files, *([source.label] if source.label else []), *source.label_files]
+    return replace(
+        outcome,
+        case=pseudonyms.case(source.case),
+        reason=pseudonyms.hide(outcome.reason, source.case, paths),
+        advice=pseudonyms.hide(outcome.advice, source.case, paths),
     )
 
 
@@ -162,6 +185,7 @@ def _convert_one(
     options: Mapping[str, Any],
     conversion: str,
     reading: ReadOptions,
+    pseudonyms: Pseudonyms | None,
 ) -> CaseOutcome:
     started = time.perf_counter()
     image_hash = _sha256(source.files)
@@ -183,9 +207,9 @@ def _convert_one(
     if before is not None:
         notes = (*notes, "replaces the volume of this name that was converted from other files or with other options")
     provenance = Provenance(
-        source=source.image.name,
+        source=_file_name(source.image, pseudonyms),
         source_sha256=image_hash,
-        label_source="" if source.label is None else source.label.name,
+        label_source="" if source.label is None else _file_name(source.label, pseudonyms),
         label_sha256=label_hash,
         annotation=options["annotation"] if stored.label is not None else "auto",
         split=options["split"],
