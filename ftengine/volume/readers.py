@@ -150,10 +150,11 @@ def read_label_for(
             "Check that the two belong together, or leave the case out.",
             code=FailureCode.GRID_MISMATCH,
         )
-    on_tissue = np.count_nonzero(volume.image_hu[moved > 0] > AROUND_BODY_HU) / max(1, np.count_nonzero(moved))
+    labelled_hu = volume.image_hu[moved > 0]
+    inside = np.count_nonzero(labelled_hu > AROUND_BODY_HU) / labelled_hu.size if labelled_hu.size else 1.0
     notes.append(
         f"label: resampled onto the image's grid by nearest neighbour, as asked: {before_ml:.3g} ml labelled before, {after_ml:.3g} ml after, "
-        f"{100 * on_tissue:.0f} % of it inside the body (above {AROUND_BODY_HU} HU)"
+        f"{100 * inside:.0f} % of it inside the body (above {AROUND_BODY_HU} HU)"
     )
     return moved, notes
 

@@ -56,8 +56,9 @@ CANARIES = [TEXT, "777.31", *DATES.values()]
 NAME = "Qzxname"  # in every name of a file or folder of the second test
 
 
-def series(folder: Path, number: int, num_slices: int = 6, **tags: Any) -> list[Path]:
-    paths = save_series(folder, num_slices, series=f"{SERIES_UID}{number}", **(TAGS | tags))
+def series(folder: Path, number: int, num_slices: int = 6) -> list[Path]:
+    tags: dict[str, Any] = {**TAGS, "series": f"{SERIES_UID}{number}"}
+    paths = save_series(folder, num_slices, **tags)
     for path in paths:
         data = pydicom.dcmread(path)
         data.private_block(0x0009, f"{TEXT} CREATOR", create=True).add_new(0x01, "LO", f"{TEXT} private")
@@ -144,9 +145,9 @@ def craft(folder: Path) -> int:
             **{keyword: None, **({"Modality": "CT"} if keyword == "SOPClassUID" else {})},
         )
         cut(bad / f"without_{number}" / "004.dcm", 100)
-    for name, tags in {"tilt": {}, "gap": {}, "stub": {}, "phases": {}}.items():
+    for name in ("tilt", "gap", "stub", "phases"):
         number += 1
-        paths = series(bad / name, number, 2 if name == "stub" else 6, **tags)
+        paths = series(bad / name, number, 2 if name == "stub" else 6)
         if name == "tilt":
             for index, path in enumerate(paths):
                 edit_slice(path, ImagePositionPatient=[-20, -30 + index, 2 * index])

@@ -99,6 +99,10 @@ def edited(change: Callable[[int, Path], object], **tags: Any) -> Callable[[Path
     return craft
 
 
+def compressed(syntax: str) -> Callable[[Path], None]:
+    return edited(lambda _, path: compress_slice(path, syntax))
+
+
 def with_slice(stored: NDArray[Any], position: tuple[float, float, float], **tags: Any) -> Callable[[Path], None]:
     """A series and one more file of it."""
 
@@ -285,6 +289,12 @@ def undecodable(index: int, path: Path) -> None:
         data.save_as(path)
 
 
+def all_slices_twice(folder: Path) -> None:
+    uid = generate_uid()
+    save_series(folder / "bad", series=uid)
+    save_series(folder / "bad", series=uid, prefix="b", RescaleIntercept=-1000)
+
+
 def dicom_label(folder: Path) -> None:
     nifti()(folder)
     (save_series(folder / "seg")[0]).rename(folder / "bad_seg.nii.gz")
@@ -298,7 +308,7 @@ def fractional(label: NDArray[Any]) -> NDArray[Any]:
 
 
 C = FailureCode
-WITHOUT_3 = HU.copy()
+HALF_AS_THICK = np.array([[-1.25, 0, 0, 0], [0, -1.5, 0, 0], [0, 0, 1, -0.5], [0, 0, 0, 1]])
 UNEVEN_Z = (0.0, 2.5, 5.0, 7.5, 15.0, 19.0)
 FLOAT_LABEL = LABEL.astype(np.float32) * np.float32(1.0000001)
 RGB = np.zeros(HU.shape, dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
@@ -411,7 +421,7 @@ ROWS = [
         Success(with_value(30000, "i2", place=(3, 4, 4)), "1 voxels above 30000 HU set to 30000"),
     ),
     *(
-        Row(16, f"compressed as {syntax}", edited(lambda _, p, s=syntax: compress_slice(p, s)), Success())
+        Row(16, f"compressed as {syntax}", compressed(syntax), Success())
         for syntax in ("RLE", "JPEG", "JPEG2000")
     ),
     Row(
@@ -464,7 +474,7 @@ ROWS = [
     Row(
         25,
         "label of another grid resampled",
-        with_label(np.repeat(LABEL, 2, 0), changed((2, 2), 1.0) + moved(0, 0, -0.5) - LPS),
+        with_label(np.repeat(LABEL, 2, 0), HALF_AS_THICK),
         Success(note="inside the body", label=LABEL),
         ReadOptions(resample_labels=True),
     ),
@@ -524,7 +534,8 @@ ROWS = [
     Row(0, "no direction in DICOM", series(ImageOrientationPatient=None), Failure(C.NO_ORIENTATION, "ImageOrientationPatient")),
     Row(0, "no scale in DICOM", series(RescaleSlope=None), Failure(C.NOT_HU, "not HU")),
     Row(0, "multi-frame DICOM", series(NumberOfFrames=3), Failure(C.MULTI_FRAME, "multi-frame")),
-    Row(0, "all slices twice", lambda f: (u := generate_uid(), save_series(f / "bad", series=u), save_series(f / "bad", series=u, prefix="b", RescaleIntercept=-1000)), Failure(C.SEVERAL_PHASES, "Several phases")),
+    Row(0, "all slices twice", all_slices_twice,
+        Failure(C.SEVERAL_PHASES, "Several phases")),
     Row(0, "empty file", lambda f: (f / "bad.nii.gz").write_bytes(b""), Failure(C.EMPTY_FILE, "an empty file")),
     Row(0, "not an image", lambda f: (f / "bad.nii.gz").write_bytes(b"<html>404</html>"), Failure(C.NOT_AN_IMAGE, "not an image by its first bytes")),
     Row(0, "damaged header", patched(datatype=4711), Failure(C.DAMAGED_HEADER, "header is damaged")),
