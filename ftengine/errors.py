@@ -68,7 +68,11 @@ class FailureCode(StrEnum):
     LABEL_VALUES = "label-values"
     FRACTIONAL_LABEL = "fractional-label"
     DICOM_LABEL = "dicom-label"
-    NESTED_CASE = "nested-case"
+    NESTED_NAMES = "nested-names"
+    # what became of the work on it
+    OUT_OF_MEMORY = "out-of-memory"
+    WORKER_DIED = "worker-died"
+    INTERNAL = "internal"
 
 
 class CaseError(FtengineError):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from ftengine.errors import CaseError, ConfigError, StoreError
 from ftengine.geometry import Box
 from ftengine.store import index, layout
+from ftengine.store.location import Location
 from ftengine.store.reader import Store, open_store
 from ftengine.store.writer import Provenance, create_store, write_volume
 from tests.support import coordinate_volume, make_store, ras_grid_at, small_config
@@ -238,9 +239,10 @@ def test_a_case_cannot_leave_the_store(tmp_path: Path, case: str) -> None:
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["zarr.json", "zarr.json"]
 
 
-def test_a_remote_store_is_refused_for_now() -> None:
-    with pytest.raises(ConfigError, match="remote stores are not supported"):
-        open_store("s3://bucket/store")
+@pytest.mark.parametrize("url", ["http://host/store", "s3://", "ftp://a/b"])
+def test_an_unknown_kind_of_place_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match="want a folder, s3://bucket/prefix or gs://bucket/prefix"):
+        open_store(url)
 
 
 # commit
@@ -256,7 +258,7 @@ def test_a_failed_write_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(index, "append_row", full)  # the last step before the commit
     with pytest.raises(OSError, match="No space left"):
         write_volume(root, "d/x", coordinate_volume((8, 8, 8)), None, grid, grid, CONFIG.region, Provenance("x", "y"))
-    assert not (root / "volumes/d/x").exists()
+    assert root.keys("volumes/d/x", recursive=True) == []
     assert len(open_store(root)) == 0
 
 
@@ -313,7 +315,7 @@ def test_an_interrupt_behind_the_commit_takes_the_row_back(tmp_path: Path, monke
     grid = ras_grid_at((8, 8, 8))
     append = index.append_row
 
-    def interrupted(where: Path, row: dict[str, object]) -> None:
+    def interrupted(where: Location, row: dict[str, object]) -> None:
         append(where, row)
         raise KeyboardInterrupt
 
@@ -321,13 +323,13 @@ def test_an_interrupt_behind_the_commit_takes_the_row_back(tmp_path: Path, monke
     with pytest.raises(KeyboardInterrupt):
         write_volume(root, "d/x", coordinate_volume((8, 8, 8)), None, grid, grid, CONFIG.region, Provenance("x", "y"))
     assert open_store(root).cases == []
-    assert not (root / "volumes/d/x").exists()
+    assert root.keys("volumes/d/x", recursive=True) == []
 
 
 def test_two_converters_do_not_write_at_once(tmp_path: Path) -> None:
     root = create_store(tmp_path / "s.zarr", CONFIG.region)
-    with index.only_writer(root):
-        with pytest.raises(StoreError, match="another process is converting into this store"), index.only_writer(root):
+    with root.only_writer():
+        with pytest.raises(StoreError, match="another process is converting into this store"), root.only_writer():
             pass
-    with index.only_writer(root):
+    with root.only_writer():
         assert len(open_store(root)) == 0  # readers need no lock

@@ -23,7 +23,9 @@ from pydicom.uid import generate_uid
 
 from ftengine.config import Config
 from ftengine.errors import ConfigError, FailureCode
-from ftengine.store.convert import ConversionReport, convert_cases
+from ftengine.store.case import ConvertOptions
+from ftengine.store.convert import ConversionReport, convert_cases, read_failed
+from ftengine.store.location import locate
 from ftengine.store.reader import Store, open_store
 from ftengine.volume.discover import discover
 from ftengine.volume.readers import STRICT, ReadOptions
@@ -551,7 +553,7 @@ def run(row: Row, folder: Path, **changes: Any) -> tuple[ConversionReport, Store
     save_nifti(source / "good.nii.gz", HU, LPS)
     row.craft(source)
     found = discover([source], dataset="d")
-    report = convert_cases(found, folder / "s.zarr", REGION, reading=row.options, **changes)
+    report = convert_cases(found, folder / "s.zarr", REGION, options=ConvertOptions(reading=row.options), **changes)
     return report, open_store(folder / "s.zarr")
 
 
@@ -565,6 +567,8 @@ def test_row(row: Row, tmp_path: Path) -> None:
     failing = [name for name, wanted in row.cases.items() if isinstance(wanted, Failure)]
     assert report.exit_code == (1 if failing else 0)
     assert set(store.cases) == {f"d/{name}" for name in outcomes if name not in failing}
+    listed = {line["case"]: line for line in read_failed(locate(tmp_path / "s.zarr"))}
+    assert set(listed) == {f"d/{name}" for name in failing}
     for name, wanted in row.cases.items():
         outcome = outcomes[name]
         if isinstance(wanted, Failure):
@@ -573,6 +577,9 @@ def test_row(row: Row, tmp_path: Path) -> None:
                 assert sentence.endswith(".")
                 assert sentence.isprintable()
             assert "src/bad" in outcome.reason
+            line = listed[f"d/{name}"]
+            assert (line["code"], line["reason"], line["advice"]) == (wanted.code, outcome.reason, outcome.advice)
+            assert "src/bad" in line["file"]
             assert wanted.says in f"{outcome.reason} {outcome.advice}"
             continue
         assert (outcome.status, outcome.code) == ("converted", ""), outcome.reason
