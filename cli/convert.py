@@ -58,6 +58,23 @@ def convert(
             metavar="CODES", help="Axis codes, e.g. RAS or LPS, for files that do not state their orientation."
         ),
     ] = None,
+    allow_gaps: Annotated[
+        bool, typer.Option(help="Fill missing or unevenly spaced DICOM slices linearly from their neighbours; noted.")
+    ] = False,
+    nan: Annotated[
+        float | None, typer.Option(metavar="HU", help="HU in place of NaN and infinity, e.g. -1024 for air; noted.")
+    ] = None,
+    resample_labels: Annotated[
+        bool, typer.Option(help="Bring labels on another grid to their image's by nearest neighbour; noted.")
+    ] = False,
+    pseudonymize: Annotated[
+        str | None,
+        typer.Option(metavar="SALT", help="Replace case and file names by keyed hashes; the same salt gives the same."),
+    ] = None,
+    pseudonym_key: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write which name stands for which case (JSON), outside the store."),
+    ] = None,
     config: ConfigOption = None,
     assignments: SetOption = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes of this machine that convert at the same time.")] = 1,
@@ -95,6 +112,8 @@ def convert(
     from ftengine.store.case import ConvertOptions
     from ftengine.store.convert import Resources, convert_cases
     from ftengine.volume.discover import discover_all, parse_source
+    from ftengine.volume.pseudonyms import Pseudonyms, write_key
+    from ftengine.volume.readers import ReadOptions
 
     chosen = Config.preset(region) if config is None else Config.from_file(config, default_preset=region)
     chosen = chosen.with_assignments(assignments or [])
@@ -102,13 +121,17 @@ def convert(
         annotation=annotated,  # type: ignore[arg-type]  # convert_cases checks it
         split=split,
         label_map=_parse_label_map(label_map),
-        assume_orientation=assume_orientation,
+        reading=ReadOptions(assume_orientation, allow_gaps, nan, resample_labels),
+        pseudonyms=None if pseudonymize is None else Pseudonyms(pseudonymize),
     )
     resources = Resources(workers, dask, None if memory is None else _parse_bytes(memory))
     pairs = [parse_source(text) for text in sources]
     label_of = {image: label for image, label in pairs if label is not None}
     discovery = discover_all([image for image, _ in pairs], labels=labels, dataset=dataset, pairs=label_of)
     found = discovery.sources
+    key = {} if options.pseudonyms is None else options.pseudonyms.key(source.case for source in found)
+    if pseudonym_key is not None:
+        write_key(pseudonym_key, key, Path(store))
     if discovery.ignored and not (quiet or as_json):
         reasons = Counter(reason for _, reason in discovery.ignored)
         typer.echo(
@@ -129,7 +152,7 @@ def convert(
             on_outcome=tally.add,
         )
     if as_json:
-        print_json(report.to_json())
+        print_json(report.to_json() | ({"pseudonyms": key} if key else {}))
     else:
         _print_report(report, quiet=quiet)
     raise typer.Exit(report.exit_code)

@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ftengine.errors import CaseError, ConfigError
+from ftengine.errors import CaseError, ConfigError, FailureCode
 from ftengine.volume.dicom import looks_like_dicom, sort_out
 from ftengine.volume.itk import data_files
 from ftengine.volume.readers import SUPPORTED
@@ -140,8 +140,8 @@ def discover_all(
     if labels is not None and not labels.is_dir():
         raise ConfigError(f"labels folder {shown(labels)}: not a folder; want one with the images' relative paths.")
     walk = _Walk()
-    skip = None if labels is None else labels.resolve()
-    stated = {image.resolve(): label for image, label in (pairs or {}).items()}
+    skip = None if labels is None else _real(labels)
+    stated = {_real(image): label for image, label in (pairs or {}).items()}
     for source in sources:
         _search(source, walk, skip, stated)
     if not walk.images:
@@ -151,7 +151,7 @@ def discover_all(
             if walk.ignored
             else ""
         )
-        raise CaseError(f"{named}: no CT found{passed}; want {SUPPORTED}. Check the path.")
+        raise CaseError(f"{named}: no CT found{passed}; want {SUPPORTED}.", "Check the path.", code=FailureCode.NO_CT)
 
     for paired in stated.values():
         if paired != NO_LABEL and not paired.is_file():
@@ -162,7 +162,7 @@ def discover_all(
     used_pairs: set[Path] = set()
     taken: set[tuple[Path, int]] = set()
     for image in walk.images:
-        real = image.path.resolve()
+        real = _real(image.path)
         if (real, image.series) in taken:
             continue  # named twice, or named and found in a folder
         taken.add((real, image.series))
@@ -205,6 +205,11 @@ def is_label_name(stem: str) -> bool:
     return _LABEL_WORD.search(stem) is not None
 
 
+def _real(path: Path) -> Path:
+    """The path without links; unlike ``Path.resolve`` it does not raise where a link leads to itself."""
+    return Path(os.path.realpath(path))
+
+
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
@@ -217,7 +222,7 @@ def _search(source: Path, walk: _Walk, skip: Path | None, stated: Collection[Pat
     if not _exists(source):
         raise ConfigError(f"{shown(source)}: no such file or folder; want {SUPPORTED}. Check the path.")
     if source.is_dir():
-        for folder, relative in _folders(source, None if skip == source.resolve() else skip):
+        for folder, relative in _folders(source, None if skip == _real(source) else skip):
             _search_folder(folder, relative, source, walk, stated)
         return
     stem = image_stem(source.name)
@@ -230,7 +235,7 @@ def _search(source: Path, walk: _Walk, skip: Path | None, stated: Collection[Pat
 
 
 def _add_file(path: Path, relative: tuple[str, ...], stem: str, walk: _Walk, stated: Collection[Path]) -> None:
-    if is_label_name(stem) and path.resolve() not in stated:
+    if is_label_name(stem) and _real(path) not in stated:
         walk.ignored.append((path, "a label by its name"))
     else:
         walk.images.append(_Found(path, (*relative, path.name)))
@@ -242,29 +247,36 @@ def _folders(root: Path, skip: Path | None) -> Iterator[tuple[Path, tuple[str, .
     waiting: list[tuple[Path, tuple[str, ...]]] = [(root, ())]
     while waiting:
         folder, relative = waiting.pop()
-        real = folder.resolve()
+        real = _real(folder)
         if real in seen or real == skip:
             continue
         seen.add(real)
         yield folder, relative
         try:
-            below = [
-                Path(entry.path) for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")
-            ]
+            with os.scandir(folder) as entries:
+                below = [Path(entry.path) for entry in entries if not entry.name.startswith(".")]
         except OSError as error:
-            raise ConfigError(
-                f"{shown(folder)}: cannot be listed ({error.strerror}). Check its permissions."
-            ) from error
+            if folder == root:
+                raise ConfigError(
+                    f"{shown(folder)}: cannot be listed ({error.strerror}). Check its permissions."
+                ) from error
+            continue  # the caller, which cannot list it either, makes it a case that fails
         # real folders before links, so that a case is named by where it lies
         waiting += [
             (path, (*relative, path.name))
             for path in sorted(below, key=lambda p: (p.is_symlink(), p.name), reverse=True)
+            if path.is_dir()
         ]
 
 
 def _search_folder(folder: Path, relative: tuple[str, ...], root: Path, walk: _Walk, stated: Collection[Path]) -> None:
     others = []
-    for path in sorted(folder.iterdir()):
+    try:
+        inside = sorted(folder.iterdir())
+    except OSError:
+        walk.images.append(_Found(folder, relative, is_folder=True))  # reading it says why it cannot be listed
+        return
+    for path in inside:
         # a link to a missing file stays: reading it names the case that is lost
         if path.name.startswith(".") or path.is_dir():
             continue
@@ -367,7 +379,7 @@ def _in_folder(image: _Found, labels: Path) -> Path | None:
 
 def _only(candidates: Sequence[Path], image: _Found) -> Path | None:
     """The one candidate that exists; ConfigError for several."""
-    there = [path for path in dict.fromkeys(candidates) if path.is_file() and not path.samefile(image.path)]
+    there = [path for path in dict.fromkeys(candidates) if path.is_file() and _real(path) != _real(image.path)]
     if len(there) > 1:
         raise ConfigError(
             f"{shown(image.path)}: several labels fit by name, {shown(there[0])} and {shown(there[1])}; want one. State it as IMAGE=LABEL or move the others away."
