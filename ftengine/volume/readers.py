@@ -1,8 +1,8 @@
 """One CT, with or without its label, from any supported file to a ``Volume``.
 
 =======  ==========================================================================================
-input    NIfTI, NRRD, MetaImage, or a folder of DICOM slices; the label in any of the first three
-does     picks the loader by the first bytes, turns image and label to RAS+, compares their grids
+input    NIfTI, NRRD, MetaImage, or a folder of DICOM slices; the label, in one file or two, in any of the first three
+does     picks the loader by the first bytes, turns image and labels to RAS+, compares their grids, lays tumours over organs
 output   ``Volume``: RAS+ z y x, HU in -1024..30000, label in the region's values, notes on every repair
 raises   CaseError (skip this case) and nothing else, whatever the file holds
 =======  ==========================================================================================
@@ -47,14 +47,19 @@ def read_volume(
     *,
     label_values: Collection[int] | None = None,
     label_map: Mapping[int, int] | None = None,
+    organ_label: Path | None = None,
+    organ_label_map: Mapping[int, int] | None = None,
+    tumor_values: Collection[int] | None = None,
     series_files: Collection[Path] = (),
     assume_orientation: str | None = None,
 ) -> Volume:
-    """Read one CT and, if given, its label.
+    """Read one CT and, if given, its label, from one file or from two.
 
     image: a file, or a folder that holds one DICOM series. label: a file on the same grid; another axis order, flip or format is fine.
     label_values: the labels of the region, all that may occur after ``label_map`` (file value -> region value; values that it does not
-    name stay); None allows 0 to 255. series_files: which files of a DICOM folder to read (``Source.files``). assume_orientation: where the
+    name stay); None allows 0 to 255. organ_label: a second file, on the same grid, with a map of its own: its values lie under those of
+    ``label``, so that wherever ``label`` is not background it wins. tumor_values: the tumours among the region's labels, counted inside and
+    outside the organs of ``organ_label`` in a note; None counts all that ``label`` holds. series_files: which files of a DICOM folder to read (``Source.files``). assume_orientation: where the
     file's x, y and z run to ("RAS", "LPS"), used only for NIfTI and NRRD files whose header has no orientation.
 
     Returns RAS+ z, y, x, C-contiguous: int16 HU (float32 only where the file holds fractions), clipped to -1024..30000 before anything
@@ -68,12 +73,26 @@ def read_volume(
     image_hu = cast("NDArray[np.int16] | NDArray[np.float32]", turned)
     native = raw.grid
     del raw, hu, turned  # the native copy is as large as the volume
-    if label is None:
-        return Volume(image_hu, None, grid, native, tuple(notes))
+    layers: list[NDArray[np.uint8]] = []
+    for path, mapping, name, option in (
+        (organ_label, organ_label_map, "organ label", "--organ-label-map"),
+        (label, label_map, "label", "--label-map"),
+    ):
+        if path is not None:
+            raw_label = _label_on(grid, path, image, assume_orientation)
+            values = to_label(raw_label, shown(path), label_values=label_values, label_map=mapping, map_option=option)
+            layers.append(to_ras(values, raw_label.grid)[0])
+            notes += [f"{name}: {note}" for note in raw_label.notes]
+    if len(layers) == 2:
+        notes.append(_lay_over(layers[0], layers.pop(), tumor_values))
+    return Volume(image_hu, layers[0] if layers else None, grid, native, tuple(notes))
 
+
+def _label_on(grid: Grid, label: Path, image: Path, assume_orientation: str | None) -> RawImage:
+    """A label file as stored, or a CaseError where it does not lie on the image's RAS+ grid."""
     where = shown(label)
-    raw_label = _load_label(label, assume_orientation)
-    label_grid = ras_grid(raw_label.grid)
+    raw = _load_label(label, assume_orientation)
+    label_grid = ras_grid(raw.grid)
     if label_grid.shape_zyx != grid.shape_zyx:
         raise CaseError(
             f"{where}: label of shape {label_grid.shape_zyx} (z, y, x in RAS+) for an image of shape {grid.shape_zyx}, {shown(image)}; want the same "
@@ -85,9 +104,27 @@ def read_volume(
             f"{where}: the label lies up to {offset:.2f} voxels off its image {shown(image)}; want at most {MAX_LABEL_OFFSET_VOX}. "
             "Resample the label to the image's grid or leave the case out."
         )
-    values = to_label(raw_label, where, label_values=label_values, label_map=label_map)
-    notes += [f"label: {note}" for note in raw_label.notes]
-    return Volume(image_hu, to_ras(values, raw_label.grid)[0], grid, native, tuple(notes))
+    return raw
+
+
+def _lay_over(organs: NDArray[np.uint8], tumors: NDArray[np.uint8], tumor_values: Collection[int] | None) -> str:
+    """Write ``tumors`` over ``organs`` where they are not background, in place, both [z, y, x]; a note of what lay where.
+
+    Slice by slice: no array of the volume's size is made.
+    """
+    counted = np.ones(256, dtype=bool) if tumor_values is None else np.isin(np.arange(256), list(tumor_values))
+    counted[0] = False
+    num_inside = num_outside = num_replaced = 0
+    for below, above in zip(organs, tumors, strict=True):
+        is_tumor = counted[above]
+        inside = int(np.count_nonzero(is_tumor & (below != 0)))
+        num_inside += inside
+        num_outside += int(np.count_nonzero(is_tumor)) - inside
+        wins = above != 0
+        num_replaced += int(np.count_nonzero(wins & ~is_tumor & (below != 0) & (below != above)))
+        np.copyto(below, above, where=wins)
+    replaced = f"; {num_replaced:,} other labelled voxels replace another organ's value" if num_replaced else ""
+    return f"labels merged: {num_inside:,} tumour voxels inside an organ of the organ label, {num_outside:,} outside{replaced}"
 
 
 def read_label(
