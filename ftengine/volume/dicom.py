@@ -86,14 +86,14 @@ class SliceHeader:
     path: Path
     series: str  # groups files; never shown
     problem: str = ""
-    other: str = ""
-    image_type: tuple[str, ...] = ()
     has_preamble: bool = True
     orientation: tuple[float, ...] = ()  # LPS cosines of a row's and a column's direction
     position: tuple[float, ...] = ()  # LPS mm of the first pixel
     num_rows: int = 0
     num_columns: int = 0
     spacing_mm_yx: tuple[float, float] = (0.0, 0.0)
+    other: str = ""
+    image_type: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -213,13 +213,13 @@ def read_slice_header(path: Path) -> SliceHeader:
             series = str(header.get("SeriesInstanceUID") or "")
             if syntax != _DEFLATED and not _at_pixels(file, syntax):
                 # the last value read may be cut, the series among them: this file may belong to any series
-                return SliceHeader(path, "", "is cut short (no pixel data)", has_preamble=has_preamble)
+                return SliceHeader(path, "", "is cut short (no pixel data)", has_preamble)
             problem = _problem(header, sop_class)
             if not problem and syntax != _DEFLATED:
                 problem = _pixel_problem(file, path.stat().st_size, syntax, header)
             image_type = _image_type(header)
             if problem:
-                return SliceHeader(path, series, problem, image_type=image_type, has_preamble=has_preamble)
+                return SliceHeader(path, series, problem, has_preamble, image_type=image_type)
             row_mm, column_mm = _numbers(header, "PixelSpacing", 2)
             return SliceHeader(
                 path,
