@@ -11,6 +11,7 @@ from ftengine.cli.console import ConfigOption, JsonOption, QuietOption, SetOptio
 
 if TYPE_CHECKING:
     from ftengine.store.convert import CaseOutcome, ConversionReport
+    from ftengine.volume.cases import Discovery
 
 
 def convert(
@@ -31,8 +32,31 @@ def convert(
     ] = None,
     label_map: Annotated[
         str | None,
-        typer.Option(metavar="A=B,...", help="Label values of the files to values of the region, e.g. 1=1,3=1."),
+        typer.Option(
+            metavar="A=B,...",
+            help="Label values of the files to labels of the region, e.g. 1=liver,2=liver_tumor,255=0.",
+        ),
     ] = None,
+    organ_labels: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder of a second label file a case, with organs; the first one's tumours lie over them.",
+        ),
+    ] = None,
+    organ_label_map: Annotated[
+        str | None, typer.Option(metavar="A=B,...", help="As --label-map, for the files with organs.")
+    ] = None,
+    layout: Annotated[
+        str,
+        typer.Option(
+            help="How the sources lie: folder, nnunet, msd (Decathlon), dicom (a tree of studies), csv (a manifest), or auto: by what is there."
+        ),
+    ] = "auto",
+    absolute_paths: Annotated[
+        bool,
+        typer.Option("--absolute-paths", help="Let a manifest name files outside its own folder by absolute paths."),
+    ] = False,
     annotated: Annotated[
         str,
         typer.Option(
@@ -60,19 +84,26 @@ def convert(
     from ftengine.config import Config
     from ftengine.errors import ConfigError
     from ftengine.store.convert import convert_cases
-    from ftengine.volume.discover import discover_all, parse_source
+    from ftengine.volume.discover import parse_source
+    from ftengine.volume.layouts.choose import find_cases
 
     chosen = Config.preset(region) if config is None else Config.from_file(config, default_preset=region)
     chosen = chosen.with_assignments(assignments or [])
     pairs = [parse_source(text) for text in sources]
-    label_of = {image: label for image, label in pairs if label is not None}
-    discovery = discover_all([image for image, _ in pairs], labels=labels, dataset=dataset, pairs=label_of)
+    discovery = find_cases(
+        [image for image, _ in pairs],
+        layout=layout,
+        dataset=dataset,
+        labels=labels,
+        organ_labels=organ_labels,
+        pairs={image: label for image, label in pairs if label is not None},
+        region_labels=chosen.region.labels,
+        label_map=_parsed(label_map, chosen.region.labels, "--label-map"),
+        organ_label_map=_parsed(organ_label_map, chosen.region.labels, "--organ-label-map"),
+        absolute_paths=absolute_paths,
+    )
     found = discovery.sources
-    if discovery.ignored and not (quiet or as_json):
-        reasons = Counter(reason for _, reason in discovery.ignored)
-        typer.echo(
-            "ignored: " + "; ".join(f"{count} x {reason}" for reason, count in sorted(reasons.items())), err=True
-        )
+    _print_discovery(discovery, quiet=quiet)
     if annotated not in ("auto", "tumor", "organ"):
         raise ConfigError(f"--annotated {annotated}: want auto, tumor or organ.")
     with progress("converting", len(found), quiet=quiet or as_json) as reporter:
@@ -82,7 +113,6 @@ def convert(
             chosen.region,
             annotation=annotated,  # type: ignore[arg-type]  # checked above
             split=split,
-            label_map=_parse_label_map(label_map),
             assume_orientation=assume_orientation,
             dry_run=dry_run,
             on_start=reporter.working_on,
@@ -95,15 +125,23 @@ def convert(
     raise typer.Exit(report.exit_code)
 
 
-def _parse_label_map(text: str | None) -> dict[int, int] | None:
-    from ftengine.errors import ConfigError
+def _parsed(text: str | None, labels: dict[str, int], option: str) -> dict[int, int] | None:
+    from ftengine.volume.label_maps import parse_label_map
 
-    if text is None:
-        return None
-    try:
-        return {int(a): int(b) for a, b in (pair.split("=") for pair in text.split(","))}
-    except ValueError as error:
-        raise ConfigError(f"--label-map {text}: want pairs of whole numbers such as 1=1,3=1.") from error
+    return None if text is None else parse_label_map(text, labels, option=option)
+
+
+def _print_discovery(discovery: "Discovery", *, quiet: bool) -> None:
+    """What was chosen and what was passed over, on stderr."""
+    if quiet:
+        return
+    for note in discovery.notes:
+        typer.echo(f"note: {note}", err=True)
+    if discovery.ignored:
+        reasons = Counter(reason for _, reason in discovery.ignored)
+        typer.echo(
+            "ignored: " + "; ".join(f"{count} x {reason}" for reason, count in sorted(reasons.items())), err=True
+        )
 
 
 def _print_report(report: "ConversionReport", *, quiet: bool) -> None:

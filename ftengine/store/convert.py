@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from errno import EACCES, EISDIR, ELOOP, ENAMETOOLONG, ENOENT, ENOTDIR, EPERM
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -16,10 +17,14 @@ from ftengine.errors import CaseError, ConfigError
 from ftengine.store import index
 from ftengine.store.writer import Provenance, create_store, write_volume
 from ftengine.volume.discover import Source
+from ftengine.volume.itk import data_files
 from ftengine.volume.readers import probe, read_volume
 from ftengine.volume.resample import resample
 
 Annotation = Literal["auto", "tumor", "organ"]
+_UP_TO_DATE = ("source_sha256", "label_sha256", "organ_label_sha256", "conversion")
+# of a path that cannot be read: missing, forbidden, a folder, below a file, a circle of links, too long a name
+_OF_A_SOURCE = frozenset({ENOENT, EACCES, EPERM, EISDIR, ENOTDIR, ELOOP, ENAMETOOLONG})
 ROWS_PER_COMPACTION = 500  # so that opening a store never reads many thousand row files
 
 
@@ -69,6 +74,7 @@ def convert_cases(
     annotation: Annotation = "auto",
     split: str = "",
     label_map: Mapping[int, int] | None = None,
+    organ_label_map: Mapping[int, int] | None = None,
     assume_orientation: str | None = None,
     dry_run: bool = False,
     on_start: Callable[[str], None] = lambda _case: None,
@@ -77,6 +83,7 @@ def convert_cases(
     """Convert sources into ``store``, made if it does not exist; a case committed from equal files with equal options is skipped.
 
     A file that cannot be used is reported and the rest goes on. Ctrl-C between or inside cases leaves a valid store.
+    split, label_map, organ_label_map: for all sources; a source's own maps are added to them and win, its split counts where none is given.
     ``on_start`` and ``on_outcome`` are called for each case, for progress. Raises ConfigError and StoreError for the store itself.
     """
     report = ConversionReport(str(store), region.name)
@@ -92,15 +99,15 @@ def convert_cases(
         "annotation": annotation,
         "split": split,
         "label_map": sorted((label_map or {}).items()),
+        "organ_label_map": sorted((organ_label_map or {}).items()),
         "orientation": assume_orientation,
     }
-    conversion = json.dumps(options)
     with index.only_writer(root):
         known = _known_rows(root)
         try:
             for number, source in enumerate(sources, start=1):
                 on_start(source.case)
-                report.outcomes.append(_attempt(source, root, region, known, options, conversion))
+                report.outcomes.append(_attempt(source, root, region, known, options))
                 on_outcome(report.outcomes[-1])
                 if number % ROWS_PER_COMPACTION == 0:
                     index.compact_index(root)
@@ -109,10 +116,10 @@ def convert_cases(
     return report
 
 
-def _known_rows(root: Path) -> dict[str, tuple[str, str, str]]:
+def _known_rows(root: Path) -> dict[str, tuple[str, ...]]:
     """What decides whether a committed case is up to date: hashes of its files and the options of its conversion."""
     rows = index.read_index(root)
-    columns = [rows.column(name).to_pylist() for name in ("source_sha256", "label_sha256", "conversion")]
+    columns = [rows.column(name).to_pylist() for name in _UP_TO_DATE]
     return dict(zip(rows.column("case").to_pylist(), zip(*columns, strict=True), strict=True))
 
 
@@ -120,21 +127,18 @@ def _attempt(
     source: Source,
     root: Path,
     region: RegionConfig,
-    known: Mapping[str, tuple[str, str, str]],
+    known: Mapping[str, tuple[str, ...]],
     options: Mapping[str, Any],
-    conversion: str,
 ) -> CaseOutcome:
     """Convert one source; what concerns this source alone becomes a failed outcome."""
     started = time.perf_counter()
     try:
-        return _convert_one(source, root, region, known, options, conversion)
+        return _convert_one(source, root, region, known, options)
     except CaseError as error:
         reason = str(error)
-    except (
-        FileNotFoundError,
-        PermissionError,
-        IsADirectoryError,
-    ) as error:  # other OSErrors, a full disk say, concern the store
+    except OSError as error:
+        if error.errno not in _OF_A_SOURCE:  # a full disk, say, concerns the store
+            raise
         reason = f"{error.filename}: {error.strerror}. Check the path and its permissions."
     return CaseOutcome(source.case, "failed", reason=reason, seconds=time.perf_counter() - started)
 
@@ -153,15 +157,23 @@ def _convert_one(
     source: Source,
     root: Path,
     region: RegionConfig,
-    known: Mapping[str, tuple[str, str, str]],
+    known: Mapping[str, tuple[str, ...]],
     options: Mapping[str, Any],
-    conversion: str,
 ) -> CaseOutcome:
     started = time.perf_counter()
     image_hash = _sha256(source.files)
-    label_hash = _sha256(source.label_files) if source.label is not None else ""
+    label_hash, organ_hash = (
+        "" if path is None else _sha256(data_files(path)) for path in (source.label, source.organ_label)
+    )
+    own = {
+        "split": options["split"] or source.split,
+        "label_map": sorted({**dict(options["label_map"]), **dict(source.label_map)}.items()),
+        "organ_label_map": sorted({**dict(options["organ_label_map"]), **dict(source.organ_label_map)}.items()),
+    }
+    options = {**options, **own}
+    conversion = json.dumps({key: value for key, value in options.items() if key != "organ_label_map" or value})
     before = known.get(source.case)
-    if before == (image_hash, label_hash, conversion):
+    if before == (image_hash, label_hash, organ_hash, conversion):
         return CaseOutcome(source.case, "skipped", reason="already converted from the same files with the same options")
     volume = read_volume(
         source.image,
@@ -169,6 +181,9 @@ def _convert_one(
         series_files=source.series_files,
         label_values=region.labels.values(),
         label_map=dict(options["label_map"]),
+        organ_label=source.organ_label,
+        organ_label_map=dict(options["organ_label_map"]),
+        tumor_values=region.tumor_values,
         assume_orientation=options["orientation"],
     )
     stored = resample(volume, region.spacing_mm_zyx)
@@ -181,6 +196,8 @@ def _convert_one(
         source_sha256=image_hash,
         label_source="" if source.label is None else source.label.name,
         label_sha256=label_hash,
+        organ_label_source="" if source.organ_label is None else source.organ_label.name,
+        organ_label_sha256=organ_hash,
         annotation=options["annotation"] if stored.label is not None else "auto",
         split=options["split"],
         conversion=conversion,
