@@ -138,7 +138,7 @@ def _found(row: dict[str, str], file: Path, *, absolute_paths: bool) -> Found:
         try:
             return path_inside(root, row[column], any_absolute=absolute_paths)
         except PathError as error:
-            hint = "; --absolute-paths allows it" if Path(row[column]).is_absolute() and not absolute_paths else ""
+            hint = " (--absolute-paths allows it)" if Path(row[column]).is_absolute() and not absolute_paths else ""
             raise PathError(f"{column} {error}{hint}") from error
 
     image = path("image")
