@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
+from hypothesis import HealthCheck, given, settings
 
 from ftengine.errors import CaseError, ConfigError
-from ftengine.volume.cases import Discovery
+from ftengine.volume.cases import Discovery, Source
 from ftengine.volume.layouts.choose import choose, find_cases
 
 REGION = {"background": 0, "liver": 1, "liver_tumor": 2}
@@ -290,6 +292,44 @@ def test_a_description_of_bytes_or_far_too_large(tmp_path: Path) -> None:
     refused(tmp_path / "a.nii.gz", "not a folder; want that of a data set", layout="msd")
     (tmp_path / "none").mkdir()
     refused(tmp_path / "none", "cannot be read", layout="msd")
+
+
+_KEYS = st.sampled_from(
+    [
+        "labels",
+        "training",
+        "test",
+        "dataset",
+        "channel_names",
+        "modality",
+        "file_ending",
+        "numTraining",
+        "image",
+        "images",
+        "label",
+        "0",
+    ]
+)
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["CT", "a.nii.gz"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_KEYS | st.text(max_size=4), inner, max_size=5),
+    max_leaves=20,
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(document=st.dictionaries(_KEYS, _JSON, max_size=6), layout=st.sampled_from(["auto", "msd", "nnunet"]))
+def test_no_description_does_more_than_be_refused(tmp_path: Path, document: Any, layout: str) -> None:
+    touch(tmp_path, "imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz")
+    write_json(tmp_path, document)
+    refusal, sources = "", tuple[Source, ...]()
+    try:
+        sources = find_cases([tmp_path], layout=layout, dataset="x", region_labels=REGION).sources
+    except (ConfigError, CaseError) as error:
+        refusal = str(error)
+    assert refusal.isprintable()
+    assert bool(refusal) != bool(sources)
+    assert all(s.image.is_relative_to(tmp_path) and ".." not in s.image.parts for s in sources)
 
 
 # what auto takes

@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
+from hypothesis import HealthCheck, given, settings
 
-from ftengine.errors import ConfigError
+from ftengine.errors import CaseError, ConfigError
 from ftengine.volume.cases import Source
 from ftengine.volume.layouts.choose import choose, find_cases
-from ftengine.volume.layouts.manifest import is_manifest
+from ftengine.volume.layouts.manifest import COLUMNS, is_manifest
 from tests.recipes import save_series
 
 
@@ -169,6 +171,23 @@ def test_a_folder_with_none_or_several_manifests(tmp_path: Path) -> None:
     write(tmp_path, "image\n", "b.tsv")
     with pytest.raises(ConfigError, match=r"2 CSV or TSV files .*, such as a\.csv and b\.tsv"):
         found(tmp_path, layout="csv")
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    header=st.lists(st.sampled_from([*COLUMNS, "x", ""]), max_size=4),
+    body=st.text(st.sampled_from('a./,"\n\r\t;=-\0 \x1b\u202e') | st.characters(codec="utf-8"), max_size=40),
+)
+def test_no_manifest_does_more_than_be_refused(tmp_path: Path, header: list[str], body: str) -> None:
+    file = write(tmp_path, ",".join(["image", *header]) + "\n" + body)
+    refusal, sources = "", tuple[Source, ...]()
+    try:
+        sources = found(file)
+    except (ConfigError, CaseError) as error:
+        refusal = str(error)
+    assert refusal.isprintable()
+    assert bool(refusal) != bool(sources)
+    assert all(s.image.is_relative_to(tmp_path) and ".." not in s.image.parts for s in sources)
 
 
 def test_a_long_manifest_is_read_in_seconds(tmp_path: Path) -> None:

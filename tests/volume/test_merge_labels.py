@@ -113,7 +113,7 @@ def _turned(array: NDArray[np.uint8], codes: str) -> tuple[NDArray[np.uint8], ND
     axis = {"RL": 2, "AP": 1, "SI": 0}
     pairs = [next(pair for pair in axis if code in pair) for code in codes]  # of the file's x, y, z
     stored = array.transpose([axis[pair] for pair in reversed(pairs)])
-    flips = [i for i, code in enumerate(reversed(codes)) if code in "LPI"]
+    flips = tuple(i for i, code in enumerate(reversed(codes)) if code in "LPI")
     stored = np.ascontiguousarray(np.flip(stored, flips))
     z, y, x = stored.shape
     grid = grid_from_codes((z, y, x), tuple(spacing[pair] for pair in reversed(pairs)), codes)  # type: ignore[arg-type]

@@ -34,6 +34,7 @@ from ftengine.volume.values import shown
 TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES = "imagesTr", "labelsTr", "imagesTs"
 _CHANNEL = re.compile(r"_(\d{4})$")
 CT_CHANNEL = "_0000"
+Cases = dict[str, tuple[Path, Path | None]]  # case -> image, label
 
 
 def find_nnunet(
@@ -50,17 +51,7 @@ def find_nnunet(
 
     cases = _listed_cases(root, file, document)
     if cases is None:
-        cases = _cases_of_folder(root, TRAIN_IMAGES, extensions, walk)
-        if cases and not (root / TRAIN_LABELS).is_dir():
-            raise ConfigError(
-                f"{shown(root)}: {TRAIN_IMAGES} without {TRAIN_LABELS}; want both. For images without labels name the layout with "
-                f"--layout folder and give {shown(root / TRAIN_IMAGES)}."
-            )
-        cases = {
-            case: (image, _label(root / TRAIN_LABELS, case, image, extensions)) for case, (image, _) in cases.items()
-        }
-        _add_lost(root, file, document, extensions, cases)
-        _pass_over_lone_labels(root / TRAIN_LABELS, cases, walk)
+        cases = _training_cases(root, file, document, extensions, walk)
     walk.notes += count_notes(document, file, len(cases))
     for split, found in (("train", cases), ("test", _cases_of_folder(root, TEST_IMAGES, extensions, walk))):
         walk.images += [
@@ -69,7 +60,20 @@ def find_nnunet(
         ]
 
 
-Cases = dict[str, tuple[Path, Path | None]]  # case -> image, label
+def _training_cases(root: Path, file: Path, document: dict[str, Any], extensions: tuple[str, ...], walk: Walk) -> Cases:
+    """The images of ``imagesTr`` with their labels, and those that dataset.json lists besides."""
+    images = _cases_of_folder(root, TRAIN_IMAGES, extensions, walk)
+    if images and not (root / TRAIN_LABELS).is_dir():
+        raise ConfigError(
+            f"{shown(root)}: {TRAIN_IMAGES} without {TRAIN_LABELS}; want both. For images without labels name the layout with "
+            f"--layout folder and give {shown(root / TRAIN_IMAGES)}."
+        )
+    cases: Cases = {}
+    for case, (image, _) in images.items():
+        cases[case] = (image, _label(root / TRAIN_LABELS, case, image, extensions))
+    _add_lost(root, file, document, extensions, cases)
+    _pass_over_lone_labels(root / TRAIN_LABELS, cases, walk)
+    return cases
 
 
 def _cases_of_folder(root: Path, name: str, extensions: tuple[str, ...], walk: Walk) -> Cases:
