@@ -135,13 +135,15 @@ def assemble(
             )
     found: dict[str, Source] = {}
     used_pairs: set[Path] = set()
-    taken: set[tuple[Path, int]] = set()
+    taken: set[tuple[Path, int | str]] = set()
     for image in walk.images:
         real = real_path(image.path)
-        if (real, image.series) in taken:
-            continue  # named twice, or named and found in a folder
-        taken.add((real, image.series))
         case = case_name(image, dataset)
+        # of a list, two links to one file are two cases: a second reading of one scan, say
+        key = (real, case if image.is_listed else image.series)
+        if key in taken:
+            continue  # named twice, or named and found in a folder
+        taken.add(key)
         if image.is_listed:
             label = image.label
         elif real in stated:

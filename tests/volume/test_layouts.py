@@ -382,6 +382,13 @@ def test_options_that_do_not_fit_a_layout(tmp_path: Path) -> None:
     refused(tmp_path / "m", "organ labels folder .*: not a folder", organ_labels=tmp_path / "absent")
 
 
+def test_links_to_one_scan_are_cases_of_their_own_in_a_list_and_a_source_named_twice_is_one(tmp_path: Path) -> None:
+    nnunet(tmp_path / "n")
+    (tmp_path / "n" / "imagesTr" / "second_0000.nii.gz").symlink_to("liver_001_0000.nii.gz")
+    found = find_cases([tmp_path / "n", tmp_path / "n"], dataset="x")
+    assert list(cases(found)) == ["x/liver_001", "x/liver_002", "x/liver_009", "x/second"]
+
+
 # two folders of labels
 
 
