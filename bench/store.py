@@ -35,7 +35,7 @@ def run(*, shape_zyx: IntZYX, patch_zyx: IntZYX, rounds: int, as_json: bool = Fa
         write_nifti(folder / "ct.nii.gz", phantom.image_hu, phantom.grid)
         write_nifti(folder / "label.nii.gz", phantom.label, phantom.grid)
         store = open_store(root)
-        group = zarr.open_group(root / volume_path("b/0"), mode="r")
+        group = zarr.open_group(folder / "bench.zarr" / volume_path("b/0"), mode="r")
         arrays = [group["0"], group["labels/seg/0"]]
         rng = np.random.default_rng(0)
         boxes = [
@@ -70,7 +70,7 @@ def run(*, shape_zyx: IntZYX, patch_zyx: IntZYX, rounds: int, as_json: bool = Fa
                 raise AssertionError("the three readers disagree: the measurement would mean nothing")
         candidates = {"ftengine store": ours, "zarr-python, same store": by_zarr, "whole .nii.gz": by_nifti}
         rows = interleave(candidates, rounds=rounds)
-        size = sum(f.stat().st_size for f in (root / volume_path("b/0")).rglob("*") if f.is_file())
+        size = sum(f.stat().st_size for f in (folder / "bench.zarr" / volume_path("b/0")).rglob("*") if f.is_file())
         extra = {
             "shape_zyx": shape_zyx,
             "patch_zyx": patch_zyx,

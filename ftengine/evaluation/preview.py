@@ -143,7 +143,7 @@ def preview(
         raise ConfigError(f"num_sheets={num_sheets}; want at least 1.")
     if (store.spacing_mm_zyx, store.labels) != (config.region.spacing_mm_zyx, config.region.labels):
         raise ConfigError(
-            f"{store.path}: holds {store.region} at {store.spacing_mm_zyx} mm with labels {store.labels}; the configuration is for "
+            f"{store.location}: holds {store.region} at {store.spacing_mm_zyx} mm with labels {store.labels}; the configuration is for "
             f"{config.region.name} at {config.region.spacing_mm_zyx} mm with labels {config.region.labels}. Choose the store's own."
         )
     sheets: list[SheetInfo] = []
@@ -173,7 +173,7 @@ def _nothing_to_paint(config: Config, store: Store, split: str | None, refused: 
     where = "" if split is None else f" of split {split!r}"
     counts = "; ".join(f"{reason}: {count}" for reason, count in refused.most_common())
     return (
-        f"{store.path}: none of {refused.total()} patches{where} can be painted ({counts}). A patch is painted where its label holds at least "
+        f"{store.location}: none of {refused.total()} patches{where} can be painted ({counts}). A patch is painted where its label holds at least "
         f"synthesis.min_organ_voxels={config.synthesis.min_organ_voxels} voxels of {' or '.join(config.region.organs)} and no tumour. Convert "
         "volumes with organ labels, raise loader.positive_fraction where organs are small, or lower synthesis.min_organ_voxels."
     )

@@ -1,11 +1,7 @@
 """The index: one row a volume, in Parquet. It is the commit record, and all that the plan needs to know of a volume."""
 
-import fcntl
 import hashlib
-import os
-import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,8 +16,13 @@ from ftengine.errors import StoreError
 from ftengine.geometry import IntZYX
 from ftengine.rng import Purpose, patch_rng
 from ftengine.store.layout import CHUNK, chunks_per_axis
+from ftengine.store.location import Location, locate
 
 Table: TypeAlias = Any  # pyarrow.Table; the package has no type information
+
+COMPACTED = "index.parquet"
+ROW_FOLDER = "index.d"  # what came since the last compaction: a file a row, and an empty one for a withdrawn case
+_ROW, _WITHDRAWN = ".parquet", ".withdrawn"
 
 ANNOTATIONS = ("tumor", "organ", "none")  # tumours labelled; organs only; no label at all
 HU_PERCENTILES = (0.5, 5.0, 25.0, 50.0, 75.0, 95.0, 99.5)
@@ -122,115 +123,91 @@ def unpack_body_chunks(packed: bytes, shape_zyx: IntZYX) -> NDArray[np.int64]:
     return np.flatnonzero(np.unpackbits(np.frombuffer(packed, dtype=np.uint8), count=count))
 
 
-def read_index(root: Path) -> Table:
-    """All rows of a local store: ``index.parquet`` and ``index.d``, ordered by case. Raises StoreError naming the bad file."""
-    files = [p for p in (root / "index.parquet", *sorted((root / "index.d").glob("*.parquet"))) if p.exists()]
-    tables = []
-    for file in files:
-        try:
-            table = pq.read_table(file)
-        except (pa.ArrowException, OSError) as error:
-            raise StoreError(
-                f"{file}: the index cannot be read ({' '.join(str(error).split())[:200]}). Convert again into a new store."
-            ) from error
-        missing = [name for name in SCHEMA.names if name not in table.column_names]
-        if missing:
-            raise StoreError(
-                f"{file}: the index lacks the columns {missing}; the store was written by another version. Convert again."
-            )
-        tables.append(table.select(SCHEMA.names).cast(SCHEMA))
+def read_index(location: Location) -> Table:
+    """All rows of a store: ``index.parquet`` and ``index.d``, ordered by case. Raises StoreError naming the bad file.
+
+    A row file beats the compacted index, and a row beats a withdrawal of its case.
+    """
+    withdrawn, row_files = _row_files(location)
+    compacted = [COMPACTED] if location.exists(COMPACTED) else []
+    tables = [_read_table(location, key) for key in (*compacted, *row_files)]
     if not tables:
         return SCHEMA.empty_table()
     merged = pa.concat_tables(tables)
+    num_compacted = tables[0].num_rows if compacted else 0
     latest = {
-        case: row for row, case in enumerate(merged.column("case").to_pylist())
-    }  # a row file beats the compacted index
+        case: row
+        for row, case in enumerate(merged.column("case").to_pylist())
+        if row >= num_compacted or not withdrawn or _row_key(case, withdrawn=True) not in withdrawn
+    }
     return merged.take(pa.array([latest[case] for case in sorted(latest)], type=pa.int64()))
 
 
-def append_row(root: Path, row: Mapping[str, Any]) -> None:
+def _read_table(location: Location, key: str) -> Table:
+    try:
+        table = pq.read_table(pa.BufferReader(location.read_bytes(key)))
+    except (pa.ArrowException, OSError) as error:
+        raise StoreError(
+            f"{location.child(key)}: the index cannot be read ({' '.join(str(error).split())[:200]}). Convert again into a new store."
+        ) from error
+    missing = [name for name in SCHEMA.names if name not in table.column_names]
+    if missing:
+        raise StoreError(
+            f"{location.child(key)}: the index lacks the columns {missing}; the store was written by another version. Convert again."
+        )
+    return table.select(SCHEMA.names).cast(SCHEMA)
+
+
+def append_row(location: Location, row: Mapping[str, Any]) -> None:
     """Commit one volume: write its row to ``index.d``, in a file named after the case, and make it durable before returning."""
-    folder = root / "index.d"
-    folder.mkdir(exist_ok=True)
-    _write_table(pa.Table.from_pylist([dict(row)], schema=SCHEMA), _row_file(root, str(row["case"])))
+    _write_table(pa.Table.from_pylist([dict(row)], schema=SCHEMA), location, _row_key(str(row["case"])))
 
 
-def withdraw_row(root: Path, case: str) -> None:
+def withdraw_case(location: Location, case: str) -> None:
+    """Take a volume out of the index, wherever its row stands, before its data are written again."""
+    location.write_bytes(_row_key(case, withdrawn=True), b"")
+    withdraw_row(location, case)
+
+
+def withdraw_row(location: Location, case: str) -> None:
     """Take back a row that ``append_row`` may have written and nobody has compacted."""
-    file = _row_file(root, case)
-    if file.exists():
-        file.unlink()
-        sync_folder(file.parent)
+    location.delete(_row_key(case))
 
 
-def drop_case(root: Path, case: str) -> None:
-    """Withdraw a volume's row, wherever it stands, before its data are written again. Rewrites the compacted index where it is there."""
-    withdraw_row(root, case)
-    compacted = root / "index.parquet"
-    if not compacted.exists():
-        return
-    table = pq.read_table(compacted)
-    keep = [i for i, name in enumerate(table.column("case").to_pylist()) if name != case]
-    if len(keep) < table.num_rows:
-        _write_table(table.take(pa.array(keep, type=pa.int64())), compacted)
+def has_row_file(location: Location, case: str) -> bool:
+    """Whether ``index.d`` holds a row of this case, which a worker that died may have written."""
+    return location.exists(_row_key(case))
 
 
-def _row_file(root: Path, case: str) -> Path:
-    return root / "index.d" / f"{hashlib.sha256(case.encode()).hexdigest()[:32]}.parquet"
+def write_index(location: Location, table: Table) -> None:
+    """Write a whole index at once, durable; for a store whose rows come from another one."""
+    _write_table(table.cast(SCHEMA), location, COMPACTED)
 
 
-@contextmanager
-def only_writer(root: Path) -> Iterator[None]:
-    """Hold the store's writer lock; StoreError where another process on this machine holds it. Readers need no lock."""
-    with (root / ".writer.lock").open("w", encoding="utf-8") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StoreError(
-                f"{root}: another process is converting into this store; wait for it, or convert into another store."
-            ) from error
-        yield  # the lock goes with the file, also when the process is killed
-
-
-def compact_index(root: Path) -> int:
+def compact_index(location: "Location | Path") -> int:
     """Fold ``index.d`` into ``index.parquet``; returns the number of rows. Killed anywhere, no row is lost or doubled."""
-    folded = sorted((root / "index.d").glob("*.parquet"))
-    table = read_index(root)
-    _write_table(table, root / "index.parquet")
-    for file in folded:  # only the files that were read: rows written meanwhile stay
-        file.unlink(missing_ok=True)
+    location = locate(location)
+    withdrawn, row_files = _row_files(location)
+    table = read_index(location)
+    _write_table(table, location, COMPACTED)
+    # only the files that were listed: rows written meanwhile stay. Withdrawals first: one that outlived its row's file would hide the
+    # row that now stands in the compacted index
+    for key in (*withdrawn, *row_files):
+        location.delete(key)
     return int(table.num_rows)
 
 
-def _write_table(table: Table, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        pq.write_table(table, partial, compression="zstd")
-        sync_file(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    sync_folder(path.parent)
+def _row_files(location: Location) -> tuple[list[str], list[str]]:
+    """Keys of withdrawals and of rows in ``index.d``."""
+    keys = location.keys(ROW_FOLDER)
+    return [k for k in keys if k.endswith(_WITHDRAWN)], [k for k in keys if k.endswith(_ROW)]
 
 
-def sync_file(path: Path) -> None:
-    """Wait until a file's bytes are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _row_key(case: str, *, withdrawn: bool = False) -> str:
+    return f"{ROW_FOLDER}/{hashlib.sha256(case.encode()).hexdigest()[:32]}{_WITHDRAWN if withdrawn else _ROW}"
 
 
-def sync_folder(path: Path) -> None:
-    """Wait until a folder's entries are on the disk."""
-    sync_file(path)
-
-
-def sync_tree(paths: Iterable[Path]) -> None:
-    """Make whole trees durable: every file, then every folder from the leaves up."""
-    for top in paths:
-        entries = sorted(top.rglob("*"), key=lambda p: -len(p.parts))
-        for entry in entries:
-            sync_file(entry)
-        sync_folder(top)
+def _write_table(table: Table, location: Location, key: str) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    location.write_bytes(key, sink.getvalue().to_pybytes())

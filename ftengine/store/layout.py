@@ -3,7 +3,8 @@
 ::
 
     STORE/
-      zarr.json                     group; attributes.ftengine: format, region, spacing_mm_zyx, labels, organs, window_hu, created_by
+      zarr.json                     group; attributes.ftengine: format, region, spacing_mm_zyx, labels, organs, window_hu, created_by;
+                                    of a subset also volumes_of: the store that holds its volumes, relative to this one
       index.parquet                 one row a volume: the commit record. No row, no volume.
       index.d/*.parquet             rows added since the last compaction
       volumes/<dataset>/<case>/     an OME-Zarr 0.5 image, axes z y x in millimetre
@@ -11,7 +12,9 @@
         labels/seg/0/               uint8; same chunks; blosc zstd 5
 """
 
+import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from ftengine.config import RegionConfig
@@ -57,6 +60,12 @@ def chunks_per_axis(shape_zyx: IntZYX) -> IntZYX:
     """Number of inner chunks along each axis; a chunk id is its C-order place in this grid."""
     z, y, x = (-(-n // CHUNK) for n in shape_zyx)
     return z, y, x
+
+
+def group_document(attributes: Mapping[str, Any] | None = None) -> bytes:
+    """``zarr.json`` of a Zarr v3 group."""
+    document = {"attributes": dict(attributes or {}), "zarr_format": 3, "node_type": "group"}
+    return json.dumps(document, indent=2).encode()
 
 
 def store_attributes(region: RegionConfig, created_by: str) -> dict[str, Any]:

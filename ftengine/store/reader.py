@@ -3,6 +3,7 @@
 import json
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +14,31 @@ from numpy.typing import NDArray
 from ftengine.errors import ConfigError, StoreError
 from ftengine.geometry import Box, FloatZYX, Grid, IntZYX, float_zyx, int_zyx
 from ftengine.store import index, layout
+from ftengine.store.location import LocalLocation, Location, locate
 from ftengine.types import Patch
 
 _MAX_OPEN_ARRAYS = 512  # open arrays hold metadata and a file path only, no descriptor
 
 
-def local_root(path: str | Path) -> Path:
-    """The folder of a store given as a path; a URL is refused."""
-    if "://" in str(path):
-        raise ConfigError(f"{path}: remote stores are not supported in this version; want a local folder.")
-    return Path(path).expanduser()
-
-
-def open_store(path: str | Path) -> "Store":
-    """Open a store for reading. Raises StoreError where it is missing, of an unknown format version, or damaged."""
-    return Store(path)
+def open_store(place: str | Path | Location) -> "Store":
+    """Open a store for reading: a folder, ``s3://bucket/prefix`` or ``gs://bucket/prefix``. Raises StoreError where it is missing, of an unknown format version, or damaged."""
+    return Store(place)
 
 
 class Store:
     """A store of one region and spacing, opened for reading; safe to use from many threads."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = local_root(path)
-        attributes = _read_attributes(self.path)
+    def __init__(self, place: str | Path | Location) -> None:
+        self.location = locate(place)
+        attributes = _read_attributes(self.location)
+        self.volumes = _volumes_of(self.location, attributes)  # another store where this one is a subset
         self.region: str = attributes["region"]
         self.spacing_mm_zyx: FloatZYX = float_zyx(attributes["spacing_mm_zyx"])
         self.labels: dict[str, int] = dict(attributes["labels"])
         self.organs: dict[str, dict[str, int]] = dict(attributes["organs"])
         self.window_hu: tuple[float, float] = (attributes["window_hu"][0], attributes["window_hu"][1])
         self.created_by: str = attributes["created_by"]
-        self.index = index.read_index(self.path)
+        self.index = index.read_index(self.location)
         self.cases: list[str] = self.index.column("case").to_pylist()
         self._row_of = {case: row for row, case in enumerate(self.cases)}
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
@@ -53,7 +49,14 @@ class Store:
         return len(self.cases)
 
     def __repr__(self) -> str:
-        return f"<Store {self.path} region={self.region} volumes={len(self)}>"
+        return f"<Store {self.location} region={self.region} volumes={len(self)}>"
+
+    @property
+    def path(self) -> Path:
+        """The folder of a local store; ConfigError for one in a bucket."""
+        if not isinstance(self.location, LocalLocation):
+            raise ConfigError(f"{self.location}: lies in a bucket; want a local store for this.")
+        return self.location.path
 
     def row_number(self, case: str) -> int:
         """The row of a case in ``index``; StoreError for a case that is not there."""
@@ -61,7 +64,7 @@ class Store:
             return self._row_of[case]
         except KeyError:
             raise StoreError(
-                f"{self.path}: holds no case {case!r}; 'ftengine store info {self.path} --cases' lists them."
+                f"{self.location}: holds no case {case!r}; 'ftengine store info {self.location} --cases' lists them."
             ) from None
 
     def row(self, case: str) -> dict[str, Any]:
@@ -128,13 +131,13 @@ class Store:
                 return self._open[key]
         spec = {
             "driver": "zarr3",
-            "kvstore": {"driver": "file", "path": f"{self.path / key}/"},
+            "kvstore": self.volumes.kvstore(key),
             "fill_missing_data_reads": False,  # a missing chunk is an error, not air
         }
         array = ts.open(spec, open=True, read=True, context=self._context).result()
         if tuple(array.shape) != shape_zyx:
             raise StoreError(
-                f"{self.path / key}: shape_zyx is {tuple(array.shape)}, the index says {shape_zyx}. Convert this case again."
+                f"{self.volumes.child(key)}: shape_zyx is {tuple(array.shape)}, the index says {shape_zyx}. Convert this case again."
             )
         with self._lock:
             self._open[key] = array
@@ -145,16 +148,44 @@ class Store:
     def _damaged(self, case: str, error: Exception) -> StoreError:
         what = " ".join(str(error).split("[source locations", maxsplit=1)[0].split())
         return StoreError(
-            f"{self.path / layout.volume_path(case)}: a chunk is missing or damaged ({what[:300]}). Convert this case again."
+            f"{self.volumes.child(layout.volume_path(case))}: a chunk is missing or damaged ({what[:300]}). Convert this case again."
         )
 
 
-def _read_attributes(root: Path) -> dict[str, Any]:
-    file = root / "zarr.json"
-    if not file.exists():
-        raise StoreError(f"{root}: is not a store (no zarr.json). Make one with 'ftengine convert SRC {root}'.")
+def _volumes_of(location: Location, attributes: Mapping[str, Any]) -> Location:
+    """Where a store's voxels lie: with it, or with the store that ``volumes_of`` names (relative to it, absolute, or a URL).
+
+    Raises StoreError where that store is missing, is a subset itself, or holds another region, spacing or label table.
+    """
+    named = attributes.get("volumes_of")
+    if named is None:
+        return location
+    parent = location.relative(named)
+    if not parent.exists("zarr.json"):
+        raise StoreError(
+            f"{location}: is a subset of {parent}, where there is no store. Move that store back, or make the subset again with "
+            "'ftengine store subset' where the store lies now."
+        )
+    of_parent = _read_attributes(parent)
+    keys = ("region", "spacing_mm_zyx", "labels")
+    if of_parent.get("volumes_of") is not None or any(of_parent[key] != attributes[key] for key in keys):
+        raise StoreError(
+            f"{location}: is a subset of {parent}, which holds other volumes now (region, spacing or labels differ, or it is a subset itself). "
+            "Make the subset again with 'ftengine store subset'."
+        )
+    return parent
+
+
+def _read_attributes(location: Location) -> dict[str, Any]:
     try:
-        attributes: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["attributes"]["ftengine"]
+        content = location.read_bytes("zarr.json")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise StoreError(
+            f"{location}: is not a store (no zarr.json). Make one with 'ftengine convert SRC {location}'."
+        ) from error
+    file = location.child("zarr.json")
+    try:
+        attributes: dict[str, Any] = json.loads(content)["attributes"]["ftengine"]
         version = attributes["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(
@@ -162,7 +193,7 @@ def _read_attributes(root: Path) -> dict[str, Any]:
         ) from error
     if version != layout.FORMAT:
         raise StoreError(
-            f"{root}: has store format {version!r}; this version of ftengine reads format {layout.FORMAT}. Use the ftengine that wrote it, or convert again."
+            f"{location}: has store format {version!r}; this version of ftengine reads format {layout.FORMAT}. Use the ftengine that wrote it, or convert again."
         )
     missing = [
         key

@@ -1,7 +1,7 @@
 """Write volumes into a store of format 1: data first, made durable, then the row that commits them."""
 
-import json
 import shutil
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 
 from ftengine import __version__
 from ftengine.config import RegionConfig
-from ftengine.errors import CaseError, ConfigError, StoreError
+from ftengine.errors import CaseError, ConfigError, FailureCode, StoreError
 from ftengine.geometry import Grid
 from ftengine.store import index, layout
-from ftengine.store.reader import local_root, open_store
+from ftengine.store.location import Location, locate
+from ftengine.store.reader import open_store
 from ftengine.volume.lesions import find_lesions
 
 
@@ -40,33 +41,35 @@ class Provenance:
     notes: tuple[str, ...] = ()
 
 
-def create_store(path: str | Path, region: RegionConfig) -> Path:
-    """Make an empty store, or check that an existing one has this region, spacing and label table. Returns its folder."""
-    root = local_root(path)
-    if (root / "zarr.json").exists():
-        store = open_store(root)
+def create_store(place: str | Path | Location, region: RegionConfig) -> Location:
+    """Make an empty store, or check that an existing one has this region, spacing and label table. Returns where it lies."""
+    location = locate(place)
+    if location.exists("zarr.json"):
+        store = open_store(location)
+        if store.volumes is not store.location:
+            raise ConfigError(
+                f"{location}: is a subset of {store.volumes} and holds no volumes of its own; convert into that store and make the subset again."
+            )
         have = (store.region, store.spacing_mm_zyx, store.labels)
         want = (region.name, region.spacing_mm_zyx, region.labels)
         if have != want:
             raise ConfigError(
-                f"{root}: holds region {have[0]} at {have[1]} mm with labels {have[2]}; this conversion is for {want[0]} at {want[1]} mm "
+                f"{location}: holds region {have[0]} at {have[1]} mm with labels {have[2]}; this conversion is for {want[0]} at {want[1]} mm "
                 f"with labels {want[2]}. A store has one region and spacing: choose another STORE or --region."
             )
-        return root
-    if root.exists() and any(root.iterdir()):
+        return location
+    if not location.is_empty():
         raise StoreError(
-            f"{root}: exists, is not empty and is not a store (no zarr.json). Choose a new or empty folder."
+            f"{location}: exists, is not empty and is not a store (no zarr.json). Choose a new or empty folder."
         )
-    root.mkdir(parents=True, exist_ok=True)
-    group = zarr.create_group(root, zarr_format=3)
-    group.create_group("volumes")
-    group.attrs["ftengine"] = layout.store_attributes(region, created_by=f"ftengine {__version__}")
-    index.sync_tree([root])
-    return root
+    attributes = {"ftengine": layout.store_attributes(region, created_by=f"ftengine {__version__}")}
+    location.write_bytes("volumes/zarr.json", layout.group_document())
+    location.write_bytes("zarr.json", layout.group_document(attributes))  # last: with it the store exists
+    return location
 
 
 def write_volume(
-    root: Path,
+    place: str | Path | Location,
     case: str,
     image_hu: NDArray[np.int16],
     label: NDArray[np.uint8] | None,
@@ -75,58 +78,86 @@ def write_volume(
     region: RegionConfig,
     provenance: Provenance,
     *,
-    is_new: bool = False,
+    committed: Collection[str] | None = None,
 ) -> dict[str, Any]:
     """Write one volume and commit it; returns its index row.
 
-    image_hu, label: [z, y, x] on ``grid``, RAS+, at the region's spacing. An existing volume of that name is replaced: its row is
-    withdrawn first, so that a reader never meets a row whose data are half written. If anything fails, nothing of the volume stays.
-    is_new: the caller knows that the index has no row of this case; saves reading it. Raises CaseError for a case inside another one.
+    image_hu, label: [z, y, x] on ``grid``, RAS+, at the region's spacing. The volume is built in a scratch folder and published whole;
+    an existing one of that name is withdrawn from the index first, so that a reader never meets a row whose data are half written. If
+    anything fails, nothing of the volume stays. committed: the cases that the store holds, where the caller knows them (it must have
+    asked ``CaseNames`` too); None reads the index. Raises CaseError for a case inside another one.
     """
+    location = locate(place)
     layout.check_case_name(case)
-    folder = root / layout.volume_path(case)
-    _refuse_nested(root, folder, case)
-    if not is_new:
-        index.drop_case(root, case)
-    shutil.rmtree(folder, ignore_errors=True)
+    if committed is None:
+        names = CaseNames(index.read_index(location).column("case").to_pylist())
+        names.refuse_nested(case, location)
+        committed = names.cases
+    folder = location.scratch()
     try:
-        _ensure_parent_groups(root, case)
-        image_group = zarr.create_group(folder, zarr_format=3)
-        _write_array(image_group, image_hu, layout.AIR_HU, layout.IMAGE_CODEC)
-        image_group.attrs["ome"] = layout.image_attributes(case, region.spacing_mm_zyx, region.window_hu)
-        if label is not None:
-            labels_group = image_group.create_group("labels")
-            labels_group.attrs["ome"] = {"version": "0.5", "labels": ["seg"]}
-            seg_group = labels_group.create_group("seg")
-            _write_array(seg_group, label, 0, layout.LABEL_CODEC)
-            seg_group.attrs["ome"] = layout.label_attributes(region.spacing_mm_zyx, region.labels)
-        index.sync_tree([folder])
-        for parent in _parents_below(root, folder):
-            index.sync_folder(parent)
+        _build(folder, case, image_hu, label, region)
         row = _row(case, folder, image_hu, label, grid, native, region, provenance)
-        index.append_row(root, row)
-    except BaseException:  # also Ctrl-C: neither a volume without a row nor a row without its volume
-        index.withdraw_row(root, case)
+        # a row file: left by a worker that died behind its commit
+        if case in committed or index.has_row_file(location, case):
+            index.withdraw_case(location, case)
+        try:
+            _publish_parent_groups(location, case)
+            location.publish(folder, layout.volume_path(case))
+            index.append_row(location, row)
+        except BaseException:  # also Ctrl-C: neither a volume without a row nor a row without its volume
+            index.withdraw_row(location, case)
+            location.delete_tree(layout.volume_path(case))
+            raise
+    finally:
         shutil.rmtree(folder, ignore_errors=True)
-        raise
     return row
 
 
-def _refuse_nested(root: Path, folder: Path, case: str) -> None:
-    """A volume's folder is replaced whole: it must not hold other volumes, nor lie in one."""
-    inside = [p for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
-    inner = [p for p in inside if p.name not in ("0", "labels") or _is_volume(p)]
-    outer = [p for p in folder.parents if p.is_relative_to(root / "volumes") and _is_volume(p)]
-    if inner or outer:
-        other = (inner or outer)[0].relative_to(root / "volumes").as_posix()
-        raise CaseError(
-            f"case {case!r} and {other!r} of {root} lie inside one another; rename one, or convert it under another --dataset."
-        )
+class CaseNames:
+    """The cases of a store, to find one that would lie inside another, or around it: a volume's folder is replaced whole."""
+
+    def __init__(self, cases: Iterable[str]) -> None:
+        self.cases = set(cases)
+        self._folders = {folder: case for case in self.cases for folder in _folders_above(case)}
+
+    def refuse_nested(self, case: str, store: Location) -> None:
+        """Raise CaseError, naming both, for a case inside or around one of these."""
+        other = next((f for f in _folders_above(case) if f in self.cases), None) or self._folders.get(case)
+        if other is not None:
+            raise CaseError(
+                f"case {case!r} and {other!r} of {store} lie inside one another.",
+                "Rename one, or convert it under another --dataset.",
+                code=FailureCode.NESTED_NAMES,
+            )
 
 
-def _is_volume(folder: Path) -> bool:
-    metadata = folder / "0" / "zarr.json"
-    return metadata.exists() and json.loads(metadata.read_text(encoding="utf-8")).get("node_type") == "array"
+def _folders_above(case: str) -> list[str]:
+    parts = case.split("/")
+    return ["/".join(parts[:length]) for length in range(2, len(parts))]
+
+
+def _build(
+    folder: Path, case: str, image_hu: NDArray[np.int16], label: NDArray[np.uint8] | None, region: RegionConfig
+) -> None:
+    """An OME-Zarr image in ``folder``."""
+    image_group = zarr.create_group(folder, zarr_format=3, overwrite=True)
+    _write_array(image_group, image_hu, layout.AIR_HU, layout.IMAGE_CODEC)
+    image_group.attrs["ome"] = layout.image_attributes(case, region.spacing_mm_zyx, region.window_hu)
+    if label is not None:
+        labels_group = image_group.create_group("labels")
+        labels_group.attrs["ome"] = {"version": "0.5", "labels": ["seg"]}
+        seg_group = labels_group.create_group("seg")
+        _write_array(seg_group, label, 0, layout.LABEL_CODEC)
+        seg_group.attrs["ome"] = layout.label_attributes(region.spacing_mm_zyx, region.labels)
+
+
+def _publish_parent_groups(location: Location, case: str) -> None:
+    """Zarr v3 has no implicit groups: viewers list a dataset's volumes only if every folder on the way is a group."""
+    parts = layout.volume_path(case).split("/")[:-1]
+    for depth in range(1, len(parts) + 1):
+        key = "/".join((*parts[:depth], "zarr.json"))
+        if not location.exists(key):
+            location.write_bytes(key, layout.group_document())
 
 
 def _write_array(group: zarr.Group, data: NDArray[Any], fill: int, codec: dict[str, Any]) -> None:
@@ -144,19 +175,6 @@ def _write_array(group: zarr.Group, data: NDArray[Any], fill: int, codec: dict[s
         chunk_key_encoding={"name": "default", "separator": "/"},
     )
     array[...] = data
-
-
-def _parents_below(root: Path, folder: Path) -> list[Path]:
-    return [p for p in folder.parents if p.is_relative_to(root)]
-
-
-def _ensure_parent_groups(root: Path, case: str) -> None:
-    """Zarr v3 has no implicit groups: viewers list a dataset's volumes only if every folder on the way is a group."""
-    parts = layout.volume_path(case).split("/")[:-1]
-    for depth in range(1, len(parts) + 1):
-        folder = root.joinpath(*parts[:depth])
-        if not (folder / "zarr.json").exists():
-            zarr.create_group(folder, zarr_format=3)
 
 
 def _row(

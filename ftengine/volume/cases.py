@@ -55,8 +55,13 @@ class Source:
 
     @property
     def label_files(self) -> tuple[Path, ...]:
-        """Every file that decides what the label is, the organ label's behind the label's; none without any."""
-        return tuple(file for path in (self.label, self.organ_label) if path is not None for file in data_files(path))
+        """Every file that decides what the label is, none without a label."""
+        return () if self.label is None else data_files(self.label)
+
+    @property
+    def organ_label_files(self) -> tuple[Path, ...]:
+        """Every file that decides what the organ label is, none without one."""
+        return () if self.organ_label is None else data_files(self.organ_label)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from pydicom.uid import generate_uid
 
 from ftengine.config import Config
 from ftengine.geometry import Grid, grid_from_codes, grid_from_matrix
+from ftengine.store.case import ConvertOptions
 from ftengine.store.convert import convert_cases
 from ftengine.store.reader import Store, open_store
 from ftengine.volume.cases import Source
@@ -161,7 +162,7 @@ def test_merged_labels_maps_and_splits_reach_the_store(tmp_path: Path) -> None:
     other = Source(**{**source.__dict__, "organ_label_map": ((50, 0),)})  # only a map changes
     assert convert_cases([other], root, REGION).count("converted") == 1
     np.testing.assert_array_equal(np.unique(open_store(root).read_volume("x/a").label), [0, 2])
-    assert convert_cases([other], root, REGION, split="test").count("converted") == 1
+    assert convert_cases([other], root, REGION, options=ConvertOptions(split="test")).count("converted") == 1
     assert open_store(root).row("x/a")["split"] == "test"
 
 
@@ -243,6 +244,8 @@ def test_cli_merges_two_folders_of_labels_with_two_maps(tmp_path: Path) -> None:
     done = _run("convert", tmp_path / "ct", tmp_path / "s.zarr", "--region", "demo", *options, *maps)
     assert "tumour voxels inside an organ of the organ label, 0 outside" in done.stderr
     np.testing.assert_array_equal(open_store(tmp_path / "s.zarr").read_volume("data/p/a").label, made.label)
+    done = _run("store", "verify", tmp_path / "s.zarr", "--deep", tmp_path / "ct", *options)
+    assert "1 of 1 volumes are sound" in done.stdout
     done = _run("convert", tmp_path / "ct", tmp_path / "t.zarr", "--region", "demo", *options, *maps[:2], code=4)
     assert "label values 50 (" in done.stderr
     assert "--organ-label-map 50=VALUE" in done.stderr

@@ -402,7 +402,7 @@ def test_organ_labels_pair_by_the_same_relative_paths(tmp_path: Path) -> None:
     )
     assert (second.label, second.organ_label) == (None, None)
     assert first.organ_label_map == ((5, 1),)
-    assert first.label_files == (first.label, first.organ_label)
+    assert (first.label_files, first.organ_label_files) == ((first.label,), (first.organ_label,))
     touch(tmp_path, "else/q.nii.gz")
     refused(tmp_path / "ct", "organ labels folder .*: no file fits any of 2 images", organ_labels=tmp_path / "else")
 
