@@ -44,6 +44,7 @@ class ConvertOptions:
     annotation: Annotation = "auto"
     split: str = ""  # in place of what the source says
     label_map: tuple[tuple[int, int], ...] = ()  # behind the source's own
+    organ_label_map: tuple[tuple[int, int], ...] = ()  # likewise
     reading: ReadOptions = STRICT
     pseudonyms: Pseudonyms | None = None  # in place of names of files in the row; the caller renames the cases
 
@@ -54,7 +55,7 @@ class ConvertOptions:
                 "annotation": self.annotation,
                 "split": self.split or source.split,
                 "label_map": sorted(self.maps(source).items()),
-                "organ_label_map": sorted(source.organ_label_map),
+                "organ_label_map": sorted(self.organ_maps(source).items()),
                 "reading": asdict(self.reading),
             }
         )
@@ -67,6 +68,7 @@ class ConvertOptions:
             annotation=values.get("annotation", "auto"),
             split=values.get("split", ""),
             label_map=tuple((int(a), int(b)) for a, b in values.get("label_map", ())),
+            organ_label_map=tuple((int(a), int(b)) for a, b in values.get("organ_label_map", ())),
             reading=ReadOptions(**values.get("reading", {})),
         )
 
@@ -79,6 +81,10 @@ class ConvertOptions:
     def maps(self, source: Source) -> dict[int, int]:
         """Value in the label file -> value in the region."""
         return dict(source.label_map) | dict(self.label_map)
+
+    def organ_maps(self, source: Source) -> dict[int, int]:
+        """Value in the organ label file -> value in the region."""
+        return dict(source.organ_label_map) | dict(self.organ_label_map)
 
 
 @dataclass(frozen=True)
@@ -164,7 +170,8 @@ def _convert(task: Task) -> CaseOutcome:
         hashes = source_hashes(source)
         if known is not None and (known.hashes, known.conversion) == (hashes, conversion):
             return CaseOutcome(source.case, "skipped", reason="already converted from the same files, by their content")
-        stored = prepare(source, task.options, task.region.spacing_mm_zyx, task.region.labels.values())
+        region = task.region
+        stored = prepare(source, task.options, region.spacing_mm_zyx, region.labels.values(), region.tumor_values)
     except OSError as error:
         raise read_failure(shown(Path(error.filename or source.image)), error) from error
     except MemoryError as error:
@@ -222,14 +229,26 @@ def _convert(task: Task) -> CaseOutcome:
     )
 
 
-def prepare(source: Source, options: ConvertOptions, spacing_mm_zyx: FloatZYX, label_values: Collection[int]) -> Volume:
-    """Read a case and bring it to a store's spacing: the voxels that the store holds of it. Raises CaseError, OSError."""
+def prepare(
+    source: Source,
+    options: ConvertOptions,
+    spacing_mm_zyx: FloatZYX,
+    label_values: Collection[int],
+    tumor_values: Collection[int] | None = None,
+) -> Volume:
+    """Read a case and bring it to a store's spacing: the voxels that the store holds of it. Raises CaseError, OSError.
+
+    tumor_values: the tumours among ``label_values``, for the note on labels merged from two files (``read_volume``).
+    """
     volume = read_volume(
         source.image,
         source.label,
         series_files=source.series_files,
         label_values=label_values,
         label_map=options.maps(source),
+        organ_label=source.organ_label,
+        organ_label_map=options.organ_maps(source),
+        tumor_values=tumor_values,
         options=options.reading,
     )
     return resample(volume, spacing_mm_zyx)

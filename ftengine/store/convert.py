@@ -201,7 +201,7 @@ def case_bytes(source: Source, region: RegionConfig, reading: ReadOptions = STRI
     """The most memory that converting a case takes, from its header; a header that cannot be read needs none."""
     if source.series_files:
         header = read_slice_header(source.series_files[0])
-        native = 0 if header is None else len(source.series_files) * header.num_rows * header.num_columns
+        native = len(source.series_files) * header.num_rows * header.num_columns
         return _BYTES_OF_A_PROCESS + (_BYTES_PER_NATIVE_VOXEL + _BYTES_PER_STORED_VOXEL) * native
     try:
         info = probe(source.image, options=reading)

@@ -17,7 +17,7 @@ import struct
 import tempfile
 import warnings
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,9 +57,19 @@ _DEFLATED = "1.2.840.10008.1.2.1.99"
 _IMPLICIT = "1.2.840.10008.1.2"
 _BIG_ENDIAN = "1.2.840.10008.1.2.2"
 _TAGS = [
-    "SOPClassUID", "Modality", "SeriesInstanceUID", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns",
+    "SOPClassUID", "Modality", "ImageType", "SeriesInstanceUID", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns",
     "NumberOfFrames", "SamplesPerPixel", "BitsAllocated", "PhotometricInterpretation", "RescaleSlope", "RescaleIntercept",
 ]  # fmt: skip
+# what is no CT slice, by the start of its SOP class; the texts are ours, since a header's words are not to be shown
+_OTHER_KINDS = {
+    "1.2.840.10008.1.3.10": "a DICOMDIR",
+    "1.2.840.10008.5.1.4.1.1.7": "a screen save (secondary capture)",
+    "1.2.840.10008.5.1.4.1.1.88.": "a structured report (of the dose, say)",
+    "1.2.840.10008.5.1.4.1.1.481.": "radiotherapy data (contours, plans, doses)",
+    "1.2.840.10008.5.1.4.1.1.66": "a segmentation or registration",
+    "1.2.840.10008.5.1.4.1.1.104.": "an encapsulated document",
+}
+_MODALITIES = frozenset({"CR", "DX", "MG", "MR", "NM", "PT", "PX", "RF", "US", "XA"})
 # what pydicom raises for damaged bytes, found by cutting and flipping them; it documents no list
 _PARSE_ERRORS = (
     InvalidDicomError, BytesLengthException, EOFError, OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
@@ -69,7 +79,11 @@ _PARSE_ERRORS = (
 
 @dataclass(frozen=True)
 class SliceHeader:
-    """What the checks need of one file. With a ``problem`` (why the file cannot be used) the geometry may be missing."""
+    """What the checks need of one file. With a ``problem`` (why the file cannot be used) the geometry may be missing.
+
+    other: what the file is if it is readable but no CT slice, such as "DICOM of modality MR"; then nothing else is known of it.
+    image_type: the values of ImageType, upper case; never shown.
+    """
 
     path: Path
     series: str  # groups files; never shown
@@ -81,6 +95,8 @@ class SliceHeader:
     num_rows: int = 0
     num_columns: int = 0
     spacing_mm_yx: tuple[float, float] = (0.0, 0.0)
+    other: str = ""
+    image_type: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -147,36 +163,42 @@ def looks_like_dicom(path: Path) -> bool:
     return first.startswith(_GROUP_8) and first[3:4] == b"\0" and (first[4:6].isupper() or first[6:8] == b"\0\0")
 
 
-def _opens(path: Path) -> bool:
-    """Whether a file can be opened: one that cannot may be a slice, and a series must not lose a slice without a word."""
+def may_be_dicom(path: Path) -> bool:
+    """``looks_like_dicom``, or a file that cannot be opened: a series must not lose a slice without a word."""
+    if looks_like_dicom(path):
+        return True
     try:
         with path.open("rb"):
-            return True
+            return False
     except OSError:
-        return False
+        return True
 
 
 def sort_out(files: Collection[Path]) -> DicomFiles:
     """Read the headers of ``files`` and group them; no file is refused here, see ``DicomFiles``."""
-    broken: list[SliceHeader] = []
+    headers = [read_slice_header(path) for path in sorted(files) if may_be_dicom(path)]
+    slices = [h for h in headers if not h.other]
+    return DicomFiles(
+        stacked(h for h in slices if not h.problem),
+        tuple(h for h in slices if h.problem),
+        num_other=len(headers) - len(slices),
+        num_junk=len(files) - len(headers),
+    )
+
+
+def stacked(headers: Iterable[SliceHeader]) -> tuple[tuple[SliceHeader, ...], ...]:
+    """Usable slices in stacks of one series, size, orientation and pixel spacing, in the order in which they come."""
     stacks: list[list[SliceHeader]] = []
-    num_other = num_junk = 0
-    for path in sorted(files):
-        if not looks_like_dicom(path) and _opens(path):
-            num_junk += 1
-            continue
-        header = read_slice_header(path)
-        if header is None:
-            num_other += 1
-        elif header.problem:
-            broken.append(header)
+    by_series: dict[str, list[list[SliceHeader]]] = {}  # so that a tree of many series is not searched for each slice
+    for header in headers:
+        of_series = by_series.setdefault(header.series, [])
+        home = next((stack for stack in of_series if _belongs(header, stack[0])), None)
+        if home is None:
+            of_series.append([header])
+            stacks.append(of_series[-1])
         else:
-            home = next((stack for stack in stacks if _belongs(header, stack[0])), None)
-            if home is None:
-                stacks.append([header])
-            else:
-                home.append(header)
-    return DicomFiles(tuple(tuple(s) for s in stacks), tuple(broken), num_other, num_junk)
+            home.append(header)
+    return tuple(tuple(s) for s in stacks)
 
 
 def _belongs(header: SliceHeader, first: SliceHeader) -> bool:
@@ -188,8 +210,13 @@ def _belongs(header: SliceHeader, first: SliceHeader) -> bool:
     )
 
 
-def read_slice_header(path: Path) -> SliceHeader | None:
-    """The header of one file that looks like DICOM: None if it is readable but no CT slice (a report, a contour set, another modality)."""
+def is_axial(header: SliceHeader) -> bool:
+    """Whether a slice lies across the body's long axis, give or take 45 degrees (a tilted gantry is up to 30)."""
+    return bool(np.abs(_normal(header)).argmax() == 2)
+
+
+def read_slice_header(path: Path) -> SliceHeader:
+    """The header of one file that looks like DICOM; ``other`` is set if it is no CT slice (a report, a contour set, another modality)."""
     try:
         with path.open("rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # pydicom quotes header values in its warnings
@@ -211,7 +238,7 @@ def read_slice_header(path: Path) -> SliceHeader | None:
             if not sop_class and not is_ct and not has_place:
                 return SliceHeader(path, "", "cannot be read (its DICOM header is cut short)", FailureCode.TRUNCATED)
             if sop_class not in (_CT, *_CT_MULTIFRAME) and not (is_ct and has_place):
-                return None
+                return SliceHeader(path, "", other=_other_kind(sop_class, str(header.get("Modality") or "")))
             series = str(header.get("SeriesInstanceUID") or "")
             if syntax != _DEFLATED and not _at_pixels(file, syntax):
                 # the last value read may be cut, the series among them: this file may belong to any series
@@ -222,12 +249,14 @@ def read_slice_header(path: Path) -> SliceHeader | None:
                     _pixel_problem(file, path.stat().st_size, syntax, header),
                     FailureCode.TRUNCATED,
                 )
+            image_type = _image_type(header)
             if problem:
-                return SliceHeader(path, series, problem, code, has_preamble)
+                return SliceHeader(path, series, problem, code, has_preamble, image_type=image_type)
             row_mm, column_mm = _numbers(header, "PixelSpacing", 2)
             return SliceHeader(
                 path,
                 series,
+                image_type=image_type,
                 has_preamble=has_preamble,
                 orientation=_numbers(header, "ImageOrientationPatient", 6),
                 position=_numbers(header, "ImagePositionPatient", 3),
@@ -239,6 +268,19 @@ def read_slice_header(path: Path) -> SliceHeader | None:
         if isinstance(error, OSError) and error.errno is not None:  # pydicom raises OSErrors for damage, too
             return SliceHeader(path, "", *refusal(error))
         return SliceHeader(path, "", "cannot be read (damaged DICOM header)", FailureCode.DAMAGED_HEADER)
+
+
+def _other_kind(sop_class: str, modality: str) -> str:
+    known = next((text for start, text in _OTHER_KINDS.items() if sop_class.startswith(start)), "")
+    return known or (f"DICOM of modality {modality}" if modality in _MODALITIES else "DICOM of another kind than CT")
+
+
+def _image_type(header: Any) -> tuple[str, ...]:
+    try:
+        value = header.get("ImageType") or ()
+    except _PARSE_ERRORS:  # it only helps to choose: damaged, it must not cost the slice
+        return ()
+    return tuple(str(v).upper() for v in ([value] if isinstance(value, str) else value))
 
 
 def _numbers(header: Any, keyword: str, count: int) -> tuple[float, ...]:

@@ -1,8 +1,8 @@
 """One CT, with or without its label, from any supported file to a ``Volume``.
 
 =======  ==========================================================================================
-input    NIfTI, NRRD, MetaImage, or a folder of DICOM slices; the label in any of the first three
-does     picks the loader by the first bytes, turns image and label to RAS+, compares their grids
+input    NIfTI, NRRD, MetaImage, or a folder of DICOM slices; the label, in one file or two, in any of the first three
+does     picks the loader by the first bytes, turns image and labels to RAS+, compares their grids, lays tumours over organs
 output   ``Volume``: RAS+ z y x, HU in -1024..30000, label in the region's values, notes on every repair
 raises   CaseError (skip this case) and nothing else, whatever the file holds
 =======  ==========================================================================================
@@ -77,14 +77,20 @@ def read_volume(
     *,
     label_values: Collection[int] | None = None,
     label_map: Mapping[int, int] | None = None,
+    organ_label: Path | None = None,
+    organ_label_map: Mapping[int, int] | None = None,
+    tumor_values: Collection[int] | None = None,
     series_files: Collection[Path] = (),
     options: ReadOptions = STRICT,
 ) -> Volume:
-    """Read one CT and, if given, its label.
+    """Read one CT and, if given, its label, from one file or from two.
 
     image: a file, or a folder that holds one DICOM series. label: a file on the same grid; another axis order, flip or format is fine.
     label_values: the labels of the region, all that may occur after ``label_map`` (file value -> region value; values that it does not
-    name stay); None allows 0 to 255. series_files: which files of a DICOM folder to read (``Source.files``).
+    name stay); None allows 0 to 255. organ_label: a second file, on the same grid, with a map of its own: its values lie under those of
+    ``label``, so that wherever ``label`` is not background it wins. tumor_values: the tumours among the region's labels, counted inside and
+    outside the organs of ``organ_label`` in a note; None counts all that ``label`` holds. series_files: which files of a DICOM folder to
+    read (``Source.files``).
 
     Returns RAS+ z, y, x, C-contiguous: int16 HU (float32 only where the file holds fractions), clipped to -1024..30000 before anything
     else is computed; label uint8 or None; ``native`` the grid of the file. Raises CaseError, one line, for everything that would train
@@ -99,12 +105,17 @@ def read_volume(
     native = raw.grid
     del raw, hu, turned  # the native copy is as large as the volume
     volume = Volume(image_hu, None, grid, native, tuple(notes))
-    if label is None:
-        return volume
-    values, label_notes = read_label_for(
-        volume, label, shown(image), label_values=label_values, label_map=label_map, options=options
-    )
-    return replace(volume, label=values, notes=(*notes, *label_notes))
+    layers: list[NDArray[np.uint8]] = []
+    for path, mapping, name in ((organ_label, organ_label_map, "organ label"), (label, label_map, "label")):
+        if path is not None:
+            values, label_notes = read_label_for(
+                volume, path, shown(image), name=name, label_values=label_values, label_map=mapping, options=options
+            )
+            layers.append(values)
+            notes += label_notes
+    if len(layers) == 2:
+        notes.append(_lay_over(layers[0], layers.pop(), tumor_values))
+    return replace(volume, label=layers[0] if layers else None, notes=tuple(notes))
 
 
 def read_label_for(
@@ -112,6 +123,7 @@ def read_label_for(
     label: Path,
     image_name: str,
     *,
+    name: str = "label",
     label_values: Collection[int] | None = None,
     label_map: Mapping[int, int] | None = None,
     options: ReadOptions = STRICT,
@@ -120,6 +132,7 @@ def read_label_for(
 
     A label on another grid (more than 0.1 voxel off) is refused, or with ``options.resample_labels`` brought over by nearest neighbour;
     then a note says how much of it is left and lies on something other than air. One that does not meet the image at all is refused.
+    name: "label" or "organ label", as notes and advice call it.
     """
     where = shown(label)
     raw = _load_label(label, options)
@@ -135,8 +148,10 @@ def read_label_for(
             "Check that the two belong together; then bring the label to the image's grid with --resample-labels, or leave the case out.",
             code=FailureCode.GRID_MISMATCH,
         )
-    values = to_ras(to_label(raw, where, label_values=label_values, label_map=label_map), raw.grid)[0]
-    notes = [f"label: {note}" for note in raw.notes]
+    map_option = f"--{name.replace(' ', '-')}-map"
+    stored = to_label(raw, where, label_values=label_values, label_map=label_map, map_option=map_option)
+    values = to_ras(stored, raw.grid)[0]
+    notes = [f"{name}: {note}" for note in raw.notes]
     if offset <= MAX_LABEL_OFFSET_VOX:
         return values, notes
     moved = resample_label_onto(values, label_grid, volume.grid)
@@ -153,10 +168,30 @@ def read_label_for(
     labelled_hu = volume.image_hu[moved > 0]
     inside = np.count_nonzero(labelled_hu > AROUND_BODY_HU) / labelled_hu.size if labelled_hu.size else 1.0
     notes.append(
-        f"label: resampled onto the image's grid by nearest neighbour, as asked: {before_ml:.3g} ml labelled before, {after_ml:.3g} ml after, "
+        f"{name}: resampled onto the image's grid by nearest neighbour, as asked: {before_ml:.3g} ml labelled before, {after_ml:.3g} ml after, "
         f"{100 * inside:.0f} % of it inside the body (above {AROUND_BODY_HU} HU)"
     )
     return moved, notes
+
+
+def _lay_over(organs: NDArray[np.uint8], tumors: NDArray[np.uint8], tumor_values: Collection[int] | None) -> str:
+    """Write ``tumors`` over ``organs`` where they are not background, in place, both [z, y, x]; a note of what lay where.
+
+    Slice by slice: no array of the volume's size is made.
+    """
+    counted = np.ones(256, dtype=bool) if tumor_values is None else np.isin(np.arange(256), list(tumor_values))
+    counted[0] = False
+    num_inside = num_outside = num_replaced = 0
+    for below, above in zip(organs, tumors, strict=True):
+        is_tumor = counted[above]
+        inside = int(np.count_nonzero(is_tumor & (below != 0)))
+        num_inside += inside
+        num_outside += int(np.count_nonzero(is_tumor)) - inside
+        wins = above != 0
+        num_replaced += int(np.count_nonzero(wins & ~is_tumor & (below != 0) & (below != above)))
+        np.copyto(below, above, where=wins)
+    replaced = f"; {num_replaced:,} other labelled voxels replace another organ's value" if num_replaced else ""
+    return f"labels merged: {num_inside:,} tumour voxels inside an organ of the organ label, {num_outside:,} outside{replaced}"
 
 
 def read_label(

@@ -189,12 +189,18 @@ def _hu_notes(image: NDArray[np.int16] | NDArray[np.float32], num_low: int, num_
 
 
 def to_label(
-    raw: RawImage, where: str, *, label_values: Collection[int] | None, label_map: Mapping[int, int] | None
+    raw: RawImage,
+    where: str,
+    *,
+    label_values: Collection[int] | None,
+    label_map: Mapping[int, int] | None,
+    map_option: str = "--label-map",
 ) -> NDArray[np.uint8]:
     """Labels of a file in its own axis order, uint8, in the region's values.
 
     label_values: what may be left after the map; None allows 0 to 255. label_map: value in the file -> value in the region;
-    values that it does not name stay. Raises CaseError for fractions (1e-3 is allowed), NaN, and values outside the region.
+    values that it does not name stay. map_option: the option that sets it, for the error. Raises CaseError for fractions (1e-3 is
+    allowed), NaN, and values outside the region.
     """
     counts: dict[int, int] = {}
     for plane in _integer_planes(raw, where):
@@ -209,7 +215,7 @@ def to_label(
         want = "0 to 255" if label_values is None else ", ".join(str(v) for v in sorted(allowed))
         raise CaseError(
             f"{where}: label values {listed}{more} are not labels of the region; want {want}.",
-            f"Map each with --label-map {wrong[0]}=VALUE (0 is background) or leave the case out.",
+            f"Map each with {map_option} {wrong[0]}=VALUE (0 is background) or leave the case out.",
             code=FailureCode.LABEL_VALUES,
         )
     keys = np.array(sorted(counts), dtype=np.int64)
