@@ -240,9 +240,15 @@ def test_links_in_circles_and_a_hundred_levels(tmp_path: Path) -> None:
     deep = tmp_path.joinpath("t", *["d"] * 100)
     save_series(deep)
     (deep / "up").symlink_to(tmp_path / "t")
-    (deep / "self").symlink_to(deep / "self")
     found = tree(tmp_path / "t")
     assert sizes(found) == {"x/" + "/".join(["d"] * 100): 6}
+
+
+def test_a_file_that_cannot_be_opened_may_be_a_slice(tmp_path: Path) -> None:
+    """A link to itself stands for it here: root opens everything else."""
+    save_series(tmp_path / "ct")
+    (tmp_path / "ct" / "lost").symlink_to(tmp_path / "ct" / "lost")
+    assert sizes(tree(tmp_path)) == {"x/ct": 7}  # reading it names the lost one
 
 
 def test_a_damaged_image_type_does_not_cost_the_slice(tmp_path: Path) -> None:
