@@ -17,6 +17,7 @@ from ftengine.geometry import IntZYX
 from ftengine.rng import Purpose, patch_rng
 from ftengine.store.layout import CHUNK, chunks_per_axis
 from ftengine.store.location import Location, locate
+from ftengine.volume.labels import value_extents
 
 Table: TypeAlias = Any  # pyarrow.Table; the package has no type information
 
@@ -92,17 +93,21 @@ def locate_classes(label: NDArray[np.uint8], case: str) -> dict[int, ClassChunks
 
     The draw depends on the case's name alone, so that converting again gives the same row.
     """
-    grid = chunks_per_axis((label.shape[0], label.shape[1], label.shape[2]))
+    nz, ny, nx = chunks_per_axis((label.shape[0], label.shape[1], label.shape[2]))
     rng = patch_rng(0, Purpose.ANCHOR, index=crc32(case.encode()))
     found = {}
-    for value in np.unique(label):
-        if value == 0:
-            continue
-        z, y, x = np.unravel_index(rng.permutation(np.flatnonzero(label == value)), label.shape)
-        ids = np.ravel_multi_index((z // CHUNK, y // CHUNK, x // CHUNK), grid)
-        chunk, first, voxels = np.unique(ids, return_index=True, return_counts=True)
-        anchor = np.ravel_multi_index((z[first] % CHUNK, y[first] % CHUNK, x[first] % CHUNK), (CHUNK, CHUNK, CHUNK))
-        found[int(value)] = ClassChunks(chunk.astype(np.int32), voxels.astype(np.int32), anchor.astype(np.uint16))
+    for value, extent in value_extents(label).items():
+        inside = np.nonzero(label[extent.box] == value)
+        z, y, x = ((i + start).astype(np.int32) for i, start in zip(inside, extent.origin_zyx, strict=True))
+        ids = ((z // CHUNK) * ny + y // CHUNK) * nx + x // CHUNK
+        order = rng.permutation(np.arange(len(ids), dtype=np.int32))[::-1]
+        first = np.zeros(nz * ny * nx, dtype=np.int32)
+        first[ids[order]] = order  # the last assignment of a chunk stays: its first voxel in the drawn order
+        voxels = np.bincount(ids, minlength=nz * ny * nx)
+        chunk = np.flatnonzero(voxels)
+        drawn = first[chunk]
+        anchor = ((z[drawn] % CHUNK) * CHUNK + y[drawn] % CHUNK) * CHUNK + x[drawn] % CHUNK
+        found[value] = ClassChunks(chunk.astype(np.int32), voxels[chunk].astype(np.int32), anchor.astype(np.uint16))
     return found
 
 

@@ -2,7 +2,7 @@
 
 =======  ==========================================================================================
 input    .nii or .nii.gz, told apart by their first bytes, not by their names
-does     header through nibabel; voxels through a gzip stream read to its end, so that its CRC and length are verified
+does     header through nibabel; voxels through a gzip stream (ISA-L) read to its end, so that its CRC and length are verified
 output   ``RawImage`` in the file's own axis order
 raises   CaseError for truncated, damaged, 4-D, coloured, unoriented or wrongly scaled files
 =======  ==========================================================================================
@@ -11,9 +11,9 @@ SimpleITK is not used here: it reads the lost half of a truncated file, and NaN,
 """
 
 import gzip
+import io
 import math
 import os
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import IO, Any, cast
 
 import nibabel as nib
 import numpy as np
+from isal import igzip, isal_zlib
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
@@ -72,8 +73,8 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], bool]]:
         with path.open("rb") as file:
             compressed = file.read(2) == GZIP_MAGIC
             file.seek(0)
-            yield (cast("IO[bytes]", gzip.GzipFile(fileobj=file, mode="rb")) if compressed else file), compressed
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            yield (cast("IO[bytes]", igzip.IGzipFile(fileobj=file, mode="rb")) if compressed else file), compressed
+    except (EOFError, isal_zlib.error, gzip.BadGzipFile) as error:
         raise CaseError(
             f"{where}: the gzip stream is cut short or damaged ({type(error).__name__}); want a whole file. Copy or download it again."
         ) from error
@@ -234,13 +235,10 @@ def _skip(stream: IO[bytes], num_bytes: int) -> None:
 
 def _read_into(stream: IO[bytes], target: memoryview) -> int:
     """Fill the bytes of ``target``, in parts so that a compressed stream needs no second buffer of the volume's size; bytes got."""
+    readinto = cast("io.BufferedIOBase", stream).readinto
     got = 0
-    while got < len(target):
-        chunk = stream.read(min(_READ_BYTES, len(target) - got))
-        if not chunk:
-            break
-        target[got : got + len(chunk)] = chunk
-        got += len(chunk)
+    while got < len(target) and (count := readinto(target[got : got + _READ_BYTES])):
+        got += count
     return got
 
 
