@@ -1,6 +1,9 @@
 """``ftengine convert``: files to a store."""
 
+import re
+import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +13,11 @@ from rich.table import Table
 from ftengine.cli.console import ConfigOption, JsonOption, QuietOption, SetOption, print_json, progress, stderr, stdout
 
 if TYPE_CHECKING:
-    from ftengine.store.convert import CaseOutcome, ConversionReport
+    from ftengine.cli.console import Reporter
+    from ftengine.config import Config
+    from ftengine.store.case import CaseOutcome, ConvertOptions
+    from ftengine.store.convert import ConversionReport, Resources
+    from ftengine.volume.discover import Source
 
 
 def convert(
@@ -21,7 +28,12 @@ def convert(
             help="Files, folders of files, or DICOM series folders; 'IMAGE=LABEL' pairs two files, 'IMAGE=-' takes no label.",
         ),
     ],
-    store: Annotated[str, typer.Argument(metavar="STORE", help="Folder of the store; made if it does not exist.")],
+    store: Annotated[
+        str,
+        typer.Argument(
+            metavar="STORE", help="Folder, s3://bucket/prefix or gs://bucket/prefix; made if it does not exist."
+        ),
+    ],
     region: Annotated[
         str, typer.Option(help="Preset whose grid and labels apply: abdomen, chest or demo.")
     ] = "abdomen",
@@ -48,22 +60,51 @@ def convert(
     ] = None,
     config: ConfigOption = None,
     assignments: SetOption = None,
-    dry_run: Annotated[bool, typer.Option(help="Read headers only: list cases and sizes, write nothing.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Processes of this machine that convert at the same time.")] = 1,
+    dask: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS", help="Convert on a dask.distributed cluster: its scheduler's address, or local:N."
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Run only as many cases at once as fit, e.g. 16GB (default: no limit)."),
+    ] = None,
+    unchanged: Annotated[
+        str,
+        typer.Option(
+            help="What tells that a converted case is up to date: stat (name, size, time of its files) or hash."
+        ),
+    ] = "stat",
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            help="List cases and sizes from headers, and estimate disk and time from a sample; write nothing."
+        ),
+    ] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Convert CT volumes (NIfTI, DICOM, NRRD, MHA) into a chunked Zarr store.
 
-    A file that cannot be used is listed with the reason and the rest goes on (exit code 1). Run the same command again to go on after
-    an interruption: what is committed is not redone.
+    A file that cannot be used is listed with the reason, here and in STORE/failed.csv, and the rest goes on (exit code 1). Run the same
+    command again to go on after an interruption: what is committed is not redone.
     """
     from ftengine.config import Config
-    from ftengine.errors import ConfigError
-    from ftengine.store.convert import convert_cases
+    from ftengine.store.case import ConvertOptions
+    from ftengine.store.convert import Resources, convert_cases
     from ftengine.volume.discover import discover_all, parse_source
 
     chosen = Config.preset(region) if config is None else Config.from_file(config, default_preset=region)
     chosen = chosen.with_assignments(assignments or [])
+    options = ConvertOptions(
+        annotation=annotated,  # type: ignore[arg-type]  # convert_cases checks it
+        split=split,
+        label_map=_parse_label_map(label_map),
+        assume_orientation=assume_orientation,
+    )
+    resources = Resources(workers, dask, None if memory is None else _parse_bytes(memory))
     pairs = [parse_source(text) for text in sources]
     label_of = {image: label for image, label in pairs if label is not None}
     discovery = discover_all([image for image, _ in pairs], labels=labels, dataset=dataset, pairs=label_of)
@@ -73,20 +114,19 @@ def convert(
         typer.echo(
             "ignored: " + "; ".join(f"{count} x {reason}" for reason, count in sorted(reasons.items())), err=True
         )
-    if annotated not in ("auto", "tumor", "organ"):
-        raise ConfigError(f"--annotated {annotated}: want auto, tumor or organ.")
+    if dry_run:
+        _plan(found, store, chosen, options, resources, as_json=as_json, quiet=quiet)
     with progress("converting", len(found), quiet=quiet or as_json) as reporter:
+        tally = _Tally(reporter)
         report = convert_cases(
             found,
             store,
             chosen.region,
-            annotation=annotated,  # type: ignore[arg-type]  # checked above
-            split=split,
-            label_map=_parse_label_map(label_map),
-            assume_orientation=assume_orientation,
-            dry_run=dry_run,
+            options=options,
+            resources=resources,
+            unchanged=unchanged,  # type: ignore[arg-type]  # convert_cases checks it
             on_start=reporter.working_on,
-            on_outcome=lambda o: reporter.advance(f"{o.status} {o.case} ({o.seconds:.1f} s)"),
+            on_outcome=tally.add,
         )
     if as_json:
         print_json(report.to_json())
@@ -95,13 +135,79 @@ def convert(
     raise typer.Exit(report.exit_code)
 
 
-def _parse_label_map(text: str | None) -> dict[int, int] | None:
+class _Tally:
+    """What the progress display says: rate, bytes, failures so far."""
+
+    def __init__(self, reporter: "Reporter") -> None:
+        self._reporter = reporter
+        self._started = time.monotonic()
+        self._converted = self._failed = self._read = self._written = 0
+
+    def add(self, outcome: "CaseOutcome") -> None:
+        self._converted += outcome.status == "converted"
+        self._failed += outcome.status == "failed"
+        self._read += outcome.source_bytes
+        self._written += outcome.stored_bytes
+        rate = self._converted / max(1e-3, time.monotonic() - self._started)
+        self._reporter.figures(
+            f"{rate * 60:.1f} volumes/min, {self._read / 1e6:,.0f} MB read, {self._written / 1e6:,.0f} MB written, {self._failed} failed"
+        )
+        self._reporter.advance(f"{outcome.status} {outcome.case} ({outcome.seconds:.1f} s)")
+
+
+def _plan(
+    found: "Sequence[Source]",
+    store: str,
+    config: "Config",
+    options: "ConvertOptions",
+    resources: "Resources",
+    *,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Print what a conversion would do, and leave with its exit code."""
+    from ftengine.store.convert import ConversionReport
+    from ftengine.store.estimate import estimate, plan_case
+
+    report = ConversionReport(store, config.region.name)
+    with progress("reading headers", len(found), quiet=quiet or as_json) as reporter:
+        for source in found:
+            report.outcomes.append(plan_case(source, config.region, options))
+            reporter.advance()
+        reporter.working_on("converting a sample")
+        sampled = estimate(found, report.outcomes, config.region, options)
+    hours = None if sampled.seconds_of_one_worker is None else sampled.seconds_of_one_worker / resources.workers / 3600
+    if as_json:
+        figures = {"sampled": sampled.sampled, "store_bytes": sampled.store_bytes, "hours": hours}
+        print_json({**report.to_json(), "estimate": figures})
+    else:
+        _print_report(report, quiet=quiet)
+        if hours is not None and sampled.store_bytes is not None:
+            stdout().print(
+                f"estimated from {sampled.sampled} converted cases: {sampled.store_bytes / 1e6:,.1f} MB on disk, "
+                f"{hours:.2f} h with {resources.workers} worker(s) like this machine's",
+                highlight=False,
+            )
+    raise typer.Exit(report.exit_code)
+
+
+def _parse_bytes(text: str) -> int:
+    from ftengine.errors import ConfigError
+
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B?)", text.strip().upper())
+    if match is None or match[2] not in units or float(match[1]) <= 0:
+        raise ConfigError(f"--memory {text}: want a size such as 16GB or 800MB.")
+    return int(float(match[1]) * units[match[2]])
+
+
+def _parse_label_map(text: str | None) -> tuple[tuple[int, int], ...]:
     from ftengine.errors import ConfigError
 
     if text is None:
-        return None
+        return ()
     try:
-        return {int(a): int(b) for a, b in (pair.split("=") for pair in text.split(","))}
+        return tuple((int(a), int(b)) for a, b in (pair.split("=") for pair in text.split(",")))
     except ValueError as error:
         raise ConfigError(f"--label-map {text}: want pairs of whole numbers such as 1=1,3=1.") from error
 
@@ -114,7 +220,8 @@ def _print_report(report: "ConversionReport", *, quiet: bool) -> None:
                 messages.print(f"note: {outcome.case}: {note}", markup=False, highlight=False)
     for outcome in report.outcomes:
         if outcome.status == "failed":
-            messages.print(f"failed: {outcome.case}: {outcome.reason}", markup=False, highlight=False, style="red")
+            text = f"failed: {outcome.case} [{outcome.code}]: {outcome.reason} {outcome.advice}".rstrip()
+            messages.print(text, markup=False, highlight=False, style="red")
     table = Table(title=f"{report.store} ({report.region})")
     for heading in ("case", "status", "voxels z y x", "MB", "s"):
         table.add_column(heading, justify="left" if heading in ("case", "status") else "right")

@@ -85,3 +85,80 @@ def export(
             for path in export_case(opened, name, out, grid=grid):  # type: ignore[arg-type]  # export_case checks it
                 typer.echo(path)
             reporter.advance()
+
+
+@app.command()
+def verify(
+    store: Annotated[str, typer.Argument(metavar="STORE")],
+    deep: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--deep", metavar="SRC", help="Also convert these sources again, in memory, and compare; repeatable."
+        ),
+    ] = None,
+    dataset: Annotated[str, typer.Option(help="With --deep: the data set name of the conversion.")] = "data",
+    labels: Annotated[Path | None, typer.Option(metavar="DIR", help="With --deep: as in the conversion.")] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Read every chunk against its checksum and every row against its arrays; exit code 3 where something is damaged."""
+    from dataclasses import asdict
+
+    from ftengine.errors import StoreError
+    from ftengine.store.reader import open_store
+    from ftengine.store.verify import verify_store
+    from ftengine.volume.discover import discover_all, parse_source
+
+    opened = open_store(store)
+    sources = None
+    if deep:
+        pairs = [parse_source(text) for text in deep]
+        label_of = {image: label for image, label in pairs if label is not None}
+        found = discover_all([image for image, _ in pairs], labels=labels, dataset=dataset, pairs=label_of)
+        sources = found.sources
+    with progress("verifying", len(opened), quiet=quiet or as_json) as reporter:
+        findings = verify_store(
+            opened,
+            sources=sources,
+            on_finding=lambda finding: reporter.advance(f"{finding.verdict} {finding.case}"),
+        )
+    bad = [finding for finding in findings if finding.verdict != "sound"]
+    if as_json:
+        print_json(
+            {
+                "store": store,
+                "volumes": len(findings),
+                "sound": len(findings) - len(bad),
+                "bad": [asdict(f) for f in bad],
+            }
+        )
+    else:
+        for finding in bad:
+            typer.echo(f"{finding.verdict}: {finding.problem}")
+        typer.echo(f"{len(findings) - len(bad)} of {len(findings)} volumes are sound")
+    if bad:
+        raise typer.Exit(StoreError.exit_code)
+
+
+@app.command()
+def compact(
+    store: Annotated[str, typer.Argument(metavar="STORE")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be folded and removed.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Fold the rows written since the last compaction into the index and remove what killed conversions left behind."""
+    from dataclasses import asdict
+
+    from ftengine.store.location import locate
+    from ftengine.store.maintenance import compact_store
+
+    done = compact_store(locate(store), dry_run=dry_run)
+    if as_json:
+        print_json({"store": store, "dry_run": dry_run, **asdict(done)})
+        return
+    would = "would be " if dry_run else ""
+    for name in done.orphans:
+        typer.echo(f"{would}removed: {name} (no row)")
+    typer.echo(
+        f"{done.num_rows} volumes; {done.num_row_files} row files {would}folded; {len(done.orphans)} orphans {would}removed"
+    )

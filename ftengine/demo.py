@@ -23,7 +23,8 @@ from ftengine.evaluation.metrics import summarize
 from ftengine.evaluation.preview import preview, write_prediction_sheet
 from ftengine.evaluation.report import ArmResult, ReportData, write_report
 from ftengine.geometry import FloatZYX, IntZYX
-from ftengine.store.convert import Annotation, convert_cases
+from ftengine.store.case import Annotation, ConvertOptions
+from ftengine.store.convert import convert_cases
 from ftengine.store.reader import Store, open_store
 from ftengine.training.checkpoint import load_segmenter
 from ftengine.training.run import Progress, TrainingResult, versions
@@ -186,9 +187,8 @@ def _convert(out: Path, config: Config) -> Store:
     )
     for name, annotation, split in sets:
         sources = discover([out / "phantoms" / name], dataset=name)
-        report = convert_cases(
-            sources, out / "store.zarr", config.region, annotation=annotation, split=split, label_map=ONLY_LIVER
-        )
+        options = ConvertOptions(annotation=annotation, split=split, label_map=tuple(ONLY_LIVER.items()))
+        report = convert_cases(sources, out / "store.zarr", config.region, options=options)
         if report.exit_code:
             raise ConfigError(
                 f"the demo's own phantoms did not convert: {[o.reason for o in report.outcomes if o.reason]}"

@@ -31,6 +31,10 @@ class FailureCode(StrEnum):
     """Why a CT cannot be used: stable names, each an anchor of docs/bring-your-own-ct.md. Append only."""
 
     UNREADABLE = "unreadable"
+    NESTED_NAMES = "nested-names"
+    OUT_OF_MEMORY = "out-of-memory"
+    WORKER_DIED = "worker-died"
+    INTERNAL = "internal"
 
 
 class CaseError(FtengineError):

@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import s3_server
+
+__all__ = ["s3_server"]  # a fixture, for every test
+
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:

@@ -1,8 +1,13 @@
 """What tests of several stages share: a small region, small volumes, a small store."""
 
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from ftengine.config import Config
@@ -69,3 +74,38 @@ def make_store(
             )
     index.compact_index(root)
     return open_store(root)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """``s3://bucket`` of an S3 server on loopback, made for this test run; the environment names it as a user's would."""
+    code = (
+        "from moto.server import ThreadedMotoServer; import time\n"
+        "server = ThreadedMotoServer(ip_address='127.0.0.1', port=0, verbose=False); server.start()\n"
+        "print(server.get_host_and_port()[1], flush=True); time.sleep(3600)"
+    )
+    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    endpoint = f"http://127.0.0.1:{int(process.stdout.readline())}"
+    names = {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    before = {name: os.environ.get(name) for name in names}
+    os.environ |= names
+    try:
+        import boto3
+
+        boto3.client("s3", endpoint_url=endpoint).create_bucket(Bucket="bucket")
+        yield "s3://bucket"
+    finally:
+        process.kill()
+        process.communicate()
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -140,10 +140,11 @@ def read_index(location: Location) -> Table:
         return SCHEMA.empty_table()
     merged = pa.concat_tables(tables)
     num_compacted = tables[0].num_rows if compacted else 0
-    latest: dict[str, int] = {}
-    for row, case in enumerate(merged.column("case").to_pylist()):
-        if row >= num_compacted or _row_key(case, withdrawn=True) not in withdrawn:
-            latest[case] = row
+    latest = {
+        case: row
+        for row, case in enumerate(merged.column("case").to_pylist())
+        if row >= num_compacted or not withdrawn or _row_key(case, withdrawn=True) not in withdrawn
+    }
     return merged.take(pa.array([latest[case] for case in sorted(latest)], type=pa.int64()))
 
 

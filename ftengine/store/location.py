@@ -26,6 +26,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import override
+
 from ftengine.errors import ConfigError, FtengineError, StoreError
 
 SCRATCH = ".incoming"  # below a local store: volumes being built, moved to their place by a rename
@@ -86,6 +88,14 @@ class Location(ABC):
         """A new local folder to build in; ``publish`` or ``shutil.rmtree`` ends it."""
 
     @abstractmethod
+    def clear_scratch(self) -> None:
+        """Remove what killed conversions left of volumes being built; only under the writer lock."""
+
+    @abstractmethod
+    def prune(self, key: str) -> None:
+        """Remove empty folders below a key; a bucket has none."""
+
+    @abstractmethod
     def is_empty(self) -> bool:
         """Whether nothing lies here yet."""
 
@@ -121,12 +131,15 @@ class LocalLocation(Location):
     def __str__(self) -> str:
         return str(self.path)
 
+    @override
     def child(self, key: str) -> str:
         return str(self.path / key)
 
+    @override
     def read_bytes(self, key: str) -> bytes:
         return (self.path / key).read_bytes()
 
+    @override
     def write_bytes(self, key: str, data: bytes) -> None:
         path = self.path / key
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,15 +154,18 @@ class LocalLocation(Location):
             partial.unlink(missing_ok=True)
         _sync(path.parent)
 
+    @override
     def exists(self, key: str) -> bool:
         return (self.path / key).is_file()
 
+    @override
     def delete(self, key: str) -> None:
         path = self.path / key
         if path.exists():
             path.unlink(missing_ok=True)
             _sync(path.parent)
 
+    @override
     def delete_tree(self, key: str) -> None:
         path = self.path / key
         if not path.exists():
@@ -162,14 +178,17 @@ class LocalLocation(Location):
         shutil.rmtree(doomed)
         _sync(path.parent)
 
+    @override
     def keys(self, key: str, *, recursive: bool = False) -> list[str]:
         top = self.path / key
         found = top.rglob("*") if recursive else top.glob("*")
         return sorted(p.relative_to(self.path).as_posix() for p in found if p.is_file())
 
+    @override
     def size_bytes(self, key: str) -> int:
         return (self.path / key).stat().st_size
 
+    @override
     def publish(self, folder: Path, key: str) -> None:
         _sync_tree(folder)
         target = self.path / key
@@ -179,14 +198,27 @@ class LocalLocation(Location):
         for parent in (p for p in target.parents if p.is_relative_to(self.path)):
             _sync(parent)
 
+    @override
     def scratch(self) -> Path:
         folder = self.path / SCRATCH / uuid.uuid4().hex
         folder.mkdir(parents=True)
         return folder
 
+    @override
+    def clear_scratch(self) -> None:
+        shutil.rmtree(self.path / SCRATCH, ignore_errors=True)
+
+    @override
+    def prune(self, key: str) -> None:
+        for folder in sorted((self.path / key).rglob("*"), key=lambda p: -len(p.parts)):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+    @override
     def is_empty(self) -> bool:
         return not self.path.exists() or not any(self.path.iterdir())
 
+    @override
     @contextmanager
     def only_writer(self) -> Iterator[None]:
         with (self.path / LOCK).open("w", encoding="utf-8") as stream:
@@ -198,9 +230,11 @@ class LocalLocation(Location):
                 ) from error
             yield  # the lock goes with the file, also when the process is killed
 
+    @override
     def kvstore(self, key: str) -> dict[str, Any]:
         return {"driver": "file", "path": f"{self.path / key}/"}
 
+    @override
     def _joined(self, relative: str) -> Location:
         return LocalLocation(Path(os.path.normpath(self.path / relative)))
 
@@ -218,6 +252,7 @@ class RemoteLocation(Location):
     def __str__(self) -> str:
         return f"{self._scheme}://{self._place}"
 
+    @override
     def child(self, key: str) -> str:
         return f"{self}/{key}"
 
@@ -249,18 +284,22 @@ class RemoteLocation(Location):
     def _path(self, key: str) -> str:
         return f"{self._place}/{key}".rstrip("/")
 
+    @override
     def read_bytes(self, key: str) -> bytes:
         with self._explained(key):
             return bytes(self._files.cat_file(self._path(key)))
 
+    @override
     def write_bytes(self, key: str, data: bytes) -> None:
         with self._explained(key):
             self._files.pipe_file(self._path(key), data)
 
+    @override
     def exists(self, key: str) -> bool:
         with self._explained(key):
             return bool(self._files.isfile(self._path(key)))
 
+    @override
     def delete(self, key: str) -> None:
         with self._explained(key):
             try:
@@ -268,12 +307,14 @@ class RemoteLocation(Location):
             except FileNotFoundError:
                 return
 
+    @override
     def delete_tree(self, key: str) -> None:
         keys = self.keys(key, recursive=True)
         with self._explained(key):
             if keys:
                 self._files.rm([self._path(k) for k in keys])
 
+    @override
     def keys(self, key: str, *, recursive: bool = False) -> list[str]:
         top = self._path(key)
         with self._explained(key):
@@ -283,10 +324,12 @@ class RemoteLocation(Location):
                 return []
         return sorted(name.removeprefix(f"{self._place}/") for name in found if name != top)
 
+    @override
     def size_bytes(self, key: str) -> int:
         with self._explained(key):
             return int(self._files.size(self._path(key)))
 
+    @override
     def publish(self, folder: Path, key: str) -> None:
         self.delete_tree(key)
         for file in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -295,12 +338,23 @@ class RemoteLocation(Location):
                 self._files.put_file(str(file), self._path(name))
         shutil.rmtree(folder)
 
+    @override
     def scratch(self) -> Path:
         return Path(tempfile.mkdtemp(prefix="ftengine-"))
 
+    @override
+    def clear_scratch(self) -> None:
+        return  # a bucket's scratch lies in temporary folders of its workers
+
+    @override
+    def prune(self, key: str) -> None:
+        return
+
+    @override
     def is_empty(self) -> bool:
         return not self.keys("", recursive=False) and not self.keys("volumes", recursive=False)
 
+    @override
     @contextmanager
     def only_writer(self) -> Iterator[None]:
         token = json.dumps({"host": socket.gethostname(), "process": os.getpid(), "token": uuid.uuid4().hex})
@@ -318,6 +372,7 @@ class RemoteLocation(Location):
         finally:
             self.delete(LOCK)
 
+    @override
     def kvstore(self, key: str) -> dict[str, Any]:
         bucket, _, prefix = self._place.partition("/")
         spec: dict[str, Any] = {
@@ -332,6 +387,7 @@ class RemoteLocation(Location):
             spec |= {"aws_region": region or "us-east-1"} if endpoint or region else {}
         return spec
 
+    @override
     def _joined(self, relative: str) -> Location:
         return RemoteLocation(self._scheme, os.path.normpath(f"{self._place}/{relative}"))
 

@@ -1,7 +1,7 @@
 """Write volumes into a store of format 1: data first, made durable, then the row that commits them."""
 
 import shutil
-from collections.abc import Collection, Mapping, Set
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 
 from ftengine import __version__
 from ftengine.config import RegionConfig
-from ftengine.errors import CaseError, ConfigError, StoreError
+from ftengine.errors import CaseError, ConfigError, FailureCode, StoreError
 from ftengine.geometry import Grid
 from ftengine.store import index, layout
 from ftengine.store.location import Location, locate
@@ -84,13 +84,13 @@ def write_volume(
     image_hu, label: [z, y, x] on ``grid``, RAS+, at the region's spacing. The volume is built in a scratch folder and published whole;
     an existing one of that name is withdrawn from the index first, so that a reader never meets a row whose data are half written. If
     anything fails, nothing of the volume stays. committed: the cases that the store holds, where the caller knows them (it must have
-    asked ``refuse_nested`` too); None reads the index. Raises CaseError for a case inside another one.
+    asked ``CaseNames`` too); None reads the index. Raises CaseError for a case inside another one.
     """
     location = locate(place)
     layout.check_case_name(case)
     if committed is None:
         committed = index.read_index(location).column("case").to_pylist()
-        refuse_nested(case, committed, location)
+        CaseNames(committed).refuse_nested(case, location)
     folder = location.scratch()
     try:
         _build(folder, case, image_hu, label, region)
@@ -111,17 +111,27 @@ def write_volume(
     return row
 
 
-def refuse_nested(case: str, others: Collection[str], location: Location) -> None:
-    """CaseError where a case would lie inside another one of the store, or around one: a volume's folder is replaced whole."""
+class CaseNames:
+    """The cases of a store, to find one that would lie inside another, or around it: a volume's folder is replaced whole."""
+
+    def __init__(self, cases: Iterable[str]) -> None:
+        self.cases = set(cases)
+        self._folders = {folder: case for case in self.cases for folder in _folders_above(case)}
+
+    def refuse_nested(self, case: str, store: Location) -> None:
+        """Raise CaseError, naming both, for a case inside or around one of these."""
+        other = next((f for f in _folders_above(case) if f in self.cases), None) or self._folders.get(case)
+        if other is not None:
+            raise CaseError(
+                f"case {case!r} and {other!r} of {store} lie inside one another.",
+                "Rename one, or convert it under another --dataset.",
+                code=FailureCode.NESTED_NAMES,
+            )
+
+
+def _folders_above(case: str) -> list[str]:
     parts = case.split("/")
-    outer = ("/".join(parts[:length]) for length in range(2, len(parts)))
-    known = others if isinstance(others, Set | Mapping) else set(others)
-    other = next((o for o in outer if o in known), None) or next((o for o in known if o.startswith(f"{case}/")), None)
-    if other is not None:
-        raise CaseError(
-            f"case {case!r} and {other!r} of {location} lie inside one another.",
-            "Rename one, or convert it under another --dataset.",
-        )
+    return ["/".join(parts[:length]) for length in range(2, len(parts))]
 
 
 def _build(

@@ -62,6 +62,11 @@ class Source:
         """Every file that decides what the label is, none without a label."""
         return () if self.label is None else data_files(self.label)
 
+    @property
+    def organ_label_files(self) -> tuple[Path, ...]:
+        """Every file that decides what the organ label is, none without one."""
+        return () if self.organ_label is None else data_files(self.organ_label)
+
 
 @dataclass(frozen=True)
 class Discovery:

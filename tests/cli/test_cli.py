@@ -307,7 +307,7 @@ def test_predict_never_replaces_its_input(baseline: Path, tmp_path: Path) -> Non
 def test_a_path_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     image = _write_case(tmp_path / "src", "a")
-    assert "file" in _error("convert", image, tmp_path / "file" / "s.zarr", code=2)
+    assert "file" in _error("convert", image, tmp_path / "file" / "s.zarr", code=3)
 
 
 def test_evaluate_folders_and_checkpoint(store_path: Path, baseline: Path, tmp_path: Path) -> None:
