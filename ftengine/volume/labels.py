@@ -39,8 +39,8 @@ def value_extents(label: NDArray[np.uint8]) -> dict[int, ValueExtent]:
             y, x = np.flatnonzero(equal.any(axis=1)), np.flatnonzero(equal.any(axis=0))
             low[value] = np.minimum(low[value], (z, y[0], x[0]))
             high[value] = np.maximum(high[value], (z + 1, y[-1] + 1, x[-1] + 1))
-    found = {}
-    for value in (int(v) for v in np.flatnonzero(count)):
+    found: dict[int, ValueExtent] = {}
+    for value in np.flatnonzero(count).tolist():
         z_part, y_part, x_part = (slice(int(a), int(b)) for a, b in zip(low[value], high[value], strict=True))
         found[value] = ValueExtent((z_part, y_part, x_part), int(count[value]))
     return found
