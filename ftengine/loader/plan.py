@@ -10,6 +10,7 @@ holds background of the body. Boxes are clamped into the volume; a volume smalle
 """
 
 import math
+from collections import OrderedDict
 from fractions import Fraction
 from typing import Literal
 
@@ -18,9 +19,8 @@ from numpy.typing import NDArray
 
 from ftengine.config import AugmentConfig, Config
 from ftengine.errors import ConfigError
-from ftengine.geometry import Box, IntZYX, int_zyx
+from ftengine.geometry import Box, IntZYX
 from ftengine.rng import Purpose, patch_rng
-from ftengine.store.index import unpack_body_chunks
 from ftengine.store.layout import CHUNK, chunks_per_axis
 from ftengine.store.reader import Store
 from ftengine.types import Augmentation, PatchRequest
@@ -28,6 +28,7 @@ from ftengine.types import Augmentation, PatchRequest
 Mix = Literal["annotated", "mixed"]
 # Fixed numbers of the two streams: part of every result
 _STREAM_ANNOTATED, _STREAM_ORGANS = 0, 1
+_KEPT_ORDER_ENTRIES = 1 << 20  # of each stream: 8 MB
 
 
 class _Stream:
@@ -36,18 +37,20 @@ class _Stream:
     def __init__(self, number: int, rows: NDArray[np.int64]) -> None:
         self.number = number
         self.rows = rows
-        self._order: tuple[tuple[int, int], NDArray[np.int64]] | None = (
-            None  # of the pass drawn last: most requests ask for it again
-        )
+        # of the passes drawn last: most requests ask for one of them again
+        self._orders: OrderedDict[tuple[int, int], NDArray[np.int64]] = OrderedDict()
+        self._kept_orders = max(2, _KEPT_ORDER_ENTRIES // max(1, len(rows)))
 
     def row(self, seed: int, visit: int) -> int:
         """The row of the ``visit``-th patch of this stream, counted over all epochs."""
         turn, place = divmod(visit, len(self.rows))
-        known = self._order
-        if known is None or known[0] != (seed, turn):
+        order = self._orders.get((seed, turn))
+        if order is None:
             rng = patch_rng(seed, Purpose.CASE_ORDER, epoch=turn, index=self.number)
-            known = self._order = ((seed, turn), rng.permutation(len(self.rows)))
-        return int(self.rows[known[1][place]])
+            order = self._orders[seed, turn] = rng.permutation(len(self.rows))
+            while len(self._orders) > self._kept_orders:
+                self._orders.popitem(last=False)
+        return int(self.rows[order[place]])
 
 
 class Plan:
@@ -61,11 +64,16 @@ class Plan:
         self.config = config
         self._store = store
         self._patch: IntZYX = config.region.patch_zyx
-        self._datasets: list[str] = store.index.column("dataset").to_pylist()
-        annotation = np.array(store.index.column("annotation").to_pylist(), dtype=str)
+        self._lists = store.rows.chunk_lists
+        self._datasets, self._dataset_of = _encoded(store, "dataset")
+        names, codes = _encoded(store, "annotation")
+        annotation = np.array(names, dtype=str)[codes]
+        shapes = store.column("shape_zyx").combine_chunks()
+        self._shapes: NDArray[np.int32] = shapes.flatten().to_numpy().reshape(len(store), 3)
         used = np.ones(len(store), dtype=bool)
         if split is not None:
-            used &= np.array(store.index.column("split").to_pylist(), dtype=str) == split
+            names, codes = _encoded(store, "split")
+            used &= (np.array(names, dtype=str) == split)[codes]
         self._annotated = annotation == "tumor"
         annotated = _Stream(_STREAM_ANNOTATED, np.flatnonzero(used & self._annotated))
         organs = _Stream(_STREAM_ORGANS, np.flatnonzero(used & (annotation == "organ")))
@@ -109,51 +117,77 @@ class Plan:
             organs_before = step * self.batch_size - before
             row = self._streams[False].row(self.config.seed, organs_before + slot - (after - before))
         rng = patch_rng(self.config.seed, Purpose.CROP_AND_AUGMENT, epoch=epoch, index=index)
-        shape = int_zyx(self._store.index.column("shape_zyx")[row].as_py())
-        box = self._draw_box(rng, row, shape)
+        z, y, x = self._shapes[row].tolist()
+        box = self._draw_box(rng, row, (z, y, x))
         augmentation = draw_augmentation(rng, self.config.augment)
-        case = self._store.cases[row]
-        return PatchRequest(epoch, index, row, case, self._datasets[row], bool(self._annotated[row]), box, augmentation)
+        case, dataset = self._store.rows.case(row), self._datasets[self._dataset_of[row]]
+        return PatchRequest(epoch, index, row, case, dataset, bool(self._annotated[row]), box, augmentation)
 
     def _draw_box(self, rng: np.random.Generator, row: int, shape: IntZYX) -> Box:
         positive = rng.random() < self.config.loader.positive_fraction
         anchor = self._labelled_voxel(rng, row, shape) if positive else None
-        if anchor is not None:
-            chunk_start = anchor // CHUNK * CHUNK
-            center = np.minimum(chunk_start + rng.integers(0, CHUNK, 3), np.array(shape) - 1)
-        else:
+        if anchor is None:
             center = self._body_voxel(rng, row, shape)
-        origin = np.array(center) - np.array(self._patch) // 2
-        if anchor is not None:
-            origin = np.clip(origin, anchor - np.array(self._patch) + 1, anchor)
-        return Box(_clamped(origin, shape, self._patch), self._patch)
+            z, y, x = (c - p // 2 for c, p in zip(center, self._patch, strict=True))
+        else:
+            center = _inside(anchor, rng, shape)
+            # the labelled voxel stays in the box
+            z, y, x = (min(max(c - p // 2, a - p + 1), a) for c, p, a in zip(center, self._patch, anchor, strict=True))
+        return Box(_clamped((z, y, x), shape, self._patch), self._patch)
 
-    def _labelled_voxel(self, rng: np.random.Generator, row: int, shape: IntZYX) -> NDArray[np.int64] | None:
-        classes = self._store.index.column("class_chunks")[
-            row
-        ].values  # Arrow: no Python object for each of thousands of chunks
-        if classes is None or not len(classes):
+    def _labelled_voxel(self, rng: np.random.Generator, row: int, shape: IntZYX) -> IntZYX | None:
+        lists = self._lists.labelled(row)
+        if lists is None:
             return None
+        chunk, voxels, anchor = lists.chunk, lists.voxels, lists.anchor
         if self.config.loader.class_balanced:
-            classes = classes.slice(int(rng.integers(len(classes))), 1)
-        chunk, voxels, anchor = (classes.field(name).flatten().to_numpy() for name in ("chunk", "voxels", "anchor"))
-        drawn = rng.choice(len(chunk), p=voxels / voxels.sum(dtype=np.float64))
-        start = np.array(np.unravel_index(chunk[drawn], chunks_per_axis(shape))) * CHUNK
-        return np.array(start + np.array(np.unravel_index(anchor[drawn], (CHUNK,) * 3)), dtype=np.int64)
+            drawn_class = int(rng.integers(len(lists.bounds) - 1))
+            entries = slice(lists.bounds[drawn_class], lists.bounds[drawn_class + 1])
+            chunk, voxels, anchor = chunk[entries], voxels[entries], anchor[entries]
+        # rng.choice(len(chunk), p=voxels / voxels.sum()), without its checks of p
+        cumulated = (voxels / voxels.sum(dtype=np.float64)).cumsum()
+        cumulated /= cumulated[-1]
+        drawn = int(cumulated.searchsorted(rng.random(), side="right"))
+        z, y, x = _place(int(chunk[drawn]), chunks_per_axis(shape))
+        in_z, in_y, in_x = _place(int(anchor[drawn]), (CHUNK,) * 3)
+        return z * CHUNK + in_z, y * CHUNK + in_y, x * CHUNK + in_x
 
-    def _body_voxel(self, rng: np.random.Generator, row: int, shape: IntZYX) -> NDArray[np.int64]:
-        chunks = unpack_body_chunks(self._store.index.column("body_chunks")[row].as_py(), shape)
+    def _body_voxel(self, rng: np.random.Generator, row: int, shape: IntZYX) -> IntZYX:
+        grid = chunks_per_axis(shape)
+        chunks = np.unpackbits(self._lists.body(row), count=math.prod(grid)).nonzero()[0]
         if not len(chunks):
-            return np.array([rng.integers(0, n) for n in shape], dtype=np.int64)
-        start = np.array(np.unravel_index(chunks[rng.integers(len(chunks))], chunks_per_axis(shape))) * CHUNK
-        return np.minimum(start + rng.integers(0, CHUNK, 3), np.array(shape) - 1)
+            z, y, x = (int(rng.integers(0, n)) for n in shape)
+            return z, y, x
+        z, y, x = _place(int(chunks[rng.integers(len(chunks))]), grid)
+        return _inside((z * CHUNK, y * CHUNK, x * CHUNK), rng, shape)
 
 
-def _clamped(origin: NDArray[np.int64], shape: IntZYX, patch: IntZYX) -> IntZYX:
+def _encoded(store: Store, column: str) -> tuple[list[str], NDArray[np.int32]]:
+    """The distinct values of a column of text, and which of them each row has."""
+    encoded = store.column(column).combine_chunks().dictionary_encode()
+    return encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
+
+
+def _place(number: int, grid: IntZYX) -> IntZYX:
+    """Index of the ``number``-th element of a grid in C order."""
+    rest, x = divmod(number, grid[2])
+    z, y = divmod(rest, grid[1])
+    return z, y, x
+
+
+def _inside(voxel: IntZYX, rng: np.random.Generator, shape: IntZYX) -> IntZYX:
+    """A random voxel of the inner chunk that holds ``voxel``, in the volume."""
+    drawn = rng.integers(0, CHUNK, 3).tolist()
+    z, y, x = (min(v // CHUNK * CHUNK + d, n - 1) for v, d, n in zip(voxel, drawn, shape, strict=True))
+    return z, y, x
+
+
+def _clamped(origin: IntZYX, shape: IntZYX, patch: IntZYX) -> IntZYX:
     """The origin moved so that the box lies in the volume; on an axis shorter than the patch, the volume is centred in the box."""
-    return int_zyx(
-        -((p - n) // 2) if n <= p else min(max(int(o), 0), n - p) for o, n, p in zip(origin, shape, patch, strict=True)
+    z, y, x = (
+        -((p - n) // 2) if n <= p else min(max(o, 0), n - p) for o, n, p in zip(origin, shape, patch, strict=True)
     )
+    return z, y, x
 
 
 def draw_augmentation(rng: np.random.Generator, augment: AugmentConfig) -> Augmentation:

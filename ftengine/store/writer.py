@@ -19,6 +19,7 @@ from ftengine.geometry import Grid
 from ftengine.store import index, layout
 from ftengine.store.location import Location, locate
 from ftengine.store.reader import open_store
+from ftengine.store.rows import Rows
 from ftengine.volume.lesions import find_lesions
 
 _CONTEXT = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
@@ -89,7 +90,7 @@ def write_volume(
     location = locate(place)
     layout.check_case_name(case)
     if committed is None:
-        committed = index.read_index(location).column("case").to_pylist()
+        committed = Rows(location).cases.to_pylist()
         CaseNames(committed).refuse_nested(case, location)
     folder = location.scratch()
     try:

@@ -34,7 +34,7 @@ def value_extents(label: NDArray[np.uint8]) -> dict[int, ValueExtent]:
             continue
         here = np.bincount(inside)
         count[: len(here)] += here
-        for value in np.flatnonzero(here):
+        for value in np.flatnonzero(here).tolist():
             equal = plane == value
             y, x = np.flatnonzero(equal.any(axis=1)), np.flatnonzero(equal.any(axis=0))
             low[value] = np.minimum(low[value], (z, y[0], x[0]))
