@@ -23,7 +23,7 @@ def info(
     from ftengine.store.reader import open_store
 
     opened = open_store(store)
-    document = describe_store(opened, list_cases=cases or as_json)
+    document = describe_store(opened, list_cases=cases)
     if as_json:
         print_json(document)
         return

@@ -10,6 +10,7 @@ holds background of the body. Boxes are clamped into the volume; a volume smalle
 """
 
 import math
+import threading
 from collections import OrderedDict
 from fractions import Fraction
 from typing import Literal
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from ftengine.config import AugmentConfig, Config
 from ftengine.errors import ConfigError
 from ftengine.geometry import Box, IntZYX
-from ftengine.rng import Purpose, patch_rng
+from ftengine.rng import Purpose, StreamReader, patch_rng
 from ftengine.store.layout import CHUNK, chunks_per_axis
 from ftengine.store.reader import Store
 from ftengine.types import Augmentation, PatchRequest
@@ -28,6 +29,7 @@ from ftengine.types import Augmentation, PatchRequest
 Mix = Literal["annotated", "mixed"]
 # Fixed numbers of the two streams: part of every result
 _STREAM_ANNOTATED, _STREAM_ORGANS = 0, 1
+_CHUNK_ZYX = (CHUNK, CHUNK, CHUNK)
 _KEPT_ORDER_ENTRIES = 1 << 20  # of each stream: 8 MB
 
 
@@ -64,6 +66,9 @@ class Plan:
         self.config = config
         self._store = store
         self._patch: IntZYX = config.region.patch_zyx
+        self._positive_fraction = config.loader.positive_fraction
+        self._class_balanced = config.loader.class_balanced
+        self._local = threading.local()  # reader threads ask at the same time
         self._lists = store.rows.chunk_lists
         self._datasets, self._dataset_of = _encoded(store, "dataset")
         names, codes = _encoded(store, "annotation")
@@ -110,51 +115,64 @@ class Plan:
         step, slot = divmod(index, self.batch_size)
         step += epoch * self.batches_per_epoch
         # slots of annotated volumes up to and with this step: the share is kept over steps, whatever the batch size
-        before, after = (math.floor(s * self.batch_size * self._annotated_share) for s in (step, step + 1))
+        part, whole = self._annotated_share.as_integer_ratio()
+        before, after = (step * self.batch_size * part // whole, (step + 1) * self.batch_size * part // whole)
         if slot < after - before:
             row = self._streams[True].row(self.config.seed, before + slot)
         else:
             organs_before = step * self.batch_size - before
             row = self._streams[False].row(self.config.seed, organs_before + slot - (after - before))
-        rng = patch_rng(self.config.seed, Purpose.CROP_AND_AUGMENT, epoch=epoch, index=index)
+        rng = self._streams_of_thread().patch_rng(self.config.seed, Purpose.CROP_AND_AUGMENT, epoch=epoch, index=index)
         z, y, x = self._shapes[row].tolist()
         box = self._draw_box(rng, row, (z, y, x))
         augmentation = draw_augmentation(rng, self.config.augment)
         case, dataset = self._store.rows.case(row), self._datasets[self._dataset_of[row]]
         return PatchRequest(epoch, index, row, case, dataset, bool(self._annotated[row]), box, augmentation)
 
+    def _streams_of_thread(self) -> StreamReader:
+        try:
+            reader: StreamReader = self._local.reader
+        except AttributeError:
+            reader = self._local.reader = StreamReader()
+        return reader
+
     def _draw_box(self, rng: np.random.Generator, row: int, shape: IntZYX) -> Box:
-        positive = rng.random() < self.config.loader.positive_fraction
-        anchor = self._labelled_voxel(rng, row, shape) if positive else None
+        pz, py, px = self._patch
+        anchor = self._labelled_voxel(rng, row, shape) if rng.random() < self._positive_fraction else None
         if anchor is None:
-            center = self._body_voxel(rng, row, shape)
-            z, y, x = (c - p // 2 for c, p in zip(center, self._patch, strict=True))
+            cz, cy, cx = self._body_voxel(rng, row, shape)
+            z, y, x = cz - pz // 2, cy - py // 2, cx - px // 2
         else:
-            center = _inside(anchor, rng, shape)
+            az, ay, ax = anchor
+            cz, cy, cx = _inside(anchor, rng, shape)
             # the labelled voxel stays in the box
-            z, y, x = (min(max(c - p // 2, a - p + 1), a) for c, p, a in zip(center, self._patch, anchor, strict=True))
-        return Box(_clamped((z, y, x), shape, self._patch), self._patch)
+            z = min(max(cz - pz // 2, az - pz + 1), az)
+            y = min(max(cy - py // 2, ay - py + 1), ay)
+            x = min(max(cx - px // 2, ax - px + 1), ax)
+        nz, ny, nx = shape
+        return Box((_clamped(z, nz, pz), _clamped(y, ny, py), _clamped(x, nx, px)), self._patch)
 
     def _labelled_voxel(self, rng: np.random.Generator, row: int, shape: IntZYX) -> IntZYX | None:
         lists = self._lists.labelled(row)
         if lists is None:
             return None
-        chunk, voxels, anchor = lists.chunk, lists.voxels, lists.anchor
-        if self.config.loader.class_balanced:
-            drawn_class = int(rng.integers(len(lists.bounds) - 1))
-            entries = slice(lists.bounds[drawn_class], lists.bounds[drawn_class + 1])
-            chunk, voxels, anchor = chunk[entries], voxels[entries], anchor[entries]
+        bounds = lists.bounds
+        first, last = bounds[0], bounds[-1]
+        if self._class_balanced:
+            drawn_class = int(rng.integers(len(bounds) - 1))
+            first, last = bounds[drawn_class], bounds[drawn_class + 1]
+        voxels = lists.voxels[first:last]
         # rng.choice(len(chunk), p=voxels / voxels.sum()), without its checks of p
-        cumulated = (voxels / voxels.sum(dtype=np.float64)).cumsum()
+        cumulated = np.add.accumulate(voxels / np.add.reduce(voxels, dtype=np.float64))
         cumulated /= cumulated[-1]
-        drawn = int(cumulated.searchsorted(rng.random(), side="right"))
-        z, y, x = _place(int(chunk[drawn]), chunks_per_axis(shape))
-        in_z, in_y, in_x = _place(int(anchor[drawn]), (CHUNK,) * 3)
+        drawn = first + cumulated.searchsorted(rng.random(), side="right")
+        z, y, x = _place(int(lists.chunk[drawn]), chunks_per_axis(shape))
+        in_z, in_y, in_x = _place(int(lists.anchor[drawn]), _CHUNK_ZYX)
         return z * CHUNK + in_z, y * CHUNK + in_y, x * CHUNK + in_x
 
     def _body_voxel(self, rng: np.random.Generator, row: int, shape: IntZYX) -> IntZYX:
         grid = chunks_per_axis(shape)
-        chunks = np.unpackbits(self._lists.body(row), count=math.prod(grid)).nonzero()[0]
+        chunks = np.unpackbits(self._lists.body(row), count=grid[0] * grid[1] * grid[2]).nonzero()[0]
         if not len(chunks):
             z, y, x = (int(rng.integers(0, n)) for n in shape)
             return z, y, x
@@ -177,17 +195,15 @@ def _place(number: int, grid: IntZYX) -> IntZYX:
 
 def _inside(voxel: IntZYX, rng: np.random.Generator, shape: IntZYX) -> IntZYX:
     """A random voxel of the inner chunk that holds ``voxel``, in the volume."""
-    drawn = rng.integers(0, CHUNK, 3).tolist()
-    z, y, x = (min(v // CHUNK * CHUNK + d, n - 1) for v, d, n in zip(voxel, drawn, shape, strict=True))
-    return z, y, x
+    (z, y, x), (nz, ny, nx) = voxel, shape
+    # rng.integers(0, CHUNK, 3), which takes longer
+    dz, dy, dx = int(rng.integers(0, CHUNK)), int(rng.integers(0, CHUNK)), int(rng.integers(0, CHUNK))
+    return min(z - z % CHUNK + dz, nz - 1), min(y - y % CHUNK + dy, ny - 1), min(x - x % CHUNK + dx, nx - 1)
 
 
-def _clamped(origin: IntZYX, shape: IntZYX, patch: IntZYX) -> IntZYX:
-    """The origin moved so that the box lies in the volume; on an axis shorter than the patch, the volume is centred in the box."""
-    z, y, x = (
-        -((p - n) // 2) if n <= p else min(max(o, 0), n - p) for o, n, p in zip(origin, shape, patch, strict=True)
-    )
-    return z, y, x
+def _clamped(origin: int, length: int, patch: int) -> int:
+    """The origin moved so that the patch lies in the volume; on an axis shorter than the patch, the volume is centred in it."""
+    return -((patch - length) // 2) if length <= patch else min(max(origin, 0), length - patch)
 
 
 def draw_augmentation(rng: np.random.Generator, augment: AugmentConfig) -> Augmentation:
@@ -195,7 +211,9 @@ def draw_augmentation(rng: np.random.Generator, augment: AugmentConfig) -> Augme
 
     A quarter turn is a transpose of y and x followed by a flip, so all turns and flips together are one transpose and one flip.
     """
-    flip_x, flip_y, flip_z = (bool(rng.random() < augment.flip_probability) for _ in range(3))
+    flip_x = rng.random() < augment.flip_probability
+    flip_y = rng.random() < augment.flip_probability
+    flip_z = rng.random() < augment.flip_probability
     turned = rng.random() < augment.rot90_probability
     quarter_turns = int(rng.integers(1, 4)) if turned else 0
     scale = 1.0 + _symmetric(rng, augment.scale_probability, augment.scale_range)
@@ -211,5 +229,6 @@ def draw_augmentation(rng: np.random.Generator, augment: AugmentConfig) -> Augme
 
 
 def _symmetric(rng: np.random.Generator, probability: float, half_range: float) -> float:
-    chance, value = rng.random(), rng.uniform(-half_range, half_range)  # always two draws: the stream never shifts
-    return float(value) if chance < probability else 0.0
+    # always two draws: the stream never shifts. The second is rng.uniform(-half_range, half_range), written out
+    chance, value = rng.random(), -half_range + (half_range + half_range) * rng.random()
+    return value if chance < probability else 0.0

@@ -16,9 +16,8 @@ import stat
 import tempfile
 import uuid
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -29,12 +28,11 @@ from ftengine.errors import StoreError
 LIST_COLUMNS = ("class_chunks", "body_chunks")
 
 
-@dataclass(frozen=True)
-class Labelled:
-    """The chunks of one row that hold labels, class behind class.
+class Labelled(NamedTuple):
+    """The chunks that hold the labels of one row: entries ``bounds[0]`` to ``bounds[-1]`` of arrays that hold other rows, too.
 
-    chunk: C-order ids of inner chunks. voxels: how many of the class. anchor: one voxel of the class, C-order place in the chunk.
-    bounds: class i takes entries ``bounds[i]`` to ``bounds[i + 1]`` of the three.
+    bounds: class i of the row has entries ``bounds[i]`` to ``bounds[i + 1]``. chunk: C-order ids of inner chunks. voxels: how many of
+    the class lie there. anchor: one of them, C-order place in the chunk.
     """
 
     bounds: NDArray[np.int32]
@@ -78,9 +76,7 @@ class ChunkLists:
         first, last = views.rows[place], views.rows[place + 1]
         if first == last:
             return None
-        bounds = views.classes[first : last + 1]
-        entries = slice(bounds[0], bounds[-1])
-        return Labelled(bounds - bounds[0], views.chunk[entries], views.voxels[entries], views.anchor[entries])
+        return Labelled(views.classes[first : last + 1], views.chunk, views.voxels, views.anchor)
 
     def body(self, row: int) -> NDArray[np.uint8]:
         """The packed bits of a row's ``body_chunks``."""
