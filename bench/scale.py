@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ftengine.bench.timing import environment
+from ftengine.bench.timing import environment, peak_bytes
 from ftengine.config import Config
 from ftengine.geometry import IntZYX
 from ftengine.loader.plan import Plan
@@ -73,7 +72,7 @@ def synthetic_index(store: Path, examples: Sequence[dict[str, Any]], num_volumes
     ):
         for start in range(0, num_volumes, index.ROW_GROUP):
             rows = [
-                _vary(examples[rng.integers(len(examples))], name, rng)
+                _vary(examples[int(rng.integers(len(examples)))], name, rng)
                 for name in names[start : start + index.ROW_GROUP]
             ]
             out.write_table(pa.Table.from_pylist(rows, schema=index.SCHEMA), row_group_size=index.ROW_GROUP)
@@ -110,16 +109,12 @@ def _vary(example: dict[str, Any], name: str, rng: np.random.Generator) -> dict[
     }
 
 
-def _peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 # what a user's own program does: nothing but the package is imported
 _OPEN = """
-import json, resource, sys, time
+import json, sys, time
 import ftengine
 ftengine.open_store
-peak_mb = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+peak_mb = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1e3
 imports_mb, started = peak_mb(), time.perf_counter()
 store = ftengine.open_store(sys.argv[1])
 print(json.dumps({"s": time.perf_counter() - started, "rows": len(store), "imports_mb": imports_mb, "peak_mb": peak_mb()}))
@@ -143,7 +138,7 @@ def measure_draws(store: str, draws: int) -> dict[str, float]:
         samples.append(time.perf_counter() - started)
     samples_us = np.array(samples[2000:]) * 1e6
     median, high = np.percentile(samples_us, (50, 95))
-    return {"us": float(median), "p95_us": float(high), "plan_s": plan_s, "peak_mb": _peak_mb()}
+    return {"us": float(median), "p95_us": float(high), "plan_s": plan_s, "peak_mb": peak_bytes() / 1e6}
 
 
 def _run_apart(*arguments: str) -> dict[str, float]:
