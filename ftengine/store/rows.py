@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from functools import cached_property, lru_cache
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -54,19 +55,12 @@ class Rows:
         self._columns: dict[str, Any] = {"case": self.cases}
 
     def _open(self) -> None:
-        withdrawn, row_files = index.row_files(
-            self.location
-        )  # before the compacted index: what it folds in is seen in one of the two
+        # listed before the compacted index is opened: what a compaction folds in is seen in one of the two
+        withdrawn, row_files = index.row_files(self.location)
         self._compacted = self._open_compacted()
-        self._recent = pa.concat_tables(
-            [index.read_row_file(self.location, key) for key in row_files] or [index.SCHEMA.empty_table()]
-        )
-        cases = (
-            pa.chunked_array([], pa.string())
-            if self._compacted is None
-            else self._read_compacted(["case"]).column("case")
-        )
-        cases = pa.concat_arrays([*cases.chunks, pa.array([], pa.string())])
+        recent = [index.read_row_file(self.location, key) for key in row_files]
+        self._recent = pa.concat_tables(recent) if recent else _no_rows(index.SCHEMA)
+        cases = pa.concat_arrays([*self._read_compacted(["case"]).column("case").chunks, pa.nulls(0, pa.string())])
         self._order: Any = None  # None: the compacted file is in order and all there is
         if self._recent.num_rows or withdrawn or not _is_ascending(cases):
             self._order = self._merged_order(cases.to_pylist(), set(withdrawn))
@@ -80,7 +74,10 @@ class Rows:
             for row, case in enumerate([*compacted, *self._recent.column("case").to_pylist()])
             if row >= len(compacted) or not withdrawn or index.row_key(case, withdrawn=True) not in withdrawn
         }
-        return pa.array([latest[case] for case in sorted(latest)], type=pa.int64())
+        order = np.array([latest[case] for case in sorted(latest)], dtype=np.int64)
+        return pa.Array.from_buffers(
+            pa.int64(), len(order), [None, pa.py_buffer(order)]
+        )  # pa.array would import pandas
 
     def _open_compacted(self) -> Any:
         if not self.location.exists(index.COMPACTED):
@@ -99,7 +96,7 @@ class Rows:
     def _read_compacted(self, names: list[str]) -> Any:
         schema = pa.schema([index.SCHEMA.field(name) for name in names])
         if self._compacted is None:
-            return schema.empty_table()
+            return _no_rows(schema)
         with index.readable(self.location, index.COMPACTED):
             return self._compacted.read(columns=names).select(names).cast(schema)
 
@@ -195,6 +192,11 @@ class Rows:
         if self._order is None:
             return stored
         return pa.concat_tables([stored, self._recent.select(names)]).take(self._order)
+
+
+def _no_rows(schema: Any) -> Any:
+    """An empty table; ``schema.empty_table()`` imports pandas where it is installed: most of a second."""
+    return pa.Table.from_batches([], schema=schema)
 
 
 def _is_ascending(cases: Any) -> bool:
