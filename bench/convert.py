@@ -24,12 +24,6 @@ from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
-import torch
-from monai.transforms.compose import Compose
-from monai.transforms.io.dictionary import LoadImaged
-from monai.transforms.spatial.array import SpatialResample
-from monai.transforms.spatial.dictionary import Orientationd, Spacingd
-from monai.transforms.utility.dictionary import EnsureChannelFirstd
 from numpy.typing import NDArray
 
 from ftengine.bench.timing import Row, as_table, environment, peak_bytes
@@ -80,8 +74,14 @@ def sources_of(pairs: Sequence[Pair], repeat: int = 1) -> list[Source]:
     ]
 
 
-def monai_chain(spacing_mm_zyx: FloatZYX, *, has_label: bool) -> Compose:
+def monai_chain(spacing_mm_zyx: FloatZYX, *, has_label: bool) -> Callable[[dict[str, str]], dict[str, Any]]:
     """The transforms of the usual training script, up to the cache."""
+    # here and below: processes that only convert must not pay for these imports, nor hold them in memory
+    from monai.transforms.compose import Compose
+    from monai.transforms.io.dictionary import LoadImaged
+    from monai.transforms.spatial.dictionary import Orientationd, Spacingd
+    from monai.transforms.utility.dictionary import EnsureChannelFirstd
+
     keys = ["image", "label"] if has_label else ["image"]
     mode = ["bilinear", "nearest"] if has_label else ["bilinear"]
     return Compose(
@@ -96,6 +96,8 @@ def monai_chain(spacing_mm_zyx: FloatZYX, *, has_label: bool) -> Compose:
 
 def convert_by_monai(pairs: Sequence[Pair], folder: Path, region: RegionConfig) -> int:
     """Every pair through the chain into ``folder``; bytes written."""
+    import torch
+
     folder.mkdir()
     for number, (image, label) in enumerate(pairs):
         data = {"image": str(image)} | ({} if label is None else {"label": str(label)})
@@ -159,6 +161,13 @@ def _label_share(file: Path, grid: Grid, ours: NDArray[np.uint8], inner: tuple[s
 
 
 def _monai_on_grid(file: Path, grid: Grid, mode: str) -> NDArray[Any]:
+    import torch
+    from monai.transforms.compose import Compose
+    from monai.transforms.io.dictionary import LoadImaged
+    from monai.transforms.spatial.array import SpatialResample
+    from monai.transforms.spatial.dictionary import Orientationd
+    from monai.transforms.utility.dictionary import EnsureChannelFirstd
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loaded = Compose([LoadImaged("x"), EnsureChannelFirstd("x"), Orientationd("x", axcodes="RAS")])(
@@ -220,6 +229,8 @@ def _timed(owner: Any, name: str, stage: str, spent: dict[str, float]) -> Iterat
 def compare(pairs: Sequence[Pair], rounds: int, *, one_core: bool) -> dict[str, Any]:
     """Both conversions of all pairs, interleaved; in this process."""
     if one_core:
+        import torch
+
         torch.set_num_threads(1)
         sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     region = Config.preset("abdomen").region

@@ -22,6 +22,7 @@ from ftengine.config import AugmentConfig, Config
 from ftengine.errors import ConfigError
 from ftengine.geometry import Box, IntZYX
 from ftengine.rng import Purpose, StreamReader, patch_rng
+from ftengine.store.folds import rows_in
 from ftengine.store.layout import CHUNK, chunks_per_axis
 from ftengine.store.reader import Store
 from ftengine.types import Augmentation, PatchRequest
@@ -58,10 +59,12 @@ class _Stream:
 class Plan:
     """Patch requests of a run; request (epoch, index) is a function of the seed and the index of the store alone."""
 
-    def __init__(self, config: Config, store: Store, *, mix: Mix, split: str | None = None) -> None:
+    def __init__(
+        self, config: Config, store: Store, *, mix: Mix, split: str | None = None, held_out_fold: int | None = None
+    ) -> None:
         """``mix``: "annotated" draws from tumour-annotated volumes only (baseline), "mixed" also from organ-labelled ones.
 
-        ``split``: use only rows of this split. Raises ConfigError where nothing is left to draw from.
+        ``split``: use only rows of this split; ``held_out_fold``: leave this fold out. Raises ConfigError where nothing is left to draw from.
         """
         self.config = config
         self._store = store
@@ -75,10 +78,7 @@ class Plan:
         annotation = np.array(names, dtype=str)[codes]
         shapes = store.column("shape_zyx").combine_chunks()
         self._shapes: NDArray[np.int32] = shapes.flatten().to_numpy().reshape(len(store), 3)
-        used = np.ones(len(store), dtype=bool)
-        if split is not None:
-            names, codes = _encoded(store, "split")
-            used &= (np.array(names, dtype=str) == split)[codes]
+        used = rows_in(store.select(["split", "fold"]), split=split, held_out_fold=held_out_fold)
         self._annotated = annotation == "tumor"
         annotated = _Stream(_STREAM_ANNOTATED, np.flatnonzero(used & self._annotated))
         organs = _Stream(_STREAM_ORGANS, np.flatnonzero(used & (annotation == "organ")))
@@ -93,6 +93,7 @@ class Plan:
         if any(not len(stream.rows) for stream in used_streams):
             kinds = {k: int((used & (annotation == k)).sum()) for k in ("tumor", "organ", "none")}
             where = f" in split {split!r}" if split is not None else ""
+            where += f" outside fold {held_out_fold}" if held_out_fold is not None else ""
             raise ConfigError(
                 f"{store.location}: no volume{where} to draw from (tumours annotated: {kinds['tumor']}, organs only: {kinds['organ']}, no label: "
                 f"{kinds['none']}); this run needs tumour-annotated volumes. Convert labelled cases, or mark tumour-free ones with "

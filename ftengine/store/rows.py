@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import time
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -117,6 +117,10 @@ class Rows:
         if name not in self._columns:
             self._columns[name] = self._ordered([name]).column(name)
         return self._columns[name]
+
+    def select(self, names: Sequence[str]) -> Any:
+        """A table of some columns."""
+        return pa.Table.from_arrays([self.column(name) for name in names], names=list(names))
 
     @cached_property
     def table(self) -> Any:

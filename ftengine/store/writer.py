@@ -50,6 +50,10 @@ def create_store(place: str | Path | Location, region: RegionConfig) -> Location
     location = locate(place)
     if location.exists("zarr.json"):
         store = open_store(location)
+        if store.volumes is not store.location:
+            raise ConfigError(
+                f"{location}: is a subset of {store.volumes} and holds no volumes of its own; convert into that store and make the subset again."
+            )
         have = (store.region, store.spacing_mm_zyx, store.labels)
         want = (region.name, region.spacing_mm_zyx, region.labels)
         if have != want:
@@ -90,8 +94,9 @@ def write_volume(
     location = locate(place)
     layout.check_case_name(case)
     if committed is None:
-        committed = Rows(location).cases.to_pylist()
-        CaseNames(committed).refuse_nested(case, location)
+        names = CaseNames(Rows(location).cases.to_pylist())
+        names.refuse_nested(case, location)
+        committed = names.cases
     folder = location.scratch()
     try:
         _build(folder, case, image_hu, label, region)
