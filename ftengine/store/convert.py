@@ -151,6 +151,8 @@ def _run(
     for source in sources:
         committed = known.get(source.case)
         try:
+            if source.refusal is not None:
+                raise source.refusal
             check_case_name(source.case)
             if committed is None:
                 names.refuse_nested(source.case, location)
