@@ -81,6 +81,23 @@ def convert(
             metavar="CODES", help="Axis codes, e.g. RAS or LPS, for files that do not state their orientation."
         ),
     ] = None,
+    allow_gaps: Annotated[
+        bool, typer.Option(help="Fill missing or unevenly spaced DICOM slices linearly from their neighbours; noted.")
+    ] = False,
+    nan: Annotated[
+        float | None, typer.Option(metavar="HU", help="HU in place of NaN and infinity, e.g. -1024 for air; noted.")
+    ] = None,
+    resample_labels: Annotated[
+        bool, typer.Option(help="Bring labels on another grid to their image's by nearest neighbour; noted.")
+    ] = False,
+    pseudonymize: Annotated[
+        str | None,
+        typer.Option(metavar="SALT", help="Replace case and file names by keyed hashes; the same salt gives the same."),
+    ] = None,
+    pseudonym_key: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write which name stands for which case (JSON), outside the store."),
+    ] = None,
     config: ConfigOption = None,
     assignments: SetOption = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes of this machine that convert at the same time.")] = 1,
@@ -119,13 +136,16 @@ def convert(
     from ftengine.store.convert import Resources, convert_cases
     from ftengine.volume.discover import parse_source
     from ftengine.volume.layouts.choose import find_cases
+    from ftengine.volume.pseudonyms import Pseudonyms, write_key
+    from ftengine.volume.readers import ReadOptions
 
     chosen = Config.preset(region) if config is None else Config.from_file(config, default_preset=region)
     chosen = chosen.with_assignments(assignments or [])
     options = ConvertOptions(
         annotation=annotated,  # type: ignore[arg-type]  # convert_cases checks it
         split=split,
-        assume_orientation=assume_orientation,
+        reading=ReadOptions(assume_orientation, allow_gaps, nan, resample_labels),
+        pseudonyms=None if pseudonymize is None else Pseudonyms(pseudonymize),
     )
     resources = Resources(workers, dask, None if memory is None else _parse_bytes(memory))
     pairs = [parse_source(text) for text in sources]
@@ -143,6 +163,9 @@ def convert(
     )
     found = discovery.sources
     _print_discovery(discovery, quiet=quiet)
+    key = {} if options.pseudonyms is None else options.pseudonyms.key(source.case for source in found)
+    if pseudonym_key is not None:
+        write_key(pseudonym_key, key, Path(store))
     if dry_run:
         _plan(found, store, chosen, options, resources, as_json=as_json, quiet=quiet)
     with progress("converting", len(found), quiet=quiet or as_json) as reporter:
@@ -158,7 +181,7 @@ def convert(
             on_outcome=tally.add,
         )
     if as_json:
-        print_json(report.to_json())
+        print_json(report.to_json() | ({"pseudonyms": key} if key else {}))
     else:
         _print_report(report, quiet=quiet)
     raise typer.Exit(report.exit_code)

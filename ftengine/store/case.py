@@ -13,7 +13,7 @@ import hashlib
 import json
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, cast
 
@@ -27,8 +27,10 @@ from ftengine.store.location import Location, locate
 from ftengine.store.writer import Provenance, write_volume
 from ftengine.types import Volume
 from ftengine.volume.discover import Source
-from ftengine.volume.readers import read_volume
+from ftengine.volume.pseudonyms import Pseudonyms
+from ftengine.volume.readers import STRICT, ReadOptions, read_volume
 from ftengine.volume.resample import resample
+from ftengine.volume.values import read_failure, shown
 
 Annotation = Literal["auto", "tumor", "organ"]
 Status = Literal["converted", "skipped", "failed", "planned"]
@@ -43,7 +45,8 @@ class ConvertOptions:
     split: str = ""  # in place of what the source says
     label_map: tuple[tuple[int, int], ...] = ()  # behind the source's own
     organ_label_map: tuple[tuple[int, int], ...] = ()  # likewise
-    assume_orientation: str | None = None
+    reading: ReadOptions = STRICT
+    pseudonyms: Pseudonyms | None = None  # in place of names of files in the row; the caller renames the cases
 
     def text(self, source: Source) -> str:
         """The options that a row was made with, as JSON for the index."""
@@ -53,7 +56,7 @@ class ConvertOptions:
                 "split": self.split or source.split,
                 "label_map": sorted(self.maps(source).items()),
                 "organ_label_map": sorted(self.organ_maps(source).items()),
-                "orientation": self.assume_orientation,
+                "reading": asdict(self.reading),
             }
         )
 
@@ -66,8 +69,14 @@ class ConvertOptions:
             split=values.get("split", ""),
             label_map=tuple((int(a), int(b)) for a, b in values.get("label_map", ())),
             organ_label_map=tuple((int(a), int(b)) for a, b in values.get("organ_label_map", ())),
-            assume_orientation=values.get("orientation"),
+            reading=ReadOptions(**values.get("reading", {})),
         )
+
+    def file_name(self, path: Path | None) -> str:
+        """A file's name as the index may hold it; "" for none."""
+        if path is None:
+            return ""
+        return path.name if self.pseudonyms is None else self.pseudonyms.file(path.name)
 
     def maps(self, source: Source) -> dict[int, int]:
         """Value in the label file -> value in the region."""
@@ -138,6 +147,21 @@ def failed(source: Source, error: CaseError) -> CaseOutcome:
     )
 
 
+def hidden(outcome: CaseOutcome, source: Source, pseudonyms: Pseudonyms | None) -> CaseOutcome:
+    """The outcome of ``source`` (which has its real name) as it may be shown and stored."""
+    if pseudonyms is None:
+        return outcome
+    paths = {source.image, *source.files, *source.label_files, *source.organ_label_files}
+    paths |= {path for path in (source.label, source.organ_label) if path is not None}
+    return replace(
+        outcome,
+        case=pseudonyms.case(source.case),
+        file=pseudonyms.file(source.image.name) if outcome.file else "",
+        reason=pseudonyms.hide(outcome.reason, source.case, paths),
+        advice=pseudonyms.hide(outcome.advice, source.case, paths),
+    )
+
+
 def _convert(task: Task) -> CaseOutcome:
     source, known = task.source, task.committed
     conversion = task.options.text(source)
@@ -149,7 +173,7 @@ def _convert(task: Task) -> CaseOutcome:
         region = task.region
         stored = prepare(source, task.options, region.spacing_mm_zyx, region.labels.values(), region.tumor_values)
     except OSError as error:
-        raise _unreadable(source, error) from error
+        raise read_failure(shown(Path(error.filename or source.image)), error) from error
     except MemoryError as error:
         raise CaseError(
             f"{source.image}: out of memory while reading or resampling.",
@@ -166,11 +190,11 @@ def _convert(task: Task) -> CaseOutcome:
         ) from error
     notes = (*source.notes, *stored.notes, *((REPLACED,) if known is not None else ()))
     provenance = Provenance(
-        source=source.image.name,
+        source=task.options.file_name(source.image),
         source_sha256=hashes[0],
-        label_source="" if source.label is None else source.label.name,
+        label_source=task.options.file_name(source.label),
         label_sha256=hashes[1],
-        organ_label_source="" if source.organ_label is None else source.organ_label.name,
+        organ_label_source=task.options.file_name(source.organ_label),
         organ_label_sha256=hashes[2],
         source_stat=stat,
         annotation=task.options.annotation if stored.label is not None else "auto",
@@ -225,7 +249,7 @@ def prepare(
         organ_label=source.organ_label,
         organ_label_map=options.organ_maps(source),
         tumor_values=tumor_values,
-        assume_orientation=options.assume_orientation,
+        options=options.reading,
     )
     return resample(volume, spacing_mm_zyx)
 
@@ -236,15 +260,6 @@ def unwritable(location: Location, error: OSError) -> StoreError:
     step = "Make room" if full else "Check the disk and its permissions"
     return StoreError(
         f"{location}: cannot be written ({error.strerror or error}); what is committed stays. {step}, then run the same command again."
-    )
-
-
-def _unreadable(source: Source, error: OSError) -> CaseError:
-    name = error.filename or source.image
-    return CaseError(
-        f"{name}: {error.strerror or type(error).__name__}.",
-        "Check the path and its permissions.",
-        code=FailureCode.UNREADABLE,
     )
 
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ftengine.errors import CaseError, ConfigError
+from ftengine.errors import CaseError, ConfigError, FailureCode
 from ftengine.volume.itk import data_files
 from ftengine.volume.readers import SUPPORTED
 from ftengine.volume.values import shown
@@ -106,7 +106,7 @@ def label_folders(labels: Path | None, organ_labels: Path | None) -> frozenset[P
     for name, folder in (("labels", labels), ("organ labels", organ_labels)):
         if folder is not None and not folder.is_dir():
             raise ConfigError(f"{name} folder {shown(folder)}: not a folder; want one with the images' relative paths.")
-    both = [folder.resolve() for folder in (labels, organ_labels) if folder is not None]
+    both = [real_path(folder) for folder in (labels, organ_labels) if folder is not None]
     if len(set(both)) < len(both):
         raise ConfigError(f"labels folder {shown(both[0])}: given for the organ labels too; want two folders.")
     return frozenset(both)
@@ -131,7 +131,7 @@ def assemble(
             if walk.ignored
             else ""
         )
-        raise CaseError(f"{named}: no CT found{passed}; want {SUPPORTED}. Check the path.")
+        raise CaseError(f"{named}: no CT found{passed}; want {SUPPORTED}.", "Check the path.", code=FailureCode.NO_CT)
     stated = {real_path(image): label for image, label in (pairs or {}).items()}
     for paired in stated.values():
         if paired != NO_LABEL and not paired.is_file():
@@ -201,11 +201,8 @@ def is_label_name(stem: str) -> bool:
 
 
 def real_path(path: Path) -> Path:
-    """The path without links; the path itself, made absolute, where its links lead in a circle."""
-    try:
-        return path.resolve()
-    except (OSError, RuntimeError):
-        return Path(os.path.abspath(path))
+    """The path without links; unlike ``Path.resolve`` it does not raise where a link leads to itself."""
+    return Path(os.path.realpath(path))
 
 
 def case_name(image: Found, dataset: str) -> str:
@@ -300,7 +297,7 @@ def _of_one_series(label: Path, image: Found) -> Path:
 def _only(candidates: Sequence[Path], image: Found) -> Path | None:
     """The one candidate that exists; ConfigError for several."""
     own = real_path(image.path)
-    there = [path for path in dict.fromkeys(candidates) if path.is_file() and path.resolve() != own]
+    there = [path for path in dict.fromkeys(candidates) if path.is_file() and real_path(path) != own]
     if len(there) > 1:
         raise ConfigError(
             f"{shown(image.path)}: several labels fit by name, {shown(there[0])} and {shown(there[1])}; want one. State it as IMAGE=LABEL or move the others away."

@@ -110,7 +110,7 @@ def _search(source: Path, walk: Walk, skip: Collection[Path], stated: Collection
     if not exists(source):
         raise ConfigError(f"{shown(source)}: no such file or folder; want {SUPPORTED}. Check the path.")
     if source.is_dir():
-        for folder, relative in folders(source, set(skip) - {source.resolve()}):
+        for folder, relative in folders(source, set(skip) - {real_path(source)}):
             _search_folder(folder, relative, source, walk, stated)
         return
     stem = image_stem(source.name)
@@ -135,36 +135,36 @@ def folders(root: Path, skip: Collection[Path]) -> Iterator[tuple[Path, tuple[st
     waiting: list[tuple[Path, tuple[str, ...]]] = [(root, ())]
     while waiting:
         folder, relative = waiting.pop()
-        real = folder.resolve()
+        real = real_path(folder)
         if real in seen or real in skip:
             continue
         seen.add(real)
         yield folder, relative
         try:
-            below = [
-                Path(entry.path) for entry in os.scandir(folder) if _is_folder(entry) and not entry.name.startswith(".")
-            ]
+            with os.scandir(folder) as entries:
+                below = [Path(entry.path) for entry in entries if not entry.name.startswith(".")]
         except OSError as error:
-            raise ConfigError(
-                f"{shown(folder)}: cannot be listed ({error.strerror}). Check its permissions."
-            ) from error
+            if folder == root:
+                raise ConfigError(
+                    f"{shown(folder)}: cannot be listed ({error.strerror}). Check its permissions."
+                ) from error
+            continue  # the caller, which cannot list it either, makes it a case that fails
         # real folders before links, so that a case is named by where it lies
         waiting += [
             (path, (*relative, path.name))
             for path in sorted(below, key=lambda p: (p.is_symlink(), p.name), reverse=True)
+            if path.is_dir()
         ]
-
-
-def _is_folder(entry: "os.DirEntry[str]") -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that leads in a circle
-        return False
 
 
 def _search_folder(folder: Path, relative: tuple[str, ...], root: Path, walk: Walk, stated: Collection[Path]) -> None:
     others = []
-    for path in sorted(folder.iterdir()):
+    try:
+        inside = sorted(folder.iterdir())
+    except OSError:
+        walk.images.append(Found(folder, relative, is_folder=True))  # reading it says why it cannot be listed
+        return
+    for path in inside:
         # a link to a missing file stays: reading it names the case that is lost
         if path.name.startswith(".") or path.is_dir():
             continue

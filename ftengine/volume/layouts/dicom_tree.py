@@ -17,9 +17,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ftengine.volume.cases import Found, Walk, image_stem, is_label_name
-from ftengine.volume.dicom import SliceHeader, is_axial, looks_like_dicom, read_slice_header, stacked
+from ftengine.errors import ConfigError
+from ftengine.volume.cases import Found, Walk, image_stem, is_label_name, real_path
+from ftengine.volume.dicom import SliceHeader, is_axial, looks_like_dicom, may_be_dicom, read_slice_header, stacked
 from ftengine.volume.discover import folders
+from ftengine.volume.layouts.listing import entries
 from ftengine.volume.values import MIN_AXIS_VOXELS
 
 SCOUT = "a scout (ImageType LOCALIZER)"
@@ -54,12 +56,16 @@ def find_dicom(root: Path, walk: Walk, *, skip: Collection[Path] = ()) -> None:
     places: dict[Path, Place] = {}
     all_series: dict[str | Place, _Series] = defaultdict(_Series)
     homeless: dict[Place, list[SliceHeader]] = defaultdict(list)  # damaged, of a series that nobody knows
-    for folder, place in folders(root, set(skip) - {root.resolve()}):
+    for folder, place in folders(root, set(skip) - {real_path(root)}):
         places[folder] = place
-        for path in sorted(folder.iterdir()):
-            if path.name.startswith(".") or path.is_dir():
-                continue
-            if not looks_like_dicom(path):
+        try:
+            inside = [path for path in entries(folder) if not path.is_dir()]
+        except ConfigError:
+            walk.images.append(Found(folder, place, is_folder=True))  # reading it says why it cannot be listed
+            continue
+        has_dicom = any(looks_like_dicom(path) for path in inside)
+        for path in inside:
+            if not (has_dicom and may_be_dicom(path)):
                 walk.ignored.append((path, _not_dicom(path)))
                 continue
             header = read_slice_header(path)
