@@ -162,10 +162,10 @@ def convert(
         absolute_paths=absolute_paths,
     )
     found = discovery.sources
-    _print_discovery(discovery, quiet=quiet)
     key = {} if options.pseudonyms is None else options.pseudonyms.key(source.case for source in found)
     if pseudonym_key is not None:
         write_key(pseudonym_key, key, Path(store))
+    _print_discovery(discovery, quiet=quiet)
     if dry_run:
         _plan(found, store, chosen, options, resources, as_json=as_json, quiet=quiet)
     with progress("converting", len(found), quiet=quiet or as_json) as reporter:

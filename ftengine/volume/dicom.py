@@ -164,16 +164,14 @@ def looks_like_dicom(path: Path) -> bool:
 
 
 def may_be_dicom(path: Path) -> bool:
-    """Whether a file beside DICOM slices is one of them: it looks like it, or cannot be opened; no slice is lost without a word."""
-    return looks_like_dicom(path) or not _opens(path)
-
-
-def _opens(path: Path) -> bool:
+    """``looks_like_dicom``, or a file that cannot be opened: a series must not lose a slice without a word."""
+    if looks_like_dicom(path):
+        return True
     try:
         with path.open("rb"):
-            return True
+            return False
     except OSError:
-        return False
+        return True
 
 
 def sort_out(files: Collection[Path]) -> DicomFiles:

@@ -142,7 +142,7 @@ def folders(root: Path, skip: Collection[Path]) -> Iterator[tuple[Path, tuple[st
         yield folder, relative
         try:
             with os.scandir(folder) as entries:
-                below = [Path(entry.path) for entry in entries if not entry.name.startswith(".")]
+                below = [Path(entry.path) for entry in entries if _is_folder(entry) and not entry.name.startswith(".")]
         except OSError as error:
             if folder == root:
                 raise ConfigError(
@@ -153,8 +153,14 @@ def folders(root: Path, skip: Collection[Path]) -> Iterator[tuple[Path, tuple[st
         waiting += [
             (path, (*relative, path.name))
             for path in sorted(below, key=lambda p: (p.is_symlink(), p.name), reverse=True)
-            if path.is_dir()
         ]
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads in a circle
+        return False
 
 
 def _search_folder(folder: Path, relative: tuple[str, ...], root: Path, walk: Walk, stated: Collection[Path]) -> None:

@@ -89,8 +89,8 @@ def read_volume(
     label_values: the labels of the region, all that may occur after ``label_map`` (file value -> region value; values that it does not
     name stay); None allows 0 to 255. organ_label: a second file, on the same grid, with a map of its own: its values lie under those of
     ``label``, so that wherever ``label`` is not background it wins. tumor_values: the tumours among the region's labels, counted inside and
-    outside the organs of ``organ_label`` in a note; None counts all that ``label`` holds.
-    series_files: which files of a DICOM folder to read (``Source.files``).
+    outside the organs of ``organ_label`` in a note; None counts all that ``label`` holds. series_files: which files of a DICOM folder to
+    read (``Source.files``).
 
     Returns RAS+ z, y, x, C-contiguous: int16 HU (float32 only where the file holds fractions), clipped to -1024..30000 before anything
     else is computed; label uint8 or None; ``native`` the grid of the file. Raises CaseError, one line, for everything that would train
@@ -106,13 +106,10 @@ def read_volume(
     del raw, hu, turned  # the native copy is as large as the volume
     volume = Volume(image_hu, None, grid, native, tuple(notes))
     layers: list[NDArray[np.uint8]] = []
-    for path, mapping, name, option in (
-        (organ_label, organ_label_map, "organ label", "--organ-label-map"),
-        (label, label_map, "label", "--label-map"),
-    ):
+    for path, mapping, name in ((organ_label, organ_label_map, "organ label"), (label, label_map, "label")):
         if path is not None:
-            values, label_notes = _label_on(
-                volume, path, shown(image), label_values, mapping, options, name=name, map_option=option
+            values, label_notes = read_label_for(
+                volume, path, shown(image), name=name, label_values=label_values, label_map=mapping, options=options
             )
             layers.append(values)
             notes += label_notes
@@ -126,6 +123,7 @@ def read_label_for(
     label: Path,
     image_name: str,
     *,
+    name: str = "label",
     label_values: Collection[int] | None = None,
     label_map: Mapping[int, int] | None = None,
     options: ReadOptions = STRICT,
@@ -134,24 +132,8 @@ def read_label_for(
 
     A label on another grid (more than 0.1 voxel off) is refused, or with ``options.resample_labels`` brought over by nearest neighbour;
     then a note says how much of it is left and lies on something other than air. One that does not meet the image at all is refused.
+    name: "label" or "organ label", as notes and advice call it.
     """
-    return _label_on(
-        volume, label, image_name, label_values, label_map, options, name="label", map_option="--label-map"
-    )
-
-
-def _label_on(
-    volume: Volume,
-    label: Path,
-    image_name: str,
-    label_values: Collection[int] | None,
-    label_map: Mapping[int, int] | None,
-    options: ReadOptions,
-    *,
-    name: str,
-    map_option: str,
-) -> tuple[NDArray[np.uint8], list[str]]:
-    """``read_label_for``; name: what the notes call the label, map_option: what the error calls its map."""
     where = shown(label)
     raw = _load_label(label, options)
     label_grid = ras_grid(raw.grid)
@@ -166,8 +148,9 @@ def _label_on(
             "Check that the two belong together; then bring the label to the image's grid with --resample-labels, or leave the case out.",
             code=FailureCode.GRID_MISMATCH,
         )
-    values = to_label(raw, where, label_values=label_values, label_map=label_map, map_option=map_option)
-    values = to_ras(values, raw.grid)[0]
+    map_option = f"--{name.replace(' ', '-')}-map"
+    stored = to_label(raw, where, label_values=label_values, label_map=label_map, map_option=map_option)
+    values = to_ras(stored, raw.grid)[0]
     notes = [f"{name}: {note}" for note in raw.notes]
     if offset <= MAX_LABEL_OFFSET_VOX:
         return values, notes
