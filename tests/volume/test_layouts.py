@@ -1,6 +1,8 @@
 """The layouts of data sets: one phantom scan in each of them, what auto takes, and lists that lie."""
 
 import json
+from collections.abc import Iterator
+from errno import EACCES
 from pathlib import Path
 from typing import Any
 
@@ -444,6 +446,25 @@ def test_a_lost_link_with_a_label_beside_it_is_a_case(tmp_path: Path) -> None:
     (tmp_path / "a.nii.gz").symlink_to(tmp_path / "nowhere.nii.gz")
     (found,) = find_cases([tmp_path], dataset="x").sources
     assert found.label == tmp_path / "a_seg.nii.gz"
+
+
+def test_a_folder_that_cannot_be_listed_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system's refusal stands in for permissions, which root does not feel."""
+    msd(tmp_path / "m")
+    nnunet(tmp_path / "n")
+    touch(tmp_path, "d/a.dcm", "c/list.csv", "c/ct/a.dcm")
+    (tmp_path / "c" / "list.csv").write_text("image\nct\n")
+    whole = Path.iterdir
+
+    def refuse(folder: Path) -> Iterator[Path]:
+        if folder.name in ("imagesTr", "d", "ct"):
+            raise PermissionError(EACCES, "Permission denied", str(folder))
+        return whole(folder)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    for name, layout in (("m", "msd"), ("n", "nnunet"), ("d", "auto"), ("d", "csv")):
+        refused(tmp_path / name, r"cannot be listed \(Permission denied\)", layout=layout)
+    assert find_cases([tmp_path / "c"], dataset="x").sources[0].series_files == ()
 
 
 def test_nothing_there_in_any_layout(tmp_path: Path) -> None:

@@ -252,6 +252,15 @@ def test_a_file_that_cannot_be_opened_may_be_a_slice(tmp_path: Path) -> None:
     assert sizes(tree(tmp_path)) == {"x/ct": 7}  # reading it names the lost one
 
 
+def test_a_file_that_cannot_be_opened_far_from_dicom_is_no_slice(tmp_path: Path) -> None:
+    save_series(tmp_path / "ct")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "lost").symlink_to(tmp_path / "other" / "lost")
+    found = tree(tmp_path)
+    assert sizes(found) == {"x/ct": 6}
+    assert reasons(found) == {"not DICOM": 1}
+
+
 def test_a_damaged_image_type_does_not_cost_the_slice(tmp_path: Path) -> None:
     for path in save_series(tmp_path / "ct"):
         edit_slice(path, ImageType="ORIGINAL")

@@ -19,7 +19,7 @@ from ftengine.volume.dicom import looks_like_dicom
 from ftengine.volume.discover import exists, folders, search
 from ftengine.volume.layouts import manifest, nnunet
 from ftengine.volume.layouts.dicom_tree import find_dicom
-from ftengine.volume.layouts.listing import DATASET_JSON, PathError, path_inside, read_dataset_json
+from ftengine.volume.layouts.listing import DATASET_JSON, PathError, entries, path_inside, read_dataset_json
 from ftengine.volume.layouts.manifest import find_manifest
 from ftengine.volume.layouts.msd import find_msd
 from ftengine.volume.layouts.nnunet import find_nnunet
@@ -146,7 +146,7 @@ def _manifest(source: Path) -> Path:
 
 
 def _manifests(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.iterdir()) if not path.name.startswith(".") and manifest.is_manifest(path)]
+    return [path for path in entries(folder) if manifest.is_manifest(path)]
 
 
 def choose(source: Path) -> Choice:
@@ -212,9 +212,11 @@ def _by_content(root: Path) -> Choice:
                 f"{shown(root)}: holds a data set of its own in {shown(folder.parent)}, whose labels would be taken for images. Give each data set as a "
                 "source, or name the layout with --layout folder."
             )
-        for path in sorted(folder.iterdir()):
-            if path.name.startswith("."):
-                continue
+        try:
+            inside = entries(folder)
+        except ConfigError:
+            continue  # below the root, the layout makes it a case that fails
+        for path in inside:
             stem = image_stem(path.name)
             if stem is None:
                 others.append(path)

@@ -17,9 +17,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ftengine.errors import ConfigError
 from ftengine.volume.cases import Found, Walk, image_stem, is_label_name, real_path
-from ftengine.volume.dicom import SliceHeader, is_axial, may_be_dicom, read_slice_header, stacked
+from ftengine.volume.dicom import SliceHeader, is_axial, looks_like_dicom, may_be_dicom, read_slice_header, stacked
 from ftengine.volume.discover import folders
+from ftengine.volume.layouts.listing import entries
 from ftengine.volume.values import MIN_AXIS_VOXELS
 
 SCOUT = "a scout (ImageType LOCALIZER)"
@@ -57,14 +59,13 @@ def find_dicom(root: Path, walk: Walk, *, skip: Collection[Path] = ()) -> None:
     for folder, place in folders(root, set(skip) - {real_path(root)}):
         places[folder] = place
         try:
-            inside = sorted(folder.iterdir())
-        except OSError:
+            inside = [path for path in entries(folder) if not path.is_dir()]
+        except ConfigError:
             walk.images.append(Found(folder, place, is_folder=True))  # reading it says why it cannot be listed
             continue
+        has_dicom = any(looks_like_dicom(path) for path in inside)  # elsewhere, what cannot be opened is no lost slice
         for path in inside:
-            if path.name.startswith(".") or path.is_dir():
-                continue
-            if not may_be_dicom(path):
+            if not (has_dicom and may_be_dicom(path)):
                 walk.ignored.append((path, _not_dicom(path)))
                 continue
             header = read_slice_header(path)

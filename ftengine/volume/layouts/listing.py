@@ -49,6 +49,16 @@ def below(root: Path, path: Path) -> tuple[str, ...]:
     return (path.name,) if relative.startswith(os.pardir) else Path(relative).parts
 
 
+def entries(folder: Path) -> list[Path]:
+    """What lies in a folder, in name order, hidden files left out; [] where there is none; ConfigError where it cannot be listed."""
+    if not folder.is_dir():
+        return []
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise ConfigError(f"{shown(folder)}: cannot be listed ({error.strerror}). Check its permissions.") from error
+
+
 def read_dataset_json(file: Path) -> dict[str, Any]:
     """A ``dataset.json`` as a dictionary; ConfigError for what is no JSON object."""
     where = shown(file)

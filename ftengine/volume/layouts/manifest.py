@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ftengine.errors import ConfigError
 from ftengine.volume.cases import Found, Walk, case_name, check_dataset, check_part
-from ftengine.volume.layouts.listing import MAX_LIST_BYTES, PathError, below, path_inside
+from ftengine.volume.layouts.listing import MAX_LIST_BYTES, PathError, below, entries, path_inside
 from ftengine.volume.values import shown
 
 COLUMNS = ("image", "label", "organ_label", "case", "dataset", "split")
@@ -166,7 +166,8 @@ def _found(row: dict[str, str], file: Path, *, absolute_paths: bool) -> Found:
 
 
 def _slices(image: Path) -> tuple[Path, ...]:
-    """The files of a folder of DICOM slices, () for a file."""
-    if not image.is_dir():
+    """The files of a folder of DICOM slices, () for a file or a folder that cannot be listed: reading it says so."""
+    try:
+        return tuple(path for path in entries(image) if path.is_file())
+    except ConfigError:
         return ()
-    return tuple(sorted(path for path in image.iterdir() if path.is_file() and not path.name.startswith(".")))

@@ -23,6 +23,7 @@ from ftengine.volume.layouts.listing import (
     PathError,
     below,
     count_notes,
+    entries,
     label_names,
     only_ct,
     path_inside,
@@ -54,9 +55,8 @@ def find_msd(root: Path, walk: Walk, *, region_labels: Mapping[str, int] | None,
             walk.images.append(Found(image, relative, is_listed=True, label=label, split=split, label_map=settled))
     walk.notes += count_notes(document, file, len(document.get("training", [])))
     for name in _IMAGE_FOLDERS:
-        folder = root / name
-        for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-            if path not in listed and not path.name.startswith(".") and image_stem(path.name) is not None:
+        for path in entries(root / name):
+            if path not in listed and image_stem(path.name) is not None:
                 walk.ignored.append((path, f"not in the lists of {DATASET_JSON}"))
 
 

@@ -23,6 +23,7 @@ from ftengine.volume.layouts.listing import (
     DATASET_JSON,
     PathError,
     count_notes,
+    entries,
     image_extension,
     label_names,
     only_ct,
@@ -80,11 +81,9 @@ def _cases_of_folder(root: Path, name: str, extensions: tuple[str, ...], walk: W
     """The images of channel 0000 of ``imagesTr`` or ``imagesTs`` without labels; {} where there is no such folder."""
     folder = root / name
     cases: Cases = {}
-    if not folder.is_dir():
-        return cases
     others: list[Path] = []
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.is_dir():
+    for path in entries(folder):
+        if path.is_dir():
             continue
         stem = _stem(path.name, extensions)
         channel = None if stem is None else _CHANNEL.search(stem)
@@ -119,12 +118,11 @@ def _label(folder: Path, case: str, image: Path, extensions: tuple[str, ...]) ->
 
 def _pass_over_lone_labels(folder: Path, cases: Cases, walk: Walk) -> None:
     used = {label for _, label in cases.values()}
-    if folder.is_dir():
-        walk.ignored += [
-            (path, "a label without its image")
-            for path in sorted(folder.iterdir())
-            if path not in used and not path.name.startswith(".") and image_stem(path.name) is not None
-        ]
+    walk.ignored += [
+        (path, "a label without its image")
+        for path in entries(folder)
+        if path not in used and image_stem(path.name) is not None
+    ]
 
 
 def _add_lost(root: Path, file: Path, document: dict[str, Any], extensions: tuple[str, ...], cases: Cases) -> None:
