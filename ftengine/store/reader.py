@@ -56,6 +56,11 @@ class Store:
             raise ConfigError(f"{self.location}: lies in a bucket; want a local store for this.")
         return self.location.path
 
+    @property
+    def tumor_values(self) -> tuple[int, ...]:
+        """Label values of all tumour classes, ascending."""
+        return tuple(sorted(organ["tumor"] for organ in self.organs.values()))
+
     def row_number(self, case: str) -> int:
         """The row of a case in ``index``; StoreError for a case that is not there."""
         try:
