@@ -78,8 +78,9 @@ def weights_hash(top: Path, files: Iterable[Path] | None = None) -> str:
     return digest.hexdigest()
 
 
-def missing_package(tool: str, extra: str, error: ImportError) -> ConfigError:
-    """What to install for a tool."""
+def missing_package(tool: str, extra: str, error: Exception) -> ConfigError:
+    """What to install for a tool whose package is missing or cannot be loaded."""
+    why = " ".join(str(error).split())[:160]
     return ConfigError(
-        f"--with {tool}: its package is not installed ({error.name or error}). Install ftengine[{extra}], or use --with checkpoint."
+        f"--with {tool}: its package is not installed or cannot be loaded ({why}). Install ftengine[{extra}], or use --with checkpoint."
     )

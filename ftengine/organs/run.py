@@ -79,7 +79,7 @@ class LabelReport:
     def to_json(self) -> dict[str, Any]:
         """Plain values for ``--json``."""
         statuses: tuple[Status, ...] = ("labelled", "skipped", "failed", "planned")
-        counts = {status: self.count(status) for status in statuses}
+        counts: dict[str, int] = {status: self.count(status) for status in statuses}
         volumes = [asdict(o) for o in self.outcomes]
         return {
             "store": self.store,

@@ -30,7 +30,7 @@ class LungmaskLabeler:
         try:
             with warnings.catch_warnings():  # it silences warnings for the whole process when it is imported
                 from lungmask import LMInferer
-        except ImportError as error:
+        except Exception as error:  # a part of it that does not fit raises errors of any kind
             raise missing_package("lungmask", "organs-lungmask", error) from error
         logging.getLogger("lungmask").setLevel(logging.WARNING)  # it logs to stdout, where our results go
         try:

@@ -3,13 +3,16 @@
 Weights by path: the folder that holds ``Dataset291_...`` and so on, which TotalSegmentator calls TOTALSEG_WEIGHTS_PATH. The models at 1.5 mm are
 used where they are all there, else the one at 3 mm; nothing is downloaded. Its usage statistics are switched off, and its
 settings in the home folder are left alone. nnU-Net runs code that is stored in its checkpoints: give it weights of a source you trust.
-Written for TotalSegmentator 2.18.
+Written for TotalSegmentator 2.18; run with
+networks of its layout whose weights were drawn at random, not with the trained ones.
 """
 
+import atexit
 import contextlib
 import io
 import json
 import os
+import shutil
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -36,22 +39,23 @@ class TotalSegmentatorLabeler:
         self._values = class_values("totalsegmentator", store)
         if not weights.is_dir():
             raise ConfigError(f"{weights}: no such folder; want the one with the models of TotalSegmentator.")
-        self._home = tempfile.TemporaryDirectory(prefix="ftengine-totalsegmentator-")
+        home = Path(tempfile.mkdtemp(prefix="ftengine-totalsegmentator-"))
+        atexit.register(shutil.rmtree, home, ignore_errors=True)
         settings = {
             "totalseg_id": "ftengine",
             "send_usage_stats": False,
             "prediction_counter": 0,
             "statistics_disclaimer_shown": True,
         }
-        (Path(self._home.name) / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+        (home / "config.json").write_text(json.dumps(settings), encoding="utf-8")
         # before the import: nnU-Net reads its folders once
-        os.environ["TOTALSEG_HOME_DIR"] = self._home.name
+        os.environ["TOTALSEG_HOME_DIR"] = str(home)
         os.environ["TOTALSEG_WEIGHTS_PATH"] = str(weights.resolve())
         try:
             from totalsegmentator.map_tasks_config import TASK_ID_WEIGHTS_CONFIGS as CONFIGS
             from totalsegmentator.map_to_binary import class_map
             from totalsegmentator.python_api import totalsegmentator
-        except ImportError as error:
+        except Exception as error:  # it imports much; a part that does not fit raises errors of any kind
             raise missing_package("totalsegmentator", "organs-totalsegmentator", error) from error
         self._run = totalsegmentator
         self._number_of = {name: number for number, name in class_map["total"].items()}
