@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,7 +52,11 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(network.state_dict(), path)
     inferer = LMInferer(modelpath=str(path), force_cpu=True, tqdm_disable=True)
     logits: list[torch.Tensor] = []
-    inferer.model.register_forward_hook(lambda _module, _inputs, output: logits.append(output))
+
+    def keep(_module: Any, _inputs: Any, output: Any) -> None:
+        logits.append(output)
+
+    inferer.model.register_forward_hook(keep)
     inferer.apply(thorax()[:, ::-1, ::-1])
     state = network.state_dict()
     bias = next(name for name in reversed(state) if name.endswith("bias"))
