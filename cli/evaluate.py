@@ -16,12 +16,13 @@ def evaluate(
     predicted: Annotated[
         Path, typer.Argument(metavar="PRED|CKPT", help="A file or folder of predictions, or a checkpoint.")
     ],
-    truth: Annotated[Path, typer.Argument(metavar="TRUTH|STORE", help="A file or folder of true labels, or a store.")],
+    truth: Annotated[str, typer.Argument(metavar="TRUTH|STORE", help="A file or folder of true labels, or a store.")],
     region: Annotated[
         str, typer.Option(help="Preset whose labels the files have: abdomen, chest or demo.")
     ] = "abdomen",
     config: ConfigOption = None,
     split: SplitOption = None,
+    fold: Annotated[int | None, typer.Option(metavar="K", help="Score only volumes of this fold of a store.")] = None,
     overlap: Annotated[float | None, typer.Option(help="Overlap of the windows for a checkpoint.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     csv_file: Annotated[
@@ -42,13 +43,19 @@ def evaluate(
             figures = ", ".join(f"{n} {c.dice:.3f}" for n, c in score.classes.items() if c.truth_voxels)
             typer.echo(f"{score.case}: {figures or 'nothing in the truth'}", err=True)
 
-    if (truth / "zarr.json").exists():
+    if "://" in truth or (Path(truth) / "zarr.json").exists():
         result = evaluate_checkpoint(
-            predicted, open_store(truth), device=resolve_device(device), split=split, overlap=overlap, on_case=show
+            predicted,
+            open_store(truth),
+            device=resolve_device(device),
+            split=split,
+            fold=fold,
+            overlap=overlap,
+            on_case=show,
         )
     else:
         chosen = Config.preset(region) if config is None else Config.from_file(config, default_preset=region)
-        result = evaluate_folders(predicted, truth, chosen.region, on_case=show)
+        result = evaluate_folders(predicted, Path(truth), chosen.region, on_case=show)
     if as_json:
         print_json(result.to_json())
     else:

@@ -1,13 +1,16 @@
 """``ftengine store``: look into a store and take volumes out of it."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from ftengine.cli.console import JsonOption, QuietOption, print_json, progress, stdout
+from ftengine.cli.console import JsonOption, QuietOption, SplitOption, print_json, progress, stdout
+
+if TYPE_CHECKING:
+    from ftengine.store.subset import SubsetReport
 
 app = typer.Typer(help="Look into a store and take volumes out of it.", no_args_is_help=True)
 
@@ -16,6 +19,9 @@ app = typer.Typer(help="Look into a store and take volumes out of it.", no_args_
 def info(
     store: Annotated[str, typer.Argument(metavar="STORE")],
     cases: Annotated[bool, typer.Option("--cases", help="List every volume.")] = False,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Draw spacing, HU, label and tumour size histograms into a file.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what a store holds: region, grid, labels, volumes by data set, annotation and split."""
@@ -23,6 +29,10 @@ def info(
     from ftengine.store.reader import open_store
 
     opened = open_store(store)
+    if picture is not None:
+        from ftengine.evaluation.store_picture import draw_store
+
+        draw_store(opened, picture)
     document = describe_store(opened, list_cases=cases or as_json)
     if as_json:
         print_json(document)
@@ -162,3 +172,61 @@ def compact(
     typer.echo(
         f"{done.num_rows} volumes; {done.num_row_files} row files {would}folded; {len(done.orphans)} orphans {would}removed"
     )
+
+
+@app.command()
+def subset(
+    store: Annotated[str, typer.Argument(metavar="STORE")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="New folder for the subset; keep its place to STORE.")],
+    scale: Annotated[
+        str | None,
+        typer.Option(
+            "--subset", metavar="SCALE", help="Table A11: 0.7K, 8K, 13K or 20K (abdomen); 6K, 56K or 140K (chest)."
+        ),
+    ] = None,
+    dataset: Annotated[list[str] | None, typer.Option(help="Only this data set; repeatable.")] = None,
+    cases: Annotated[Path | None, typer.Option(metavar="FILE", help="Only the cases of this list, one a line.")] = None,
+    split: SplitOption = None,
+    folds: Annotated[
+        int, typer.Option(min=0, help="Deal the volumes into folds, e.g. 5; 0 keeps those they have.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="Which deal.")] = 0,
+    dry_run: Annotated[bool, typer.Option(help="Count the volumes, write nothing.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a light store of chosen volumes: an index of its own, the voxels of STORE. Train, evaluate and export work on it as on STORE."""
+    from ftengine.store.reader import open_store
+    from ftengine.store.subset import make_subset, read_case_list
+
+    report = make_subset(
+        open_store(store),
+        out,
+        subset=scale,
+        datasets=dataset or (),
+        cases=None if cases is None else read_case_list(cases),
+        split=split,
+        num_folds=folds,
+        seed=seed,
+        dry_run=dry_run,
+    )
+    if as_json:
+        print_json(report.to_json())
+    else:
+        _print_subset(report)
+
+
+def _print_subset(report: "SubsetReport") -> None:
+    console = stdout()
+    table = Table("data set", "annotation", "split", "volumes")
+    for (name, annotation, part), count in report.groups.items():
+        table.add_row(escape(name), annotation, escape(part), str(count))
+    console.print(table)
+    short = {name: counts for name, counts in report.expected.items() if counts[0] != counts[1]}
+    if short:
+        wanted = Table("differs from Table A11", "volumes here", "volumes there")
+        for name, (found, expected) in short.items():
+            wanted.add_row(name, str(found), str(expected))
+        console.print(wanted)
+    dealt = f", folds of {' '.join(map(str, report.folds.values()))}" if report.folds else ""
+    what = f"written to {report.out}" if report.is_written else "nothing written"
+    console.print(f"{report.num_volumes} volumes{dealt}; {what}", markup=False, highlight=False)

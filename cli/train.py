@@ -28,6 +28,12 @@ OutOption = Annotated[
     Path, typer.Option("--out", metavar="RUN", help="Folder of the run: configuration, logs, checkpoint.")
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, to the same losses.")]
+HeldOutOption = Annotated[
+    int | None,
+    typer.Option(
+        "--fold", metavar="K", help="Hold out this fold: train on all others ('store subset --folds' deals them)."
+    ),
+]
 INTERRUPTED = 130
 
 
@@ -45,6 +51,7 @@ def seg(
         Path | None, typer.Option("--init", metavar="S.pt", help="Start from the weights of this segmenter.")
     ] = None,
     split: SplitOption = None,
+    fold: HeldOutOption = None,
     config: ConfigOption = None,
     assignments: SetOption = None,
     resume: ResumeOption = False,
@@ -66,6 +73,7 @@ def seg(
             judge_path=judge,
             init=init,
             split=split,
+            held_out_fold=fold,
             resume=resume,
             on_step=_StepReporter(reporter, "loss"),
         )
@@ -81,6 +89,7 @@ def synth(
     ],
     out: OutOption,
     split: SplitOption = None,
+    fold: HeldOutOption = None,
     config: ConfigOption = None,
     assignments: SetOption = None,
     resume: ResumeOption = False,
@@ -100,6 +109,7 @@ def synth(
             out,
             baseline=baseline,
             split=split,
+            held_out_fold=fold,
             resume=resume,
             on_step=_StepReporter(reporter, "loss_seen"),
         )

@@ -72,17 +72,18 @@ def build_loader(
     *,
     mix: Mix = "mixed",
     split: str | None = None,
+    held_out_fold: int | None = None,
     stages: tuple[Stage, ...] = (),
 ) -> Loader:
     """A loader of batches from ``store``: iterable of Batch, with ``state_dict`` and ``load_state_dict``.
 
     mix: "annotated" draws from tumour-annotated volumes only, "mixed" also from organ-labelled ones, ``loader.annotated_fraction`` of a
-    batch from the former. split: only rows of that split. stages: run on each batch, e.g. a ``SynthesisStage``. Raises ConfigError where
+    batch from the former. split: only rows of that split; held_out_fold: all but that fold. stages: run on each batch, e.g. a ``SynthesisStage``. Raises ConfigError where
     store and configuration do not fit each other.
     """
     check_region(config, store)
     device = resolve_device(config.device)
-    plan = Plan(config, store, mix=mix, split=split)
+    plan = Plan(config, store, mix=mix, split=split, held_out_fold=held_out_fold)
     device_id = None if device.type == "cpu" else device.index or 0
     return Loader(store, plan, lambda: PatchPipeline(config, plan.batch_size, device_id=device_id), stages)
 
@@ -162,6 +163,7 @@ def train_segmentation(
     judge_path: str | Path | None = None,
     init: str | Path | None = None,
     split: str | None = None,
+    held_out_fold: int | None = None,
     resume: bool = False,
     on_step: Progress = lambda _step, _values: None,
 ) -> TrainingResult:
@@ -173,7 +175,12 @@ def train_segmentation(
     elif judge_path is not None:
         raise ConfigError("--judge without --synth: a judge needs painted tumours; give --synth G.pt too.")
     with build_loader(
-        config, store, mix="mixed" if stage else "annotated", split=split, stages=(stage,) if stage else ()
+        config,
+        store,
+        mix="mixed" if stage else "annotated",
+        split=split,
+        held_out_fold=held_out_fold,
+        stages=(stage,) if stage else (),
     ) as loader:
         return train_segmenter(
             config,
@@ -188,6 +195,7 @@ def train_segmentation(
                 "--synth": _fingerprint(generator_path),
                 "--judge": _fingerprint(judge_path),
                 "--split": split or "",
+                "--fold": _text(held_out_fold),
             },
         )
 
@@ -199,6 +207,7 @@ def train_synthesis(
     *,
     baseline: str | Path,
     split: str | None = None,
+    held_out_fold: int | None = None,
     resume: bool = False,
     on_step: Progress = lambda _step, _values: None,
 ) -> TrainingResult:
@@ -207,7 +216,7 @@ def train_synthesis(
     segmenter, trained = load_segmenter(baseline)
     _same_region(config, trained, baseline)
     for_loader = config.with_overrides({"training.batch_size": config.generator_training.batch_size})
-    with build_loader(for_loader, store, mix="mixed", split=split) as loader:
+    with build_loader(for_loader, store, mix="mixed", split=split, held_out_fold=held_out_fold) as loader:
         return train_generator(
             config,
             loader,
@@ -216,8 +225,12 @@ def train_synthesis(
             device=resolve_device(config.device),
             resume=resume,
             on_step=on_step,
-            identity={"--baseline": _fingerprint(baseline), "--split": split or ""},
+            identity={"--baseline": _fingerprint(baseline), "--split": split or "", "--fold": _text(held_out_fold)},
         )
+
+
+def _text(number: int | None) -> str:
+    return "" if number is None else str(number)
 
 
 def _fingerprint(path: str | Path | None) -> str:

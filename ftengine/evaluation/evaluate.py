@@ -14,6 +14,7 @@ from ftengine.errors import CaseError, ConfigError
 from ftengine.evaluation.infer import check_trained_for, predict_volume
 from ftengine.evaluation.metrics import CaseScore, score_case, summarize
 from ftengine.geometry import grid_offset_vox
+from ftengine.store.folds import rows_in
 from ftengine.store.reader import Store
 from ftengine.training.checkpoint import load_segmenter
 from ftengine.volume.readers import read_label
@@ -62,11 +63,12 @@ def evaluate_checkpoint(
     *,
     device: torch.device,
     split: str | None = None,
+    fold: int | None = None,
     cases: Sequence[str] | None = None,
     overlap: float | None = None,
     on_case: OnCase = lambda _score: None,
 ) -> Evaluation:
-    """Predict the tumour-annotated volumes of a store (of a split, or the named ones) on the store's grid and score them.
+    """Predict the tumour-annotated volumes of a store (of a split, of a fold, or the named ones) on the store's grid and score them.
 
     ``overlap`` replaces the checkpoint's ``inference.overlap``. Raises ConfigError where nothing is left to score.
     """
@@ -74,12 +76,12 @@ def evaluate_checkpoint(
     check_trained_for(store, config, checkpoint)
     if overlap is not None:
         config = config.with_overrides({"inference.overlap": overlap})
-    wanted = list(cases) if cases is not None else _cases_of_kind(store, "tumor", split)
+    wanted = list(cases) if cases is not None else _cases_of_kind(store, "tumor", split, fold)
     if not wanted:
         raise ConfigError(
-            f"{store.location}: no labelled volume{'' if split is None else f' in split {split!r}'} to evaluate on."
+            f"{store.location}: no labelled volume{'' if split is None else f' in split {split!r}'}{'' if fold is None else f' in fold {fold}'} to evaluate on."
         )
-    result = Evaluation(num_left_out=0 if cases is not None else len(_cases_of_kind(store, "organ", split)))
+    result = Evaluation(num_left_out=0 if cases is not None else len(_cases_of_kind(store, "organ", split, fold)))
     for case in wanted:
         patch = store.read_volume(case)
         result.cases.append(
@@ -89,11 +91,10 @@ def evaluate_checkpoint(
     return result
 
 
-def _cases_of_kind(store: Store, kind: str, split: str | None) -> list[str]:
-    rows = zip(
-        store.cases, store.index.column("annotation").to_pylist(), store.index.column("split").to_pylist(), strict=True
-    )
-    return [case for case, annotation, part in rows if annotation == kind and (split is None or part == split)]
+def _cases_of_kind(store: Store, kind: str, split: str | None, fold: int | None) -> list[str]:
+    used = rows_in(store.index, split=split, fold=fold)
+    rows = zip(store.cases, store.index.column("annotation").to_pylist(), used, strict=True)
+    return [case for case, annotation, is_used in rows if is_used and annotation == kind]
 
 
 def evaluate_folders(

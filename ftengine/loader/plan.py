@@ -20,6 +20,7 @@ from ftengine.config import AugmentConfig, Config
 from ftengine.errors import ConfigError
 from ftengine.geometry import Box, IntZYX, int_zyx
 from ftengine.rng import Purpose, patch_rng
+from ftengine.store.folds import rows_in
 from ftengine.store.index import unpack_body_chunks
 from ftengine.store.layout import CHUNK, chunks_per_axis
 from ftengine.store.reader import Store
@@ -53,19 +54,19 @@ class _Stream:
 class Plan:
     """Patch requests of a run; request (epoch, index) is a function of the seed and the index of the store alone."""
 
-    def __init__(self, config: Config, store: Store, *, mix: Mix, split: str | None = None) -> None:
+    def __init__(
+        self, config: Config, store: Store, *, mix: Mix, split: str | None = None, held_out_fold: int | None = None
+    ) -> None:
         """``mix``: "annotated" draws from tumour-annotated volumes only (baseline), "mixed" also from organ-labelled ones.
 
-        ``split``: use only rows of this split. Raises ConfigError where nothing is left to draw from.
+        ``split``: use only rows of this split; ``held_out_fold``: leave this fold out. Raises ConfigError where nothing is left to draw from.
         """
         self.config = config
         self._store = store
         self._patch: IntZYX = config.region.patch_zyx
         self._datasets: list[str] = store.index.column("dataset").to_pylist()
         annotation = np.array(store.index.column("annotation").to_pylist(), dtype=str)
-        used = np.ones(len(store), dtype=bool)
-        if split is not None:
-            used &= np.array(store.index.column("split").to_pylist(), dtype=str) == split
+        used = rows_in(store.index, split=split, held_out_fold=held_out_fold)
         self._annotated = annotation == "tumor"
         annotated = _Stream(_STREAM_ANNOTATED, np.flatnonzero(used & self._annotated))
         organs = _Stream(_STREAM_ORGANS, np.flatnonzero(used & (annotation == "organ")))
@@ -80,6 +81,7 @@ class Plan:
         if any(not len(stream.rows) for stream in used_streams):
             kinds = {k: int((used & (annotation == k)).sum()) for k in ("tumor", "organ", "none")}
             where = f" in split {split!r}" if split is not None else ""
+            where += f" outside fold {held_out_fold}" if held_out_fold is not None else ""
             raise ConfigError(
                 f"{store.location}: no volume{where} to draw from (tumours annotated: {kinds['tumor']}, organs only: {kinds['organ']}, no label: "
                 f"{kinds['none']}); this run needs tumour-annotated volumes. Convert labelled cases, or mark tumour-free ones with "

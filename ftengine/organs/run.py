@@ -108,7 +108,14 @@ def open_labeler(tool: str, weights: Path, store: Store, device: torch.device) -
 
 
 def selected_cases(store: Store, selection: Selection) -> list[str]:
-    """The cases that a selection names, labelled or not. Raises ConfigError where it names none, StoreError for an unknown case."""
+    """The cases that a selection names, labelled or not.
+
+    Raises ConfigError where it names none and for a subset of another store, StoreError for an unknown case.
+    """
+    if store.volumes is not store.location:
+        raise ConfigError(
+            f"{store.location}: is a subset of {store.volumes} and holds no volumes of its own; label that store and make the subset again."
+        )
     for case in selection.cases:
         store.row_number(case)
     columns = (store.index.column(name).to_pylist() for name in ("case", "split", "dataset"))

@@ -179,6 +179,11 @@ def has_row_file(location: Location, case: str) -> bool:
     return location.exists(_row_key(case))
 
 
+def write_index(location: Location, table: Table) -> None:
+    """Write a whole index at once, durable; for a store whose rows come from another one."""
+    _write_table(table.cast(SCHEMA), location, COMPACTED)
+
+
 def compact_index(location: "Location | Path") -> int:
     """Fold ``index.d`` into ``index.parquet``; returns the number of rows. Killed anywhere, no row is lost or doubled."""
     location = locate(location)

@@ -1,6 +1,5 @@
 """A store described in plain values."""
 
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -11,13 +10,25 @@ from ftengine.store.reader import Store
 
 def describe_store(store: Store, *, list_cases: bool) -> dict[str, Any]:
     """Region, grid, labels, sizes, and volumes by (data set, annotation, split); with ``list_cases`` each volume too."""
-    rows = store.index.select(
-        ["case", "dataset", "annotation", "split", "shape_zyx", "num_tumors", "tumor_diameters_mm", "stored_bytes"]
-    ).to_pylist()
-    volumes = Counter((r["dataset"], r["annotation"], r["split"]) for r in rows)
-    tumors: Counter[tuple[str, str, str]] = Counter()
-    for r in rows:
-        tumors[r["dataset"], r["annotation"], r["split"]] += r["num_tumors"]
+    counts = store.index.group_by(["dataset", "annotation", "split"]).aggregate(
+        [([], "count_all"), ("num_tumors", "sum")]
+    )
+    groups = sorted(
+        zip(
+            *(counts.column(n).to_pylist() for n in ("dataset", "annotation", "split", "count_all", "num_tumors_sum")),
+            strict=True,
+        )
+    )
+    voxels = (
+        store.index.column("shape_zyx")
+        .combine_chunks()
+        .flatten()
+        .to_numpy()
+        .astype(np.int64)
+        .reshape(-1, 3)
+        .prod(axis=1)
+    )
+    voxel_bytes = np.where(np.array(store.index.column("annotation").to_pylist(), dtype=str) == "none", 2, 3)
     document: dict[str, Any] = {
         "format": FORMAT,
         "region": store.region,
@@ -25,14 +36,14 @@ def describe_store(store: Store, *, list_cases: bool) -> dict[str, Any]:
         "labels": store.labels,
         "created_by": store.created_by,
         "num_volumes": len(store),
-        "stored_mb": sum(r["stored_bytes"] for r in rows) / 1e6,
-        "raw_mb": sum(int(np.prod(r["shape_zyx"])) * (2 if r["annotation"] == "none" else 3) for r in rows) / 1e6,
-        "groups": [
-            {"dataset": d, "annotation": a, "split": s, "volumes": n, "tumors": tumors[d, a, s]}
-            for (d, a, s), n in sorted(volumes.items())
-        ],
+        "stored_mb": int(store.index.column("stored_bytes").to_numpy().sum()) / 1e6,
+        "raw_mb": int((voxels * voxel_bytes).sum()) / 1e6,
+        "groups": [{"dataset": d, "annotation": a, "split": s, "volumes": n, "tumors": t} for d, a, s, n, t in groups],
     }
     if list_cases:
+        rows = store.index.select(
+            ["case", "shape_zyx", "annotation", "split", "num_tumors", "tumor_diameters_mm"]
+        ).to_pylist()
         document["cases"] = [
             {
                 "case": r["case"],

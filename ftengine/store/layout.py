@@ -3,7 +3,8 @@
 ::
 
     STORE/
-      zarr.json                     group; attributes.ftengine: format, region, spacing_mm_zyx, labels, organs, window_hu, created_by
+      zarr.json                     group; attributes.ftengine: format, region, spacing_mm_zyx, labels, organs, window_hu, created_by;
+                                    of a subset also volumes_of: the store that holds its volumes, relative to this one
       index.parquet                 one row a volume: the commit record. No row, no volume.
       index.d/*.parquet             rows added since the last compaction
       volumes/<dataset>/<case>/     an OME-Zarr 0.5 image, axes z y x in millimetre

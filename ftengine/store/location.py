@@ -118,6 +118,14 @@ class Location(ABC):
         return self._joined(text)
 
     @abstractmethod
+    def seen_from(self, other: "Location") -> str:
+        """The reference that ``other.relative`` turns into this location: relative between folders, so that both can move together."""
+
+    @abstractmethod
+    def is_inside(self, other: "Location") -> bool:
+        """Whether this location is the other one or lies below it."""
+
+    @abstractmethod
     def _joined(self, relative: str) -> "Location":
         """A location beside or below this one."""
 
@@ -216,7 +224,7 @@ class LocalLocation(Location):
 
     @override
     def is_empty(self) -> bool:
-        return not self.path.exists() or not any(self.path.iterdir())
+        return not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir()))
 
     @override
     @contextmanager
@@ -233,6 +241,16 @@ class LocalLocation(Location):
     @override
     def kvstore(self, key: str) -> dict[str, Any]:
         return {"driver": "file", "path": f"{self.path / key}/"}
+
+    @override
+    def seen_from(self, other: Location) -> str:
+        if not isinstance(other, LocalLocation):
+            return str(self.path.resolve())
+        return Path(os.path.relpath(self.path.resolve(), other.path.resolve())).as_posix()
+
+    @override
+    def is_inside(self, other: Location) -> bool:
+        return isinstance(other, LocalLocation) and self.path.resolve().is_relative_to(other.path.resolve())
 
     @override
     def _joined(self, relative: str) -> Location:
@@ -386,6 +404,14 @@ class RemoteLocation(Location):
             spec |= {"endpoint": endpoint} if endpoint else {}
             spec |= {"aws_region": region or "us-east-1"} if endpoint or region else {}
         return spec
+
+    @override
+    def seen_from(self, other: Location) -> str:
+        return str(self)
+
+    @override
+    def is_inside(self, other: Location) -> bool:
+        return f"{self}/".startswith(f"{other}/")
 
     @override
     def _joined(self, relative: str) -> Location:

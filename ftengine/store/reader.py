@@ -3,6 +3,7 @@
 import json
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ class Store:
     def __init__(self, place: str | Path | Location) -> None:
         self.location = locate(place)
         attributes = _read_attributes(self.location)
+        self.volumes = _volumes_of(self.location, attributes)  # another store where this one is a subset
         self.region: str = attributes["region"]
         self.spacing_mm_zyx: FloatZYX = float_zyx(attributes["spacing_mm_zyx"])
         self.labels: dict[str, int] = dict(attributes["labels"])
@@ -134,13 +136,13 @@ class Store:
                 return self._open[key]
         spec = {
             "driver": "zarr3",
-            "kvstore": self.location.kvstore(key),
+            "kvstore": self.volumes.kvstore(key),
             "fill_missing_data_reads": False,  # a missing chunk is an error, not air
         }
         array = ts.open(spec, open=True, read=True, context=self._context).result()
         if tuple(array.shape) != shape_zyx:
             raise StoreError(
-                f"{self.location.child(key)}: shape_zyx is {tuple(array.shape)}, the index says {shape_zyx}. Convert this case again."
+                f"{self.volumes.child(key)}: shape_zyx is {tuple(array.shape)}, the index says {shape_zyx}. Convert this case again."
             )
         with self._lock:
             self._open[key] = array
@@ -151,8 +153,32 @@ class Store:
     def _damaged(self, case: str, error: Exception) -> StoreError:
         what = " ".join(str(error).split("[source locations", maxsplit=1)[0].split())
         return StoreError(
-            f"{self.location.child(layout.volume_path(case))}: a chunk is missing or damaged ({what[:300]}). Convert this case again."
+            f"{self.volumes.child(layout.volume_path(case))}: a chunk is missing or damaged ({what[:300]}). Convert this case again."
         )
+
+
+def _volumes_of(location: Location, attributes: Mapping[str, Any]) -> Location:
+    """Where a store's voxels lie: with it, or with the store that ``volumes_of`` names (relative to it, absolute, or a URL).
+
+    Raises StoreError where that store is missing, is a subset itself, or holds another region, spacing or label table.
+    """
+    named = attributes.get("volumes_of")
+    if named is None:
+        return location
+    parent = location.relative(named)
+    if not parent.exists("zarr.json"):
+        raise StoreError(
+            f"{location}: is a subset of {parent}, where there is no store. Move that store back, or make the subset again with "
+            "'ftengine store subset' where the store lies now."
+        )
+    of_parent = _read_attributes(parent)
+    keys = ("region", "spacing_mm_zyx", "labels")
+    if of_parent.get("volumes_of") is not None or any(of_parent[key] != attributes[key] for key in keys):
+        raise StoreError(
+            f"{location}: is a subset of {parent}, which holds other volumes now (region, spacing or labels differ, or it is a subset itself). "
+            "Make the subset again with 'ftengine store subset'."
+        )
+    return parent
 
 
 def _read_attributes(location: Location) -> dict[str, Any]:

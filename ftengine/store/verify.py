@@ -75,12 +75,12 @@ def _check(store: Store, case: str) -> Finding:
     if not np.array_equal(percentiles, np.array(row["hu_percentiles"], dtype=np.float32)):
         problems.append(f"hu_percentiles of the row are {row['hu_percentiles']}, the image has {percentiles.tolist()}")
     prefix = layout.volume_path(case)
-    stored_bytes = sum(store.location.size_bytes(key) for key in store.location.keys(prefix, recursive=True))
+    stored_bytes = sum(store.volumes.size_bytes(key) for key in store.volumes.keys(prefix, recursive=True))
     if stored_bytes != row["stored_bytes"]:
         problems.append(f"stored_bytes of the row is {row['stored_bytes']}, the files have {stored_bytes}")
     if problems:
         return Finding(
-            case, "damaged", f"{store.location.child(prefix)}: {'; '.join(problems)}. Convert this case again."
+            case, "damaged", f"{store.volumes.child(prefix)}: {'; '.join(problems)}. Convert this case again."
         )
     return Finding(case, "sound")
 

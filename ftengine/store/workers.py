@@ -5,6 +5,7 @@ it, which is named; the rest goes on. Workers commit their own volumes: nothing 
 """
 
 import ctypes
+import logging
 import multiprocessing
 import os
 import signal
@@ -287,14 +288,9 @@ def _cluster(address: str) -> Iterator[Any]:
         count = address.removeprefix("local:")
         if not count.isdecimal() or int(count) < 1:
             raise ConfigError(f"--dask {address}: want local:N with N of 1 or more, or a scheduler's address.")
+        options: dict[str, Any] = {"dashboard_address": None, "silence_logs": logging.CRITICAL}
         with (
-            LocalCluster(
-                n_workers=int(count),
-                threads_per_worker=1,
-                host="127.0.0.1",
-                dashboard_address=None,
-                silence_logs=40,
-            ) as cluster,
+            LocalCluster(n_workers=int(count), threads_per_worker=1, host="127.0.0.1", **options) as cluster,
             Client(cluster) as client,
         ):
             yield client

@@ -46,6 +46,10 @@ def create_store(place: str | Path | Location, region: RegionConfig) -> Location
     location = locate(place)
     if location.exists("zarr.json"):
         store = open_store(location)
+        if store.volumes is not store.location:
+            raise ConfigError(
+                f"{location}: is a subset of {store.volumes} and holds no volumes of its own; convert into that store and make the subset again."
+            )
         have = (store.region, store.spacing_mm_zyx, store.labels)
         want = (region.name, region.spacing_mm_zyx, region.labels)
         if have != want:
@@ -86,8 +90,9 @@ def write_volume(
     location = locate(place)
     layout.check_case_name(case)
     if committed is None:
-        committed = index.read_index(location).column("case").to_pylist()
-        CaseNames(committed).refuse_nested(case, location)
+        names = CaseNames(index.read_index(location).column("case").to_pylist())
+        names.refuse_nested(case, location)
+        committed = names.cases
     folder = location.scratch()
     try:
         _build(folder, case, image_hu, label, region)

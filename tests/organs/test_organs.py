@@ -200,6 +200,15 @@ def test_a_selection_without_a_volume_is_named(converted: Path) -> None:
         selected_cases(open_store(converted), Selection(cases=("d/x",)))
 
 
+def test_a_subset_is_refused(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "sub.zarr").mkdir()
+    document = json.loads((store / "zarr.json").read_text())
+    document["attributes"]["ftengine"]["volumes_of"] = str(store)
+    (tmp_path / "sub.zarr" / "zarr.json").write_text(json.dumps(document))
+    with pytest.raises(ConfigError, match=r"sub\.zarr: is a subset of .*s\.zarr and holds no volumes of its own"):
+        selected_cases(open_store(tmp_path / "sub.zarr"), Selection())
+
+
 def test_a_dry_run_writes_nothing(store: Path, weights: Path) -> None:
     before = content_hash(store)
     labeler = open_labeler("checkpoint", weights, open_store(store), CPU)

@@ -28,7 +28,7 @@ def arm(die_at: tuple[str, str, int] | None, die_on: str | None, once: str | Non
             number = 1
         _wrap(place[name], name, when, number)
     if die_on is not None:
-        workers.convert_case = Deadly(die_on, once)
+        setattr(workers, "convert_case", Deadly(die_on, once))  # noqa: B010 - a name that the module only imports
 
 
 def _wrap(owner: Any, name: str, when: str, number: int) -> None:

@@ -19,11 +19,12 @@ import pytest
 
 from ftengine.errors import CaseError, ConfigError, StoreError
 from ftengine.store import convert, index, workers
-from ftengine.store.case import CaseOutcome, ConvertOptions, Task
+from ftengine.store.case import CaseOutcome, ConvertOptions, Task, failed
 from ftengine.store.convert import Resources, convert_cases, read_failed
 from ftengine.store.location import locate
 from ftengine.store.maintenance import compact_store
 from ftengine.store.reader import open_store
+from ftengine.store.subset import make_subset
 from ftengine.store.verify import verify_store
 from ftengine.store.workers import Workers, run_tasks
 from ftengine.volume.discover import Source, discover
@@ -190,7 +191,7 @@ def test_cells_of_failed_csv_are_never_formulas(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "x_ct.nii.gz").write_bytes(b"no image")
     source = Source("d/x", "d", Path("=src/x_ct.nii.gz"))
-    report = convert.ConversionReport("s", "demo", [convert.failed(source, CaseError("=1+1", "@x"))])
+    report = convert.ConversionReport("s", "demo", [failed(source, CaseError("=1+1", "@x"))])
     location = locate(tmp_path / "s.zarr")
     convert._write_failed(location, report)
     (row,) = read_failed(location)
@@ -358,6 +359,22 @@ def test_a_bucket_takes_the_same_store(sources: list[Source], s3_server: str, tm
     location.delete("volumes/d/000/0/c/0/0/0")
     with pytest.raises(StoreError, match=r"d/000: a chunk is missing or damaged"):
         open_store(url).read_volume("d/000")
+
+
+def test_a_subset_shares_the_voxels_of_a_bucket(sources: list[Source], s3_server: str, tmp_path: Path) -> None:
+    """Beside its parent in the bucket, and in a folder of this machine."""
+    place = f"{s3_server}/{os.urandom(4).hex()}"
+    convert_cases(sources[:3], f"{place}/s.zarr", REGION)
+    whole = open_store(f"{place}/s.zarr")
+    for out in (f"{place}/sub.zarr", tmp_path / "sub.zarr"):
+        make_subset(whole, out, cases=["d/001"])
+        part = open_store(out)
+        assert part.cases == ["d/001"]
+        assert str(part.volumes) == f"{place}/s.zarr"
+        np.testing.assert_array_equal(part.read_volume("d/001").image, whole.read_volume("d/001").image)
+        assert [f.verdict for f in verify_store(part)] == ["sound"]
+    with pytest.raises(ConfigError, match="lies inside the store"):
+        make_subset(whole, f"{place}/s.zarr/sub.zarr")
 
 
 def test_a_bucket_feeds_training(sources: list[Source], s3_server: str, tmp_path: Path) -> None:

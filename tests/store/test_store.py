@@ -6,8 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tensorstore
-import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -64,40 +62,9 @@ def test_a_volume_without_a_label_reads_label_zero(store: Store) -> None:
     assert store.read("d/sub/plain", (0, 0, 0), (8, 8, 8)).label.max() == 0
 
 
-def test_three_libraries_read_the_same_array(store: Store) -> None:
-    folder = store.path / "volumes/d/labelled/0"
-    by_zarr = np.asarray(zarr.open_array(folder, mode="r")[:])
-    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(folder)}}
-    by_tensorstore = tensorstore.open(spec, read=True, open=True).result().read().result()
-    np.testing.assert_array_equal(by_zarr, coordinate_volume(SHAPE))
-    np.testing.assert_array_equal(by_tensorstore, coordinate_volume(SHAPE))
-
-
 def test_one_shard_a_volume(store: Store) -> None:
     files = [p for p in (store.path / "volumes/d/labelled/0").rglob("*") if p.is_file()]
     assert sorted(p.name for p in files) == ["0", "zarr.json"]
-
-
-@pytest.mark.parametrize("case", ["d/labelled", "d/sub/plain"])
-def test_volumes_are_valid_ome_zarr(store: Store, case: str) -> None:
-    from ome_zarr_models.v05 import Image
-    from ome_zarr_models.v05.image_label import ImageLabel
-
-    folder = store.path / layout.volume_path(case)
-    image = Image.from_zarr(zarr.open_group(folder, mode="r"))
-    assert (image.labels is not None) == store.has_label(case)
-    if store.has_label(case):
-        ImageLabel.from_zarr(zarr.open_group(folder / "labels" / "seg", mode="r"))
-    import yaozarrs
-
-    yaozarrs.validate_zarr_store(str(folder))
-
-
-def test_every_folder_on_the_way_is_a_group(store: Store) -> None:
-    group = zarr.open_group(store.path, mode="r")
-    names = dict(group["volumes"].members())  # type: ignore[union-attr]  # a group
-    assert list(names) == ["d"]
-    assert set(dict(group["volumes/d"].members())) == {"labelled", "sub"}  # type: ignore[union-attr]  # a group
 
 
 def test_index_row_describes_the_volume(store: Store) -> None:
