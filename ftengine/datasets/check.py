@@ -17,7 +17,7 @@ from typing import Any
 
 from ftengine.config import RegionConfig
 from ftengine.datasets.registry import DatasetEntry, Registry, plain_name, values_of
-from ftengine.errors import CaseError, ConfigError
+from ftengine.errors import CaseError, ConfigError, FailureCode
 from ftengine.volume.discover import EXTENSIONS, Source, discover_all, image_stem
 from ftengine.volume.readers import probe
 
@@ -84,7 +84,9 @@ def find_cases(
     """
     sources = _cases_of(entry, _discover(folder, labels)[0], folder, labels)
     if not sources:
-        raise CaseError(f"{folder}: holds no volume of {entry.name}{_meant(entry)}.", "Check the path.")
+        raise CaseError(
+            f"{folder}: holds no volume of {entry.name}{_meant(entry)}.", "Check the path.", code=FailureCode.NO_CT
+        )
     if region is not None and entry.label_map is not None:
         values = values_of(entry.label_map, region)
         sources = [replace(s, label_map=values) for s in sources]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ftengine.config import RegionConfig
-from ftengine.errors import CaseError, ConfigError
+from ftengine.errors import CaseError, ConfigError, FailureCode
 from ftengine.evaluation.infer import check_trained_for, predict_volume
 from ftengine.evaluation.metrics import CaseScore, score_case, summarize
 from ftengine.geometry import grid_offset_vox
@@ -114,13 +114,17 @@ def evaluate_folders(
         try:
             if predicted_file is None:
                 raise CaseError(
-                    f"{name}: has no prediction in {predictions}; want a file of the same name (with or without _label)."
+                    f"{name}: has no prediction in {predictions}.",
+                    "Predict this case too: a file of the same name (with or without _label) is wanted.",
+                    code=FailureCode.MISSING_FILE,
                 )
             truth, truth_grid = read_label(truth_file, label_values=region.labels.values())
             predicted, predicted_grid = read_label(predicted_file, label_values=region.labels.values())
             if truth.shape == predicted.shape and grid_offset_vox(truth_grid, predicted_grid) > 0.1:
                 raise CaseError(
-                    f"{predicted_file}: lies on another grid than {truth_file}; want the same affine within 0.1 voxel."
+                    f"{predicted_file}: lies on another grid than {truth_file}; want the same affine within 0.1 voxel.",
+                    "Bring the prediction to the grid of its truth.",
+                    code=FailureCode.GRID_MISMATCH,
                 )
             result.cases.append(score_case(name, predicted, truth, region.labels))
             on_case(result.cases[-1])

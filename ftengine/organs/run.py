@@ -225,7 +225,8 @@ def _label(store: Store, case: str, labeler: Labeler) -> LabelOutcome:
     try:
         patch = store.read_volume(case)
     except StoreError as error:
-        raise CaseError(str(error), code=FailureCode.UNREADABLE) from error
+        advice = "Then label it; 'ftengine store verify' says what else is damaged."
+        raise CaseError(str(error), advice, code=FailureCode.UNREADABLE) from error
     try:
         label = labeler(patch.image, store.spacing_mm_zyx)
     except (MemoryError, torch.OutOfMemoryError) as error:

@@ -3,8 +3,7 @@
 Weights by path: the folder that holds ``Dataset291_...`` and so on, which TotalSegmentator calls TOTALSEG_WEIGHTS_PATH. The models at 1.5 mm are
 used where they are all there, else the one at 3 mm; nothing is downloaded. Its usage statistics are switched off, and its
 settings in the home folder are left alone. nnU-Net runs code that is stored in its checkpoints: give it weights of a source you trust.
-Written for TotalSegmentator 2.18; run with
-networks of its layout whose weights were drawn at random, not with the trained ones.
+Written for TotalSegmentator 2.18 and tried with it on networks of its layout whose weights were drawn at random, never on the trained ones.
 """
 
 import atexit

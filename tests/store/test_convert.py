@@ -121,11 +121,11 @@ def test_memory_decides_how_many_run(limit: int | None, most: int) -> None:
 
 
 def test_the_estimate_follows_the_header(sources: list[Source]) -> None:
-    small = convert.case_bytes(sources[0], REGION, None)
+    small = convert.case_bytes(sources[0], REGION)
     finer = REGION.model_copy(update={"spacing_mm_zyx": (1.0, 1.0, 1.0)})
     voxels = int(np.prod(SHAPE))
     assert small == 300_000_000 + 16 * voxels
-    assert convert.case_bytes(sources[0], finer, None) == 300_000_000 + 8 * voxels + 8 * 27 * voxels
+    assert convert.case_bytes(sources[0], finer) == 300_000_000 + 8 * voxels + 8 * 27 * voxels
 
 
 # what is up to date

@@ -363,3 +363,12 @@ def test_a_label_beside_an_image_can_be_left_out(tmp_path: Path) -> None:
     assert label is not None
     assert discover([image], dataset="d")[0].label == tmp_path / "a_seg.nii.gz"
     assert discover([image], dataset="d", pairs={image: label})[0].label is None
+
+
+def test_row_30_a_link_to_itself_beside_a_label_is_a_case_that_reading_refuses(tmp_path: Path) -> None:
+    touch(tmp_path, "a_seg.nii.gz", "b.nii.gz")
+    (tmp_path / "a.nii.gz").symlink_to(tmp_path / "a.nii.gz")
+    found = discover([tmp_path], dataset="x")
+    assert cases(found) == {"x/a": "a_seg.nii.gz", "x/b": None}
+    with pytest.raises(CaseError, match="cannot be read"):
+        read_volume(found[0].image)
