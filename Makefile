@@ -40,6 +40,8 @@ demo: setup  ## The whole road on phantom CT: demo/report.html
 bench: setup  ## Side-by-side measurements; results are printed
 	$(BIN)/python -m ftengine.bench.store
 	$(BIN)/python -m ftengine.bench.kernels
+	$(BIN)/python -m ftengine.bench.convert
+	$(BIN)/python -m ftengine.bench.scale
 
 clean:  ## Remove what the targets made
 	rm -rf $(VENV) demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

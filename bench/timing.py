@@ -36,6 +36,12 @@ def interleave(candidates: Mapping[str, Callable[[], object]], *, rounds: int) -
     return list(rows.values())
 
 
+def peak_bytes() -> int:
+    """Most memory that this process has had resident. Not ``ru_maxrss``: that one starts with the peak of the parent process."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.split("VmHWM:", maxsplit=1)[1].split(maxsplit=1)[0]) * 1024
+
+
 def environment() -> dict[str, Any]:
     """What a result file must say of the machine and the code."""
     root = Path(__file__).resolve().parents[1]

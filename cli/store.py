@@ -33,7 +33,7 @@ def info(
         from ftengine.evaluation.store_picture import draw_store
 
         draw_store(opened, picture)
-    document = describe_store(opened, list_cases=cases or as_json)
+    document = describe_store(opened, list_cases=cases)
     if as_json:
         print_json(document)
         return

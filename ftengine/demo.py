@@ -249,8 +249,8 @@ def _draw(
     )
     sheets = [(sheet.title, sheet.path) for sheet in drawn]
     device = resolve_device(config.device)
-    tumors = store.index.column("num_tumors").to_pylist()
-    splits = store.index.column("split").to_pylist()
+    tumors = store.column("num_tumors").to_pylist()
+    splits = store.column("split").to_pylist()
     shown = [c for c, n, s in zip(store.cases, tumors, splits, strict=True) if n and s == "test"][:num_sheets]
     for number, case in enumerate(shown):
         patch = store.read_volume(case)

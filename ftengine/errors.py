@@ -68,6 +68,8 @@ class FailureCode(StrEnum):
     LABEL_VALUES = "label-values"
     FRACTIONAL_LABEL = "fractional-label"
     DICOM_LABEL = "dicom-label"
+    AMBIGUOUS_LABEL = "ambiguous-label"
+    DUPLICATE_NAME = "duplicate-name"
     NESTED_NAMES = "nested-names"
     # what became of the work on it
     OUT_OF_MEMORY = "out-of-memory"

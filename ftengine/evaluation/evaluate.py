@@ -92,8 +92,8 @@ def evaluate_checkpoint(
 
 
 def _cases_of_kind(store: Store, kind: str, split: str | None, fold: int | None) -> list[str]:
-    used = rows_in(store.index, split=split, fold=fold)
-    rows = zip(store.cases, store.index.column("annotation").to_pylist(), used, strict=True)
+    used = rows_in(store.select(["split", "fold"]), split=split, fold=fold)
+    rows = zip(store.cases, store.column("annotation").to_pylist(), used, strict=True)
     return [case for case, annotation, is_used in rows if is_used and annotation == kind]
 
 

@@ -88,6 +88,8 @@ def predict_file(network: nn.Module, source: Source, out: Path, config: Config, 
     would replace the input; nothing is left half written.
     """
     check_outputs([source], out)
+    if source.refusal is not None:
+        raise source.refusal
     volume = read_volume(
         source.image, None, series_files=source.series_files, label_values=config.region.labels.values()
     )

@@ -55,11 +55,11 @@ def store_figure(store: Store) -> Figure:
     _draw_hu(figure.add_subplot(grid[0, 1]), store)
     _draw_voxels(figure.add_subplot(grid[1, 0]), store)
     _draw_diameters(figure.add_subplot(grid[1, 1]), store)
-    _draw_datasets(figure.add_subplot(grid[:, 2]), store.index)
-    counts = Counter(store.index.column("annotation").to_pylist())
+    _draw_datasets(figure.add_subplot(grid[:, 2]), store.select(["dataset", "annotation"]))
+    counts = Counter(store.column("annotation").to_pylist())
     kinds = ", ".join(f"{counts[kind]:,} {_ANNOTATION_NAMES[kind]}" for kind in ANNOTATIONS if counts[kind])
     spacing = " x ".join(f"{mm:g}" for mm in store.spacing_mm_zyx)
-    stored_bytes = int(np.sum(store.index.column("stored_bytes").to_numpy()))
+    stored_bytes = int(np.sum(store.column("stored_bytes").to_numpy()))
     noun = "volume" if len(store) == 1 else "volumes"
     title = (
         f"{shortened(printable(store.path.name), 60)}: {len(store):,} {noun}, {store.region}, {spacing} mm (z, y, x)"
@@ -79,7 +79,7 @@ def native_spacing_mm(table: Table) -> NDArray[np.float64]:
 
 
 def _draw_spacing(axes: Axes, store: Store) -> None:
-    spacing = native_spacing_mm(store.index)
+    spacing = native_spacing_mm(store.select(["native_affine_ras"]))
     bins = _log_bins(spacing, edge=2 ** (0.5 / _BINS_PER_OCTAVE), at_least=(0.4, 6.0))
     groups = (
         ("between slices (z)", spacing[:, 0], _BLUE),
@@ -105,7 +105,7 @@ def _draw_spacing(axes: Axes, store: Store) -> None:
 
 
 def _draw_hu(axes: Axes, store: Store) -> None:
-    values = _rows(store.index, "hu_percentiles", len(HU_PERCENTILES))
+    values = _rows(store.select(["hu_percentiles"]), "hu_percentiles", len(HU_PERCENTILES))
     low, high = store.window_hu
     axes.axhspan(low, high, color=(*_ORANGE, 0.18), linewidth=0, label=f"window {low:g} to {high:g} HU")
     _boxes(axes, [values[:, i] for i in range(values.shape[1])], [_BLUE] * values.shape[1], vertical=True)
@@ -124,7 +124,7 @@ def _draw_hu(axes: Axes, store: Store) -> None:
 
 
 def _draw_voxels(axes: Axes, store: Store) -> None:
-    voxels = _rows(store.index, "class_voxels", len(store.labels))
+    voxels = _rows(store.select(["class_voxels"]), "class_voxels", len(store.labels))
     named = sorted(((value, name) for name, value in store.labels.items() if value), reverse=True)
     present = [voxels[:, value][voxels[:, value] > 0] for value, _ in named]
     _boxes(axes, present, [_rgb(value) for value, _ in named], vertical=False)
@@ -147,8 +147,8 @@ def _draw_voxels(axes: Axes, store: Store) -> None:
 
 
 def _draw_diameters(axes: Axes, store: Store) -> None:
-    values = store.index.column("tumor_values").combine_chunks().flatten().to_numpy()
-    diameters = store.index.column("tumor_diameters_mm").combine_chunks().flatten().to_numpy()
+    values = store.column("tumor_values").combine_chunks().flatten().to_numpy()
+    diameters = store.column("tumor_diameters_mm").combine_chunks().flatten().to_numpy()
     _finish(axes, "Tumours by longest axial diameter", "mm", "tumours")
     if not len(diameters):
         _say(axes, "no annotated tumours")

@@ -10,6 +10,8 @@ holds background of the body. Boxes are clamped into the volume; a volume smalle
 """
 
 import math
+import threading
+from collections import OrderedDict
 from fractions import Fraction
 from typing import Literal
 
@@ -18,10 +20,9 @@ from numpy.typing import NDArray
 
 from ftengine.config import AugmentConfig, Config
 from ftengine.errors import ConfigError
-from ftengine.geometry import Box, IntZYX, int_zyx
-from ftengine.rng import Purpose, patch_rng
+from ftengine.geometry import Box, IntZYX
+from ftengine.rng import Purpose, StreamReader, patch_rng
 from ftengine.store.folds import rows_in
-from ftengine.store.index import unpack_body_chunks
 from ftengine.store.layout import CHUNK, chunks_per_axis
 from ftengine.store.reader import Store
 from ftengine.types import Augmentation, PatchRequest
@@ -29,6 +30,8 @@ from ftengine.types import Augmentation, PatchRequest
 Mix = Literal["annotated", "mixed"]
 # Fixed numbers of the two streams: part of every result
 _STREAM_ANNOTATED, _STREAM_ORGANS = 0, 1
+_CHUNK_ZYX = (CHUNK, CHUNK, CHUNK)
+_KEPT_ORDER_ENTRIES = 1 << 20  # of each stream: 8 MB
 
 
 class _Stream:
@@ -37,18 +40,20 @@ class _Stream:
     def __init__(self, number: int, rows: NDArray[np.int64]) -> None:
         self.number = number
         self.rows = rows
-        self._order: tuple[tuple[int, int], NDArray[np.int64]] | None = (
-            None  # of the pass drawn last: most requests ask for it again
-        )
+        # of the passes drawn last: most requests ask for one of them again
+        self._orders: OrderedDict[tuple[int, int], NDArray[np.int64]] = OrderedDict()
+        self._kept_orders = max(2, _KEPT_ORDER_ENTRIES // max(1, len(rows)))
 
     def row(self, seed: int, visit: int) -> int:
         """The row of the ``visit``-th patch of this stream, counted over all epochs."""
         turn, place = divmod(visit, len(self.rows))
-        known = self._order
-        if known is None or known[0] != (seed, turn):
+        order = self._orders.get((seed, turn))
+        if order is None:
             rng = patch_rng(seed, Purpose.CASE_ORDER, epoch=turn, index=self.number)
-            known = self._order = ((seed, turn), rng.permutation(len(self.rows)))
-        return int(self.rows[known[1][place]])
+            order = self._orders[seed, turn] = rng.permutation(len(self.rows))
+            while len(self._orders) > self._kept_orders:
+                self._orders.popitem(last=False)
+        return int(self.rows[order[place]])
 
 
 class Plan:
@@ -64,9 +69,16 @@ class Plan:
         self.config = config
         self._store = store
         self._patch: IntZYX = config.region.patch_zyx
-        self._datasets: list[str] = store.index.column("dataset").to_pylist()
-        annotation = np.array(store.index.column("annotation").to_pylist(), dtype=str)
-        used = rows_in(store.index, split=split, held_out_fold=held_out_fold)
+        self._positive_fraction = config.loader.positive_fraction
+        self._class_balanced = config.loader.class_balanced
+        self._local = threading.local()  # reader threads ask at the same time
+        self._lists = store.rows.chunk_lists
+        self._datasets, self._dataset_of = _encoded(store, "dataset")
+        names, codes = _encoded(store, "annotation")
+        annotation = np.array(names, dtype=str)[codes]
+        shapes = store.column("shape_zyx").combine_chunks()
+        self._shapes: NDArray[np.int32] = shapes.flatten().to_numpy().reshape(len(store), 3)
+        used = rows_in(store.select(["split", "fold"]), split=split, held_out_fold=held_out_fold)
         self._annotated = annotation == "tumor"
         annotated = _Stream(_STREAM_ANNOTATED, np.flatnonzero(used & self._annotated))
         organs = _Stream(_STREAM_ORGANS, np.flatnonzero(used & (annotation == "organ")))
@@ -104,58 +116,95 @@ class Plan:
         step, slot = divmod(index, self.batch_size)
         step += epoch * self.batches_per_epoch
         # slots of annotated volumes up to and with this step: the share is kept over steps, whatever the batch size
-        before, after = (math.floor(s * self.batch_size * self._annotated_share) for s in (step, step + 1))
+        part, whole = self._annotated_share.as_integer_ratio()
+        before, after = (step * self.batch_size * part // whole, (step + 1) * self.batch_size * part // whole)
         if slot < after - before:
             row = self._streams[True].row(self.config.seed, before + slot)
         else:
             organs_before = step * self.batch_size - before
             row = self._streams[False].row(self.config.seed, organs_before + slot - (after - before))
-        rng = patch_rng(self.config.seed, Purpose.CROP_AND_AUGMENT, epoch=epoch, index=index)
-        shape = int_zyx(self._store.index.column("shape_zyx")[row].as_py())
-        box = self._draw_box(rng, row, shape)
+        rng = self._streams_of_thread().patch_rng(self.config.seed, Purpose.CROP_AND_AUGMENT, epoch=epoch, index=index)
+        z, y, x = self._shapes[row].tolist()
+        box = self._draw_box(rng, row, (z, y, x))
         augmentation = draw_augmentation(rng, self.config.augment)
-        case = self._store.cases[row]
-        return PatchRequest(epoch, index, row, case, self._datasets[row], bool(self._annotated[row]), box, augmentation)
+        case, dataset = self._store.rows.case(row), self._datasets[self._dataset_of[row]]
+        return PatchRequest(epoch, index, row, case, dataset, bool(self._annotated[row]), box, augmentation)
+
+    def _streams_of_thread(self) -> StreamReader:
+        try:
+            reader: StreamReader = self._local.reader
+        except AttributeError:
+            reader = self._local.reader = StreamReader()
+        return reader
 
     def _draw_box(self, rng: np.random.Generator, row: int, shape: IntZYX) -> Box:
-        positive = rng.random() < self.config.loader.positive_fraction
-        anchor = self._labelled_voxel(rng, row, shape) if positive else None
-        if anchor is not None:
-            chunk_start = anchor // CHUNK * CHUNK
-            center = np.minimum(chunk_start + rng.integers(0, CHUNK, 3), np.array(shape) - 1)
+        pz, py, px = self._patch
+        anchor = self._labelled_voxel(rng, row, shape) if rng.random() < self._positive_fraction else None
+        if anchor is None:
+            cz, cy, cx = self._body_voxel(rng, row, shape)
+            z, y, x = cz - pz // 2, cy - py // 2, cx - px // 2
         else:
-            center = self._body_voxel(rng, row, shape)
-        origin = np.array(center) - np.array(self._patch) // 2
-        if anchor is not None:
-            origin = np.clip(origin, anchor - np.array(self._patch) + 1, anchor)
-        return Box(_clamped(origin, shape, self._patch), self._patch)
+            az, ay, ax = anchor
+            cz, cy, cx = _inside(anchor, rng, shape)
+            # the labelled voxel stays in the box
+            z = min(max(cz - pz // 2, az - pz + 1), az)
+            y = min(max(cy - py // 2, ay - py + 1), ay)
+            x = min(max(cx - px // 2, ax - px + 1), ax)
+        nz, ny, nx = shape
+        return Box((_clamped(z, nz, pz), _clamped(y, ny, py), _clamped(x, nx, px)), self._patch)
 
-    def _labelled_voxel(self, rng: np.random.Generator, row: int, shape: IntZYX) -> NDArray[np.int64] | None:
-        classes = self._store.index.column("class_chunks")[
-            row
-        ].values  # Arrow: no Python object for each of thousands of chunks
-        if classes is None or not len(classes):
+    def _labelled_voxel(self, rng: np.random.Generator, row: int, shape: IntZYX) -> IntZYX | None:
+        lists = self._lists.labelled(row)
+        if lists is None:
             return None
-        if self.config.loader.class_balanced:
-            classes = classes.slice(int(rng.integers(len(classes))), 1)
-        chunk, voxels, anchor = (classes.field(name).flatten().to_numpy() for name in ("chunk", "voxels", "anchor"))
-        drawn = rng.choice(len(chunk), p=voxels / voxels.sum(dtype=np.float64))
-        start = np.array(np.unravel_index(chunk[drawn], chunks_per_axis(shape))) * CHUNK
-        return np.array(start + np.array(np.unravel_index(anchor[drawn], (CHUNK,) * 3)), dtype=np.int64)
+        bounds = lists.bounds
+        first, last = bounds[0], bounds[-1]
+        if self._class_balanced:
+            drawn_class = int(rng.integers(len(bounds) - 1))
+            first, last = bounds[drawn_class], bounds[drawn_class + 1]
+        voxels = lists.voxels[first:last]
+        # rng.choice(len(chunk), p=voxels / voxels.sum()), without its checks of p
+        cumulated = np.add.accumulate(voxels / np.add.reduce(voxels, dtype=np.float64))
+        cumulated /= cumulated[-1]
+        drawn = first + cumulated.searchsorted(rng.random(), side="right")
+        z, y, x = _place(int(lists.chunk[drawn]), chunks_per_axis(shape))
+        in_z, in_y, in_x = _place(int(lists.anchor[drawn]), _CHUNK_ZYX)
+        return z * CHUNK + in_z, y * CHUNK + in_y, x * CHUNK + in_x
 
-    def _body_voxel(self, rng: np.random.Generator, row: int, shape: IntZYX) -> NDArray[np.int64]:
-        chunks = unpack_body_chunks(self._store.index.column("body_chunks")[row].as_py(), shape)
+    def _body_voxel(self, rng: np.random.Generator, row: int, shape: IntZYX) -> IntZYX:
+        grid = chunks_per_axis(shape)
+        chunks = np.unpackbits(self._lists.body(row), count=grid[0] * grid[1] * grid[2]).nonzero()[0]
         if not len(chunks):
-            return np.array([rng.integers(0, n) for n in shape], dtype=np.int64)
-        start = np.array(np.unravel_index(chunks[rng.integers(len(chunks))], chunks_per_axis(shape))) * CHUNK
-        return np.minimum(start + rng.integers(0, CHUNK, 3), np.array(shape) - 1)
+            z, y, x = (int(rng.integers(0, n)) for n in shape)
+            return z, y, x
+        z, y, x = _place(int(chunks[rng.integers(len(chunks))]), grid)
+        return _inside((z * CHUNK, y * CHUNK, x * CHUNK), rng, shape)
 
 
-def _clamped(origin: NDArray[np.int64], shape: IntZYX, patch: IntZYX) -> IntZYX:
-    """The origin moved so that the box lies in the volume; on an axis shorter than the patch, the volume is centred in the box."""
-    return int_zyx(
-        -((p - n) // 2) if n <= p else min(max(int(o), 0), n - p) for o, n, p in zip(origin, shape, patch, strict=True)
-    )
+def _encoded(store: Store, column: str) -> tuple[list[str], NDArray[np.int32]]:
+    """The distinct values of a column of text, and which of them each row has."""
+    encoded = store.column(column).combine_chunks().dictionary_encode()
+    return encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
+
+
+def _place(number: int, grid: IntZYX) -> IntZYX:
+    """Index of the ``number``-th element of a grid in C order."""
+    rest, x = divmod(number, grid[2])
+    z, y = divmod(rest, grid[1])
+    return z, y, x
+
+
+def _inside(voxel: IntZYX, rng: np.random.Generator, shape: IntZYX) -> IntZYX:
+    """A random voxel of the inner chunk that holds ``voxel``, in the volume."""
+    (z, y, x), (nz, ny, nx) = voxel, shape
+    # rng.integers(0, CHUNK, 3), which takes longer
+    dz, dy, dx = int(rng.integers(0, CHUNK)), int(rng.integers(0, CHUNK)), int(rng.integers(0, CHUNK))
+    return min(z - z % CHUNK + dz, nz - 1), min(y - y % CHUNK + dy, ny - 1), min(x - x % CHUNK + dx, nx - 1)
+
+
+def _clamped(origin: int, length: int, patch: int) -> int:
+    """The origin moved so that the patch lies in the volume; on an axis shorter than the patch, the volume is centred in it."""
+    return -((patch - length) // 2) if length <= patch else min(max(origin, 0), length - patch)
 
 
 def draw_augmentation(rng: np.random.Generator, augment: AugmentConfig) -> Augmentation:
@@ -163,7 +212,9 @@ def draw_augmentation(rng: np.random.Generator, augment: AugmentConfig) -> Augme
 
     A quarter turn is a transpose of y and x followed by a flip, so all turns and flips together are one transpose and one flip.
     """
-    flip_x, flip_y, flip_z = (bool(rng.random() < augment.flip_probability) for _ in range(3))
+    flip_x = rng.random() < augment.flip_probability
+    flip_y = rng.random() < augment.flip_probability
+    flip_z = rng.random() < augment.flip_probability
     turned = rng.random() < augment.rot90_probability
     quarter_turns = int(rng.integers(1, 4)) if turned else 0
     scale = 1.0 + _symmetric(rng, augment.scale_probability, augment.scale_range)
@@ -179,5 +230,6 @@ def draw_augmentation(rng: np.random.Generator, augment: AugmentConfig) -> Augme
 
 
 def _symmetric(rng: np.random.Generator, probability: float, half_range: float) -> float:
-    chance, value = rng.random(), rng.uniform(-half_range, half_range)  # always two draws: the stream never shifts
-    return float(value) if chance < probability else 0.0
+    # always two draws: the stream never shifts. The second is rng.uniform(-half_range, half_range), written out
+    chance, value = rng.random(), -half_range + (half_range + half_range) * rng.random()
+    return value if chance < probability else 0.0

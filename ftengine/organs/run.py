@@ -118,7 +118,7 @@ def selected_cases(store: Store, selection: Selection) -> list[str]:
         )
     for case in selection.cases:
         store.row_number(case)
-    columns = (store.index.column(name).to_pylist() for name in ("case", "split", "dataset"))
+    columns = (store.column(name).to_pylist() for name in ("case", "split", "dataset"))
     wanted = set(selection.cases)
     cases = [
         case
@@ -207,10 +207,10 @@ def _why_kept(store: Store, case: str, labeler: Labeler, selection: Selection) -
     if not store.has_label(case):
         return ""
     row = store.row_number(case)
-    made_by = store.index.column("label_provenance")[row].as_py()
+    made_by = store.column("label_provenance")[row].as_py()
     if made_by == labeler.provenance:
         return "already labelled by this tool with these weights"
-    class_voxels = store.index.column("class_voxels")[row].as_py()
+    class_voxels = store.column("class_voxels")[row].as_py()
     if not any(class_voxels[organ["organ"]] for organ in store.organs.values()):
         return (
             "" if selection.under_tumors or selection.overwrite else "its label holds no organ (--under-tumors adds it)"

@@ -240,6 +240,8 @@ def prepare(
 
     tumor_values: the tumours among ``label_values``, for the note on labels merged from two files (``read_volume``).
     """
+    if source.refusal is not None:
+        raise source.refusal
     volume = read_volume(
         source.image,
         source.label,

@@ -27,6 +27,7 @@ from ftengine.store.case import (
 )
 from ftengine.store.layout import check_case_name
 from ftengine.store.location import Location, locate
+from ftengine.store.rows import Rows
 from ftengine.store.workers import open_workers, run_tasks
 from ftengine.store.writer import CaseNames, create_store
 from ftengine.volume.dicom import read_slice_header
@@ -150,6 +151,8 @@ def _run(
     for source in sources:
         committed = known.get(source.case)
         try:
+            if source.refusal is not None:
+                raise source.refusal
             check_case_name(source.case)
             if committed is None:
                 names.refuse_nested(source.case, location)
@@ -183,7 +186,7 @@ def _is_up_to_date(source: Source, committed: Known, options: ConvertOptions) ->
 
 def known_rows(location: Location) -> dict[str, Known]:
     """What the index says of each committed case."""
-    rows = index.read_index(location)
+    rows = Rows(location)
     hashes = [rows.column(n).to_pylist() for n in ("source_sha256", "label_sha256", "organ_label_sha256")]
     facts = zip(*hashes, rows.column("source_stat").to_pylist(), rows.column("conversion").to_pylist(), strict=True)
     cases = rows.column("case").to_pylist()

@@ -30,6 +30,8 @@ class Estimate:
 def plan_case(source: Source, region: RegionConfig, options: ConvertOptions) -> CaseOutcome:
     """The outcome that headers promise: ``planned`` with the stored shape and uncompressed bytes, or ``failed``."""
     try:
+        if source.refusal is not None:
+            raise source.refusal
         info = probe(source.image, series_files=source.series_files, options=options.reading)
     except CaseError as error:
         return hidden(failed(source, error), source, options.pseudonyms)

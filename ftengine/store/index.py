@@ -1,7 +1,8 @@
 """The index: one row a volume, in Parquet. It is the commit record, and all that the plan needs to know of a volume."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,11 +18,13 @@ from ftengine.geometry import IntZYX
 from ftengine.rng import Purpose, patch_rng
 from ftengine.store.layout import CHUNK, chunks_per_axis
 from ftengine.store.location import Location, locate
+from ftengine.volume.labels import value_extents
 
 Table: TypeAlias = Any  # pyarrow.Table; the package has no type information
 
 COMPACTED = "index.parquet"
 ROW_FOLDER = "index.d"  # what came since the last compaction: a file a row, and an empty one for a withdrawn case
+ROW_GROUP = 4096  # rows: what is decoded to look at one of them
 _ROW, _WITHDRAWN = ".parquet", ".withdrawn"
 
 ANNOTATIONS = ("tumor", "organ", "none")  # tumours labelled; organs only; no label at all
@@ -92,17 +95,21 @@ def locate_classes(label: NDArray[np.uint8], case: str) -> dict[int, ClassChunks
 
     The draw depends on the case's name alone, so that converting again gives the same row.
     """
-    grid = chunks_per_axis((label.shape[0], label.shape[1], label.shape[2]))
+    nz, ny, nx = chunks_per_axis((label.shape[0], label.shape[1], label.shape[2]))
     rng = patch_rng(0, Purpose.ANCHOR, index=crc32(case.encode()))
     found = {}
-    for value in np.unique(label):
-        if value == 0:
-            continue
-        z, y, x = np.unravel_index(rng.permutation(np.flatnonzero(label == value)), label.shape)
-        ids = np.ravel_multi_index((z // CHUNK, y // CHUNK, x // CHUNK), grid)
-        chunk, first, voxels = np.unique(ids, return_index=True, return_counts=True)
-        anchor = np.ravel_multi_index((z[first] % CHUNK, y[first] % CHUNK, x[first] % CHUNK), (CHUNK, CHUNK, CHUNK))
-        found[int(value)] = ClassChunks(chunk.astype(np.int32), voxels.astype(np.int32), anchor.astype(np.uint16))
+    for value, extent in value_extents(label).items():
+        inside = np.nonzero(label[extent.box] == value)
+        z, y, x = ((i + start).astype(np.int32) for i, start in zip(inside, extent.origin_zyx, strict=True))
+        ids = ((z // CHUNK) * ny + y // CHUNK) * nx + x // CHUNK
+        order = rng.permutation(np.arange(len(ids), dtype=np.int32))[::-1]
+        first = np.zeros(nz * ny * nx, dtype=np.int32)
+        first[ids[order]] = order  # the last assignment of a chunk stays: its first voxel in the drawn order
+        voxels = np.bincount(ids, minlength=nz * ny * nx)
+        chunk = np.flatnonzero(voxels)
+        drawn = first[chunk]
+        anchor = ((z[drawn] % CHUNK) * CHUNK + y[drawn] % CHUNK) * CHUNK + x[drawn] % CHUNK
+        found[value] = ClassChunks(chunk.astype(np.int32), voxels[chunk].astype(np.int32), anchor.astype(np.uint16))
     return found
 
 
@@ -124,59 +131,61 @@ def unpack_body_chunks(packed: bytes, shape_zyx: IntZYX) -> NDArray[np.int64]:
 
 
 def read_index(location: Location) -> Table:
-    """All rows of a store: ``index.parquet`` and ``index.d``, ordered by case. Raises StoreError naming the bad file.
+    """All rows and columns of a store, ordered by case. Raises StoreError naming the bad file. ``rows.Rows`` reads less."""
+    from ftengine.store.rows import Rows  # it is built on this module
 
-    A row file beats the compacted index, and a row beats a withdrawal of its case.
-    """
-    withdrawn, row_files = _row_files(location)
-    compacted = [COMPACTED] if location.exists(COMPACTED) else []
-    tables = [_read_table(location, key) for key in (*compacted, *row_files)]
-    if not tables:
-        return SCHEMA.empty_table()
-    merged = pa.concat_tables(tables)
-    num_compacted = tables[0].num_rows if compacted else 0
-    latest = {
-        case: row
-        for row, case in enumerate(merged.column("case").to_pylist())
-        if row >= num_compacted or not withdrawn or _row_key(case, withdrawn=True) not in withdrawn
-    }
-    return merged.take(pa.array([latest[case] for case in sorted(latest)], type=pa.int64()))
+    return Rows(location).table
 
 
-def _read_table(location: Location, key: str) -> Table:
-    try:
+def read_row_file(location: Location, key: str) -> Table:
+    """One file of ``index.d``. Raises FileNotFoundError where a compaction has just folded it in, StoreError where it is damaged."""
+    with readable(location, key):
         table = pq.read_table(pa.BufferReader(location.read_bytes(key)))
+        check_columns(location, key, table.column_names)
+        return table.select(SCHEMA.names).cast(SCHEMA)
+
+
+@contextmanager
+def readable(location: Location, key: str) -> Iterator[None]:
+    """What goes wrong while an index file is read becomes a StoreError that names it; a missing file stays FileNotFoundError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
     except (pa.ArrowException, OSError) as error:
         raise StoreError(
             f"{location.child(key)}: the index cannot be read ({' '.join(str(error).split())[:200]}). Convert again into a new store."
         ) from error
-    missing = [name for name in SCHEMA.names if name not in table.column_names]
+
+
+def check_columns(location: Location, key: str, names: Collection[str]) -> None:
+    """StoreError where an index file lacks columns."""
+    missing = [name for name in SCHEMA.names if name not in names]
     if missing:
         raise StoreError(
             f"{location.child(key)}: the index lacks the columns {missing}; the store was written by another version. Convert again."
         )
-    return table.select(SCHEMA.names).cast(SCHEMA)
 
 
 def append_row(location: Location, row: Mapping[str, Any]) -> None:
     """Commit one volume: write its row to ``index.d``, in a file named after the case, and make it durable before returning."""
-    _write_table(pa.Table.from_pylist([dict(row)], schema=SCHEMA), location, _row_key(str(row["case"])))
+    _write_table(pa.Table.from_pylist([dict(row)], schema=SCHEMA), location, row_key(str(row["case"])))
 
 
 def withdraw_case(location: Location, case: str) -> None:
     """Take a volume out of the index, wherever its row stands, before its data are written again."""
-    location.write_bytes(_row_key(case, withdrawn=True), b"")
+    location.write_bytes(row_key(case, withdrawn=True), b"")
     withdraw_row(location, case)
 
 
 def withdraw_row(location: Location, case: str) -> None:
     """Take back a row that ``append_row`` may have written and nobody has compacted."""
-    location.delete(_row_key(case))
+    location.delete(row_key(case))
 
 
 def has_row_file(location: Location, case: str) -> bool:
     """Whether ``index.d`` holds a row of this case, which a worker that died may have written."""
-    return location.exists(_row_key(case))
+    return location.exists(row_key(case))
 
 
 def write_index(location: Location, table: Table) -> None:
@@ -187,27 +196,28 @@ def write_index(location: Location, table: Table) -> None:
 def compact_index(location: "Location | Path") -> int:
     """Fold ``index.d`` into ``index.parquet``; returns the number of rows. Killed anywhere, no row is lost or doubled."""
     location = locate(location)
-    withdrawn, row_files = _row_files(location)
+    withdrawn, rows = row_files(location)
     table = read_index(location)
     _write_table(table, location, COMPACTED)
     # only the files that were listed: rows written meanwhile stay. Withdrawals first: one that outlived its row's file would hide the
     # row that now stands in the compacted index
-    for key in (*withdrawn, *row_files):
+    for key in (*withdrawn, *rows):
         location.delete(key)
     return int(table.num_rows)
 
 
-def _row_files(location: Location) -> tuple[list[str], list[str]]:
+def row_files(location: Location) -> tuple[list[str], list[str]]:
     """Keys of withdrawals and of rows in ``index.d``."""
     keys = location.keys(ROW_FOLDER)
     return [k for k in keys if k.endswith(_WITHDRAWN)], [k for k in keys if k.endswith(_ROW)]
 
 
-def _row_key(case: str, *, withdrawn: bool = False) -> str:
+def row_key(case: str, *, withdrawn: bool = False) -> str:
+    """Key of a case's row file, or of the file that withdraws its row."""
     return f"{ROW_FOLDER}/{hashlib.sha256(case.encode()).hexdigest()[:32]}{_WITHDRAWN if withdrawn else _ROW}"
 
 
 def _write_table(table: Table, location: Location, key: str) -> None:
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd", row_group_size=ROW_GROUP)
     location.write_bytes(key, sink.getvalue().to_pybytes())

@@ -10,8 +10,10 @@ from ftengine.store.reader import Store
 
 def describe_store(store: Store, *, list_cases: bool) -> dict[str, Any]:
     """Region, grid, labels, sizes, and volumes by (data set, annotation, split); with ``list_cases`` each volume too."""
-    counts = store.index.group_by(["dataset", "annotation", "split"]).aggregate(
-        [([], "count_all"), ("num_tumors", "sum")]
+    counts = (
+        store.select(["dataset", "annotation", "split", "num_tumors"])
+        .group_by(["dataset", "annotation", "split"])
+        .aggregate([([], "count_all"), ("num_tumors", "sum")])
     )
     groups = sorted(
         zip(
@@ -20,15 +22,9 @@ def describe_store(store: Store, *, list_cases: bool) -> dict[str, Any]:
         )
     )
     voxels = (
-        store.index.column("shape_zyx")
-        .combine_chunks()
-        .flatten()
-        .to_numpy()
-        .astype(np.int64)
-        .reshape(-1, 3)
-        .prod(axis=1)
+        store.column("shape_zyx").combine_chunks().flatten().to_numpy().astype(np.int64).reshape(-1, 3).prod(axis=1)
     )
-    voxel_bytes = np.where(np.array(store.index.column("annotation").to_pylist(), dtype=str) == "none", 2, 3)
+    voxel_bytes = np.where(np.array(store.column("annotation").to_pylist(), dtype=str) == "none", 2, 3)
     document: dict[str, Any] = {
         "format": FORMAT,
         "region": store.region,
@@ -36,12 +32,12 @@ def describe_store(store: Store, *, list_cases: bool) -> dict[str, Any]:
         "labels": store.labels,
         "created_by": store.created_by,
         "num_volumes": len(store),
-        "stored_mb": int(store.index.column("stored_bytes").to_numpy().sum()) / 1e6,
+        "stored_mb": int(store.column("stored_bytes").to_numpy().sum()) / 1e6,
         "raw_mb": int((voxels * voxel_bytes).sum()) / 1e6,
         "groups": [{"dataset": d, "annotation": a, "split": s, "volumes": n, "tumors": t} for d, a, s, n, t in groups],
     }
     if list_cases:
-        rows = store.index.select(
+        rows = store.select(
             ["case", "shape_zyx", "annotation", "split", "num_tumors", "tumor_diameters_mm"]
         ).to_pylist()
         document["cases"] = [

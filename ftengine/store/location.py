@@ -108,6 +108,10 @@ class Location(ABC):
         """The tensorstore key-value store of the folder ``key``."""
 
     @abstractmethod
+    def local_path(self, key: str) -> Path | None:
+        """The file of this machine behind a key; None for an object of a bucket."""
+
+    @abstractmethod
     def child(self, key: str) -> str:
         """Name of a key in messages."""
 
@@ -138,6 +142,10 @@ class LocalLocation(Location):
 
     def __str__(self) -> str:
         return str(self.path)
+
+    @override
+    def local_path(self, key: str) -> Path | None:
+        return self.path / key
 
     @override
     def child(self, key: str) -> str:
@@ -269,6 +277,10 @@ class RemoteLocation(Location):
 
     def __str__(self) -> str:
         return f"{self._scheme}://{self._place}"
+
+    @override
+    def local_path(self, key: str) -> Path | None:
+        return None
 
     @override
     def child(self, key: str) -> str:

@@ -3,7 +3,8 @@
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from numpy.typing import NDArray
 
 from ftengine.errors import ConfigError, StoreError
 from ftengine.geometry import Box, FloatZYX, Grid, IntZYX, float_zyx, int_zyx
-from ftengine.store import index, layout
+from ftengine.store import layout
 from ftengine.store.location import LocalLocation, Location, locate
+from ftengine.store.rows import Rows
 from ftengine.types import Patch
 
 _MAX_OPEN_ARRAYS = 512  # open arrays hold metadata and a file path only, no descriptor
@@ -38,15 +40,13 @@ class Store:
         self.organs: dict[str, dict[str, int]] = dict(attributes["organs"])
         self.window_hu: tuple[float, float] = (attributes["window_hu"][0], attributes["window_hu"][1])
         self.created_by: str = attributes["created_by"]
-        self.index = index.read_index(self.location)
-        self.cases: list[str] = self.index.column("case").to_pylist()
-        self._row_of = {case: row for row, case in enumerate(self.cases)}
+        self.rows = Rows(self.location)
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
         self._open: OrderedDict[str, Any] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self.cases)
+        return len(self.rows)
 
     def __repr__(self) -> str:
         return f"<Store {self.location} region={self.region} volumes={len(self)}>"
@@ -59,41 +59,59 @@ class Store:
         return self.location.path
 
     @property
+    def index(self) -> Any:
+        """All columns of all rows as a ``pyarrow.Table``. Of a large store, ask ``column`` for those you need."""
+        return self.rows.table
+
+    def column(self, name: str) -> Any:
+        """One column of the index as a ``pyarrow.ChunkedArray``, in the order of ``cases``."""
+        return self.rows.column(name)
+
+    def select(self, names: Sequence[str]) -> Any:
+        """Some columns of the index as a ``pyarrow.Table``."""
+        return self.rows.select(names)
+
+    @cached_property
+    def cases(self) -> list[str]:
+        """The names of all volumes, sorted."""
+        cases: list[str] = self.rows.cases.to_pylist()
+        return cases
+
+    @property
     def tumor_values(self) -> tuple[int, ...]:
         """Label values of all tumour classes, ascending."""
         return tuple(sorted(organ["tumor"] for organ in self.organs.values()))
 
     def row_number(self, case: str) -> int:
         """The row of a case in ``index``; StoreError for a case that is not there."""
-        try:
-            return self._row_of[case]
-        except KeyError:
+        row = self.rows.number(case)
+        if row is None:
             raise StoreError(
                 f"{self.location}: holds no case {case!r}; 'ftengine store info {self.location} --cases' lists them."
-            ) from None
+            )
+        return row
 
     def row(self, case: str) -> dict[str, Any]:
         """The index row of a case."""
-        row: dict[str, Any] = self.index.slice(self.row_number(case), 1).to_pylist()[0]
-        return row
+        return self.rows.row(self.row_number(case))
 
     def shape_zyx(self, case: str) -> IntZYX:
         """Voxels of the stored volume."""
-        return int_zyx(self.index.column("shape_zyx")[self.row_number(case)].as_py())
+        return int_zyx(self.column("shape_zyx")[self.row_number(case)].as_py())
 
     def grid(self, case: str) -> Grid:
         """Where the stored volume lies in the patient."""
-        return Grid(self.shape_zyx(case), tuple(self.index.column("affine_ras")[self.row_number(case)].as_py()))
+        return Grid(self.shape_zyx(case), tuple(self.column("affine_ras")[self.row_number(case)].as_py()))
 
     def native_grid(self, case: str) -> Grid:
         """The grid of the file that was converted, in its own axis order."""
         row = self.row_number(case)
-        shape = int_zyx(self.index.column("native_shape_zyx")[row].as_py())
-        return Grid(shape, tuple(self.index.column("native_affine_ras")[row].as_py()))
+        shape = int_zyx(self.column("native_shape_zyx")[row].as_py())
+        return Grid(shape, tuple(self.column("native_affine_ras")[row].as_py()))
 
     def has_label(self, case: str) -> bool:
         """Whether the case was converted with a label file."""
-        return bool(self.index.column("annotation")[self.row_number(case)].as_py() != "none")
+        return bool(self.column("annotation")[self.row_number(case)].as_py() != "none")
 
     def read(self, case: str, origin_zyx: IntZYX, shape_zyx: IntZYX) -> Patch:
         """Read a box: image int16 HU and label uint8 [z, y, x]; outside the volume -1024 and 0, label 0 for a case without one.

@@ -84,8 +84,8 @@ def make_subset(
         raise ConfigError(
             f"--subset {scale.name}: is a scale of the {scale.region}; {store.location} holds the {store.region}. Choose another scale or store."
         )
-    used = rows_in(store.index, split=split)
-    column: list[str] = store.index.column("dataset").to_pylist()
+    used = rows_in(store.select(["split", "fold"]), split=split)
+    column: list[str] = store.column("dataset").to_pylist()
     registry = load_registry()
     entry_of = {name: entry.name if (entry := registry.find(name)) else name for name in set(column)}
     if scale is not None:

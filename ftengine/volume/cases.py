@@ -2,7 +2,7 @@
 
 =======  ==========================================================================================
 input    the images that a walk or a list found (``Found``), folders of labels, explicit pairs
-does     names each case, pairs labels by name, never by content, refuses two cases of one name and a case inside another
+does     names each case, pairs labels by name, never by content; two cases of one name, one inside another, two labels are refusals
 output   ``Discovery``: one ``Source`` a case, sorted by name
 raises   ConfigError for what the user must decide, CaseError where nothing was found
 =======  ==========================================================================================
@@ -12,7 +12,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ftengine.errors import CaseError, ConfigError, FailureCode
@@ -34,7 +34,8 @@ class Source:
     case: ``<dataset>/<name>``, unique. image: a file or a DICOM folder. series_files: the slices to read of that folder, else empty.
     organ_label: a second label file with the organs, under the tumours of ``label``. label_map, organ_label_map: value in the file ->
     value in the region, pairs; values that they do not name stay. split: as the source says, "" where it says nothing.
-    notes: what of the folder was left out.
+    notes: what of the folder was left out. refusal: why this case cannot be used before anything of it is read (its name or label is
+    ambiguous); it is listed among the failed ones, and the rest goes on.
     """
 
     case: str
@@ -47,6 +48,7 @@ class Source:
     label_map: tuple[tuple[int, int], ...] = ()
     organ_label_map: tuple[tuple[int, int], ...] = ()
     split: str = ""
+    refusal: CaseError | None = None
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -149,18 +151,22 @@ def assemble(
         if key in taken:
             continue  # named twice, or named and found in a folder
         taken.add(key)
-        if image.is_listed:
-            label = image.label
-        elif real in stated:
-            used_pairs.add(real)
-            label = None if stated[real] == NO_LABEL else _of_one_series(stated[real], image)
-        else:
-            label = _beside(image) if labels is None else _in_folder(image, labels)
-        organ_label = image.organ_label if organ_labels is None else _in_folder(image, organ_labels)
         if case in found:
-            raise ConfigError(
-                f"two images are named {case!r}: {shown(found[case].image)} and {shown(image.path)}. Rename one, or convert them as two datasets."
-            )
+            found[case] = replace(found[case], refusal=_same_name(case, found[case].image, image.path))
+            continue
+        label = organ_label = refusal = None
+        if real in stated and not image.is_listed:
+            used_pairs.add(real)
+        try:
+            if image.is_listed:
+                label = image.label
+            elif real in stated:
+                label = None if stated[real] == NO_LABEL else _of_one_series(stated[real], image)
+            else:
+                label = _beside(image) if labels is None else _in_folder(image, labels)
+            organ_label = image.organ_label if organ_labels is None else _in_folder(image, organ_labels)
+        except CaseError as error:
+            refusal = error
         found[case] = Source(
             case,
             image.dataset or dataset,
@@ -171,6 +177,7 @@ def assemble(
             organ_label,
             image.label_map,
             split=image.split,
+            refusal=refusal,
         )
     _refuse_nested(found)
     if unused := sorted(set(stated) - used_pairs):
@@ -240,16 +247,27 @@ def _without_suffix(stem: str) -> str:
     return stem.removesuffix(suffix)
 
 
-def _refuse_nested(found: Mapping[str, Source]) -> None:
-    """A store keeps a case in a folder of its name: no case may lie inside another's."""
+def _same_name(case: str, first: Path, second: Path) -> CaseError:
+    return CaseError(
+        f"two images are named {case!r}: {shown(first)} and {shown(second)}; want one.",
+        "Rename one, or convert them as two datasets.",
+        code=FailureCode.DUPLICATE_NAME,
+    )
+
+
+def _refuse_nested(found: dict[str, Source]) -> None:
+    """A store keeps a case in a folder of its name: one that would lie inside another's is refused."""
     for case, source in found.items():
         parts = case.split("/")
         for length in range(2, len(parts)):
             outer = found.get("/".join(parts[:length]))
             if outer is not None:
-                raise ConfigError(
-                    f"case {case!r} ({shown(source.image)}) would lie inside case {outer.case!r} ({shown(outer.image)}). Rename one of the two."
+                error = CaseError(
+                    f"case {case!r} ({shown(source.image)}) would lie inside case {outer.case!r} ({shown(outer.image)}).",
+                    "Rename one of the two.",
+                    code=FailureCode.NESTED_NAMES,
                 )
+                found[case] = replace(source, refusal=error)
 
 
 def _names(image: Found) -> list[str]:
@@ -288,18 +306,22 @@ def _in_folder(image: Found, labels: Path) -> Path | None:
 
 def _of_one_series(label: Path, image: Found) -> Path:
     if image.series:
-        raise ConfigError(
-            f"label {shown(label)} for {shown(image.path)}, which holds several series; want one series a label. Move each series to its own folder."
+        raise CaseError(
+            f"label {shown(label)} for {shown(image.path)}, which holds several series; want one series a label.",
+            "Move each series to its own folder.",
+            code=FailureCode.AMBIGUOUS_LABEL,
         )
     return label
 
 
 def _only(candidates: Sequence[Path], image: Found) -> Path | None:
-    """The one candidate that exists; ConfigError for several."""
+    """The one candidate that exists; CaseError for several."""
     own = real_path(image.path)
     there = [path for path in dict.fromkeys(candidates) if path.is_file() and real_path(path) != own]
     if len(there) > 1:
-        raise ConfigError(
-            f"{shown(image.path)}: several labels fit by name, {shown(there[0])} and {shown(there[1])}; want one. State it as IMAGE=LABEL or move the others away."
+        raise CaseError(
+            f"{shown(image.path)}: several labels fit by name, {shown(there[0])} and {shown(there[1])}; want one.",
+            "State it as IMAGE=LABEL or move the others away.",
+            code=FailureCode.AMBIGUOUS_LABEL,
         )
     return there[0] if there else None

@@ -9,6 +9,7 @@ from scipy.spatial import ConvexHull, QhullError
 from scipy.spatial.distance import pdist
 
 from ftengine.geometry import FloatZYX
+from ftengine.volume.labels import value_extents
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,15 @@ def find_lesions(label: NDArray[np.uint8], values: tuple[int, ...], spacing_mm_z
     of voxel centres plus one voxel.
     """
     voxel_ml = float(np.prod(spacing_mm_zyx)) / 1000.0
+    extents = value_extents(label)
     lesions = []
     for value in values:
-        selected = label == value
-        if not selected.any():
+        if value not in extents:
             continue
+        selected = label[extents[value].box] == value
         components, _ = ndi.label(selected, structure=np.ones((3, 3, 3)))
-        for number, box in enumerate(ndi.find_objects(components), start=1):
-            voxels = components[box] == number
+        for number, place in enumerate(ndi.find_objects(components), start=1):
+            voxels = components[place] == number
             diameter = max(_longest_distance_mm(plane, spacing_mm_zyx) for plane in voxels if plane.any())
             count = int(voxels.sum())
             lesions.append(Lesion(value, count, count * voxel_ml, diameter))

@@ -2,21 +2,25 @@
 
 =======  ==========================================================================================
 input    a RAS+ ``Volume`` and a spacing in mm; or an array and two grids with parallel axes
-does     SimpleITK in index space with identity directions: oblique grids are resampled along their own axes
+does     index space, axis by axis: oblique grids are resampled along their own axes; voxel for voxel what SimpleITK's resampler gives
 output   image linear, rounded half to even to int16; labels nearest; edge voxels replicate
 =======  ==========================================================================================
+
+Volumes on the way to the store go slice by slice through small buffers: three times as fast as SimpleITK's resampler on one core, and no
+float copy of the volume is ever made. The tests hold both against each other.
 
 There is no low-pass before thinning out: the released FreeTumor weights were trained on plain bilinear resampling (reference: MONAI).
 """
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
-from ftengine.geometry import FloatZYX, Grid, resampled_grid, sitk_frame
+from ftengine.geometry import FloatZYX, Grid, IntZYX, int_zyx, resampled_grid, sitk_frame
 from ftengine.types import Volume
 
 ScalarT = TypeVar("ScalarT", bound=np.generic)
@@ -37,8 +41,8 @@ def resample(volume: Volume, spacing_mm_zyx: FloatZYX) -> Volume:
         return replace(volume, image_hu=_rounded(volume.image_hu, np.dtype(np.int16)))
     grid = resampled_grid(volume.grid, spacing_mm_zyx)
     scale, first = _relation(volume.grid, grid)
-    image = _rounded(_resampled(volume.image_hu, grid, scale, first, nearest=False), np.dtype(np.int16))
-    label = None if volume.label is None else _resampled(volume.label, grid, scale, first, nearest=True)
+    image = _linear_hu(volume.image_hu, grid.shape_zyx, scale, first)
+    label = None if volume.label is None else _nearest(volume.label, grid.shape_zyx, scale, first)
     return replace(volume, image_hu=image, label=label, grid=grid)
 
 
@@ -92,6 +96,73 @@ def _relation(from_grid: Grid, to_grid: Grid) -> tuple[NDArray[np.float64], NDAr
     if (np.diag(step) <= 0).any() or apart.max() > _PARALLEL_VOX:
         raise ValueError("the axes of the two grids are not parallel and in the same order; turn both to RAS+ first")
     return np.diag(step)[::-1].copy(), relation[:3, 3][::-1].copy()
+
+
+def _linear_hu(
+    image: NDArray[np.int16] | NDArray[np.float32],
+    shape_zyx: IntZYX,
+    scale: NDArray[np.float64],
+    first: NDArray[np.float64],
+) -> NDArray[np.int16]:
+    """``image`` at the index positions of ``_relation``, rounded half to even.
+
+    The sums are those of ITK's linear interpolator, in its order (x, y, z; float64, then float32): one slice of the input is interpolated
+    in its plane once, then pairs of such slices along z. Positions must lie at most half a voxel outside, as ``resampled_grid`` puts them.
+    """
+    (z0, z1, dz), (y0, y1, dy), (x0, x1, dx) = (
+        _neighbours(length, count, step, start)
+        for length, count, step, start in zip(image.shape, shape_zyx, scale, first, strict=True)
+    )
+
+    @lru_cache(maxsize=2)  # positions along z never go back
+    def in_plane(z: int) -> NDArray[np.float64]:
+        lines = _between(image[z].take(x0, axis=1), image[z].take(x1, axis=1), dx)
+        return _between(lines.take(y0, axis=0), lines.take(y1, axis=0), dy[:, None])
+
+    moved = np.empty(shape_zyx, dtype=np.int16)
+    for out, below, above, weight in zip(moved, z0, z1, dz, strict=True):
+        low = in_plane(int(below))
+        plane = _between(low, in_plane(int(above)), weight) if weight > 0.0 else low
+        out[...] = np.rint(plane.astype(np.float32))
+    return moved
+
+
+def _neighbours(
+    length: int, count: int, step: float, start: float
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """Along one axis: index below, index above and the weight of the latter; positions outside replicate the edge."""
+    position = np.clip(start + step * np.arange(count), 0.0, length - 1.0)
+    below = np.floor(position).astype(np.int64)
+    return below, np.minimum(below + 1, length - 1), position - below
+
+
+def _between(low: NDArray[Any], high: NDArray[Any], weight: NDArray[np.float64] | float) -> NDArray[np.float64]:
+    """``low + (high - low) * weight`` in float64."""
+    result = np.subtract(high, low, dtype=np.float64)
+    result *= weight
+    result += low
+    return result
+
+
+def _nearest(
+    array: NDArray[ScalarT], shape_zyx: IntZYX, scale: NDArray[np.float64], first: NDArray[np.float64]
+) -> NDArray[ScalarT]:
+    """``array`` at the voxels nearest to the index positions of ``_relation``.
+
+    Which neighbour a position half-way between two gets, ITK decides, on one line of indices an axis.
+    """
+    lines = []
+    for axis, (length, count) in enumerate(zip(array.shape, shape_zyx, strict=True)):
+        along = np.arange(3) == axis
+        line = np.arange(length, dtype=np.int32).reshape(np.where(along, length, 1))
+        grid = Grid(int_zyx(np.where(along, count, 1)), ())
+        step, start = np.where(along, scale, 1.0), np.where(along, first, 0.0)
+        lines.append(_resampled(line, grid, step, start, nearest=True).ravel())
+    z_index, y_index, x_index = lines
+    moved = np.empty(shape_zyx, dtype=array.dtype)
+    for out, z in zip(moved, z_index, strict=True):
+        array[z].take(y_index, axis=0).take(x_index, axis=1, out=out)
+    return moved
 
 
 def _resampled(

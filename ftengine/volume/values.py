@@ -222,8 +222,21 @@ def to_label(
     targets = np.array([mapping.get(int(k), int(k)) for k in keys], dtype=np.uint8)
     label = np.empty(raw.values.shape, dtype=np.uint8)
     for index, plane in enumerate(_integer_planes(raw, where)):
-        label[index] = targets[np.searchsorted(keys, plane)]
+        _map_plane(plane, keys, targets, label[index])
     return label
+
+
+def _map_plane(
+    plane: NDArray[Any], keys: NDArray[np.int64], targets: NDArray[np.uint8], out: NDArray[np.uint8]
+) -> None:
+    """``targets[i]`` where ``plane`` is ``keys[i]``, into ``out``; most voxels of a label are 0, and most labels need no map."""
+    if plane.dtype == np.uint8 and np.array_equal(keys, targets):
+        out[...] = plane
+        return
+    zero = np.searchsorted(keys, 0)
+    out[...] = targets[zero] if zero < len(keys) and keys[zero] == 0 else 0
+    inside = plane != 0
+    out[inside] = targets[np.searchsorted(keys, plane[inside])]
 
 
 def _integer_planes(raw: RawImage, where: str) -> Iterator[NDArray[Any]]:
@@ -248,10 +261,14 @@ def _integer_planes(raw: RawImage, where: str) -> Iterator[NDArray[Any]]:
 
 def _count(plane: NDArray[Any]) -> list[tuple[int, int]]:
     """(value, voxels) of one slice."""
-    low, high = int(plane.min()), int(plane.max())
+    inside = plane[plane != 0]  # most voxels of a label are 0: counting them one by one would take most of the time
+    found = [(0, plane.size - inside.size)] if inside.size < plane.size else []
+    if not inside.size:
+        return found
+    low, high = int(inside.min()), int(inside.max())
     if high - low < _COUNTED_RANGE:
         # through int64, since uint8 minus a Python int may wrap
-        number = np.bincount((plane.astype(np.int64) - low).ravel())
-        return [(int(v) + low, int(number[v])) for v in np.flatnonzero(number)]
-    values, numbers = np.unique(plane, return_counts=True)
-    return [(int(v), int(n)) for v, n in zip(values, numbers, strict=True)]
+        number = np.bincount(inside.astype(np.int64) - low)
+        return found + [(int(v) + low, int(number[v])) for v in np.flatnonzero(number)]
+    values, numbers = np.unique(inside, return_counts=True)
+    return found + [(int(v), int(n)) for v, n in zip(values, numbers, strict=True)]

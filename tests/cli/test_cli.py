@@ -182,7 +182,7 @@ def test_all_files_failing_is_exit_4(tmp_path: Path) -> None:
 
 
 def test_store_info_and_export(store_path: Path, tmp_path: Path) -> None:
-    document = json.loads(_run("store", "info", store_path, "--json").stdout)
+    document = json.loads(_run("store", "info", store_path, "--json", "--cases").stdout)
     assert document["num_volumes"] == 4
     assert {c["case"] for c in document["cases"]} == {"a/0", "a/1", "o/0", "o/1"}
     assert "organ" in _run("store", "info", store_path, "--cases").stdout

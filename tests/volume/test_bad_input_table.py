@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pydicom.uid import generate_uid
 
 from ftengine.config import Config
-from ftengine.errors import ConfigError, FailureCode
+from ftengine.errors import FailureCode
 from ftengine.store.case import ConvertOptions
 from ftengine.store.convert import ConversionReport, convert_cases, read_failed
 from ftengine.store.location import locate
@@ -604,18 +604,44 @@ def test_the_table_is_whole() -> None:
     assert {row.number for row in ROWS} == set(range(31))
 
 
-def test_row_6_several_series_for_one_label_are_asked_about(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="holds several series; want one series a label"):
-        run(Row(6, "", two_series_and_a_label, Success()), tmp_path)
+def _refused(craft: Callable[[Path], None], folder: Path) -> tuple[str, str]:
+    """(case, code) of the one case that fails beside a good one, which is converted."""
+    (folder / "src").mkdir()
+    craft(folder / "src")
+    save_nifti(folder / "src" / "zz_good.nii.gz", HU, LPS)
+    report = convert_cases(discover([folder / "src"], dataset="d"), folder / "s.zarr", REGION)
+    assert report.exit_code == 1
+    assert [o.case for o in report.outcomes if o.status == "converted"][-1] == "d/zz_good"
+    (row,) = read_failed(locate(folder / "s.zarr"))
+    assert row["reason"]
+    assert row["advice"]
+    return row["case"], row["code"]
 
 
-def test_row_30_two_images_of_one_name_are_asked_about(tmp_path: Path) -> None:
+def test_row_30_two_images_of_one_name_are_one_row(tmp_path: Path) -> None:
     def craft(folder: Path) -> None:
         save_nifti(folder / "bad.nii.gz", HU, LPS)
         save_itk(folder / "bad.nrrd", HU, grid_of((6, 16, 12), LPS))
 
-    with pytest.raises(ConfigError, match="two images are named 'd/bad'"):
-        run(Row(30, "", craft, Success()), tmp_path)
+    assert _refused(craft, tmp_path) == ("d/bad", "duplicate-name")
+
+
+def test_two_labels_of_one_image_are_one_row(tmp_path: Path) -> None:
+    def craft(folder: Path) -> None:
+        for name in ("bad", "bad_seg", "bad_mask"):
+            save_nifti(folder / f"{name}.nii.gz", HU, LPS)
+
+    assert _refused(craft, tmp_path) == ("d/bad", "ambiguous-label")
+
+
+def test_row_6_several_series_for_one_label(tmp_path: Path) -> None:
+    """Each series is a case; neither is given a label that may be the other's."""
+    (tmp_path / "src").mkdir()
+    two_series_and_a_label(tmp_path / "src")
+    save_nifti(tmp_path / "src" / "zz_good.nii.gz", HU, LPS)
+    report = convert_cases(discover([tmp_path / "src"], dataset="d"), tmp_path / "s.zarr", REGION)
+    assert [o.status for o in report.outcomes] == ["failed", "failed", "converted"]
+    assert {o.code for o in report.outcomes[:2]} == {"ambiguous-label"}
 
 
 def test_the_same_file_given_twice_is_one_case(tmp_path: Path) -> None:

@@ -229,3 +229,44 @@ def test_there_and_back_stays_within_the_interpolation_error() -> None:
     # linear interpolation is off by at most 1/8 of the second difference a direction, twice over, and by the roundings
     second = sum(np.abs(np.diff(image.astype(int), 2, axis=axis)).max() for axis in range(3))
     assert np.abs(back[1:-1, 1:-1, 1:-1].astype(int) - image[1:-1, 1:-1, 1:-1]).max() <= second / 4 + 1
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    shape=st.tuples(st.integers(1, 24), st.integers(1, 24), st.integers(1, 24)),
+    spacing=st.tuples(*[st.sampled_from([0.5, 0.703125, 0.75, 0.782, 1.0, 1.25, 2.0, 2.5, 3.0, 5.0])] * 3),
+    target=st.sampled_from([(1.5, 1.5, 1.5), (5.0, 1.25, 1.25), (3.0, 3.0, 3.0), (0.6, 0.7, 0.8)]),
+    dtype=st.sampled_from([np.int16, np.float32]),
+)
+@settings(deadline=None, max_examples=150)
+def test_slice_by_slice_equals_the_resampler_of_simpleitk(
+    seed: int,
+    shape: tuple[int, int, int],
+    spacing: tuple[float, float, float],
+    target: tuple[float, float, float],
+    dtype: type[np.int16] | type[np.float32],
+) -> None:
+    """Each voxel, and positions half-way between two voxels, which these spacings are full of."""
+    rng = np.random.default_rng(seed)
+    whole = rng.integers(-1024, 3000, shape).astype(np.int16)
+    image = whole if dtype == np.int16 else whole + rng.random(shape, dtype=np.float32)
+    label = rng.integers(0, 7, shape).astype(np.uint8)
+    grid = grid_from_codes(shape, spacing, "RAS")
+    moved = resample(volume_of(image, grid, label), target)
+    for ours, array, interpolator in (
+        (moved.image_hu, image, sitk.sitkLinear),
+        (moved.label, label, sitk.sitkNearestNeighbor),
+    ):
+        resampler = sitk.ResampleImageFilter()
+        source = sitk.GetImageFromArray(array)
+        scale = [t / s for t, s in zip(target, spacing, strict=True)]
+        relation = np.linalg.solve(grid.matrix, moved.grid.matrix)
+        assert np.allclose(np.diag(relation)[:3], scale[::-1])
+        resampler.SetSize(moved.grid.shape_zyx[::-1])
+        resampler.SetOutputSpacing(np.diag(relation)[:3].tolist())
+        resampler.SetOutputOrigin(relation[:3, 3].tolist())
+        resampler.SetInterpolator(interpolator)
+        resampler.SetOutputPixelType(source.GetPixelID() if array is label else sitk.sitkFloat32)
+        resampler.UseNearestNeighborExtrapolatorOn()
+        assert ours is not None
+        np.testing.assert_array_equal(ours, np.rint(sitk.GetArrayFromImage(resampler.Execute(source))))
