@@ -75,6 +75,7 @@ class FailureCode(StrEnum):
     OUT_OF_MEMORY = "out-of-memory"
     WORKER_DIED = "worker-died"
     INTERNAL = "internal"
+    NO_ORGAN = "no-organ"
 
 
 class CaseError(FtengineError):

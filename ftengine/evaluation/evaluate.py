@@ -11,7 +11,7 @@ import torch
 
 from ftengine.config import RegionConfig
 from ftengine.errors import CaseError, ConfigError, FailureCode
-from ftengine.evaluation.infer import predict_volume
+from ftengine.evaluation.infer import check_trained_for, predict_volume
 from ftengine.evaluation.metrics import CaseScore, score_case, summarize
 from ftengine.geometry import grid_offset_vox
 from ftengine.store.folds import rows_in
@@ -73,11 +73,7 @@ def evaluate_checkpoint(
     ``overlap`` replaces the checkpoint's ``inference.overlap``. Raises ConfigError where nothing is left to score.
     """
     network, config = load_segmenter(checkpoint)
-    if store.labels != config.region.labels or store.spacing_mm_zyx != config.region.spacing_mm_zyx:
-        raise ConfigError(
-            f"{checkpoint}: was trained for labels {config.region.labels} at {config.region.spacing_mm_zyx} mm; {store.location} has "
-            f"{store.labels} at {store.spacing_mm_zyx} mm. Evaluate on a store of the same region."
-        )
+    check_trained_for(store, config, checkpoint)
     if overlap is not None:
         config = config.with_overrides({"inference.overlap": overlap})
     wanted = list(cases) if cases is not None else _cases_of_kind(store, "tumor", split, fold)
