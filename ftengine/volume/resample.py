@@ -133,7 +133,7 @@ def _neighbours(
     """Along one axis: index below, index above and the weight of the latter; positions outside replicate the edge."""
     position = np.clip(start + step * np.arange(count), 0.0, length - 1.0)
     below = np.floor(position).astype(np.int64)
-    return below, np.minimum(below + 1, length - 1), position - below
+    return below, np.minimum(below + 1, length - 1), np.asarray(position - below, dtype=np.float64)
 
 
 def _between(low: NDArray[Any], high: NDArray[Any], weight: NDArray[np.float64] | float) -> NDArray[np.float64]:
