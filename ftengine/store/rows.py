@@ -131,7 +131,7 @@ class Rows:
         """All columns of one row as plain values."""
         place = number if self._order is None else int(self._order[number].as_py())
         in_file = 0 if self._compacted is None else self._compacted.metadata.num_rows
-        if place >= in_file:
+        if self._compacted is None or place >= in_file:
             return dict(self._recent.slice(place - in_file, 1).to_pylist()[0])
         group = 0
         while place >= (rows := self._compacted.metadata.row_group(group).num_rows):
