@@ -37,6 +37,7 @@ from ftengine.store.reader import open_store
 from ftengine.volume.discover import Source
 from ftengine.volume.nifti import write_nifti
 from ftengine.volume.phantom import TumorSpec, make_phantom
+from ftengine.volume.values import MAX_HU, MIN_HU
 
 CLINICAL_SHAPE_ZYX, CLINICAL_SPACING_MM_ZYX = (100, 512, 512), (2.5, 0.75, 0.75)
 GOALS = {"times_monai": 3.0, "times_smaller": 7.0, "peak_gb": 3.0, "two_workers": 1.7}
@@ -173,6 +174,9 @@ def _monai_on_grid(file: Path, grid: Grid, mode: str) -> NDArray[Any]:
         loaded = Compose([LoadImaged("x"), EnsureChannelFirstd("x"), Orientationd("x", axcodes="RAS")])(
             {"x": str(file)}
         )
+        loaded["x"].clamp_(
+            MIN_HU, MAX_HU
+        )  # padding below air is air before anything is interpolated: a rule of ours, not of MONAI's chain
         moved = SpatialResample(mode=mode, padding_mode="border")(
             loaded["x"], dst_affine=torch.from_numpy(grid.matrix), spatial_size=grid.shape_zyx[::-1]
         )
