@@ -37,7 +37,20 @@ def convert(
     region: Annotated[
         str, typer.Option(help="Preset whose grid and labels apply: abdomen, chest or demo.")
     ] = "abdomen",
-    dataset: Annotated[str, typer.Option(help="Data set name, the first part of every case name.")] = "data",
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="Data set name, the first part of every case name (default: data, or the --source)."),
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="SRC is this data set of the registry: its file names and label map apply (ftengine datasets).",
+        ),
+    ] = None,
+    registry: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="With --source: a folder of YAML files with data sets of yours.")
+    ] = None,
     labels: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of label files with the images' relative names.")
     ] = None,
@@ -131,7 +144,12 @@ def convert(
     A file that cannot be used is listed with the reason, here and in STORE/failed.csv, and the rest goes on (exit code 1). Run the same
     command again to go on after an interruption: what is committed is not redone.
     """
+    from dataclasses import replace
+
     from ftengine.config import Config
+    from ftengine.datasets.check import find_dataset
+    from ftengine.datasets.registry import load_registry
+    from ftengine.errors import ConfigError
     from ftengine.store.case import ConvertOptions
     from ftengine.store.convert import Resources, convert_cases
     from ftengine.volume.discover import parse_source
@@ -148,24 +166,35 @@ def convert(
         pseudonyms=None if pseudonymize is None else Pseudonyms(pseudonymize),
     )
     resources = Resources(workers, dask, None if memory is None else _parse_bytes(memory))
-    pairs = [parse_source(text) for text in sources]
-    discovery = find_cases(
-        [image for image, _ in pairs],
-        layout=layout,
-        dataset=dataset,
-        labels=labels,
-        organ_labels=organ_labels,
-        pairs={image: label for image, label in pairs if label is not None},
-        region_labels=chosen.region.labels,
-        label_map=_parsed(label_map, chosen.region.labels, "--label-map"),
-        organ_label_map=_parsed(organ_label_map, chosen.region.labels, "--organ-label-map"),
-        absolute_paths=absolute_paths,
-    )
-    found = discovery.sources
+    if source is not None:
+        if layout != "auto" or organ_labels is not None or organ_label_map is not None or len(sources) != 1:
+            raise ConfigError(
+                f"--source {source}: says itself how its one folder is laid out; want no --layout, no --organ-labels and one SRC."
+            )
+        found = find_dataset(
+            Path(sources[0]), load_registry(registry).get(source), labels=labels, region=chosen.region, dataset=dataset
+        )
+        given = _parsed(label_map, chosen.region.labels, "--label-map")
+        options = replace(options, label_map=tuple((given or {}).items()))
+    else:
+        pairs = [parse_source(text) for text in sources]
+        discovery = find_cases(
+            [image for image, _ in pairs],
+            layout=layout,
+            dataset=dataset or "data",
+            labels=labels,
+            organ_labels=organ_labels,
+            pairs={image: label for image, label in pairs if label is not None},
+            region_labels=chosen.region.labels,
+            label_map=_parsed(label_map, chosen.region.labels, "--label-map"),
+            organ_label_map=_parsed(organ_label_map, chosen.region.labels, "--organ-label-map"),
+            absolute_paths=absolute_paths,
+        )
+        found = list(discovery.sources)
+        _print_discovery(discovery, quiet=quiet)
     key = {} if options.pseudonyms is None else options.pseudonyms.key(source.case for source in found)
     if pseudonym_key is not None:
         write_key(pseudonym_key, key, Path(store))
-    _print_discovery(discovery, quiet=quiet)
     if dry_run:
         _plan(found, store, chosen, options, resources, as_json=as_json, quiet=quiet)
     with progress("converting", len(found), quiet=quiet or as_json) as reporter:
