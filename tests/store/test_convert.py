@@ -76,7 +76,9 @@ def undisturbed(sources: list[Source], tmp_path_factory: pytest.TempPathFactory)
 def test_every_kind_of_worker_gives_the_same_store(
     resources: Resources, sources: list[Source], undisturbed: str, tmp_path: Path
 ) -> None:
+    environment = dict(os.environ)
     report = convert_cases(sources, tmp_path / "s.zarr", REGION, resources=resources)
+    assert dict(os.environ) == environment  # Dask's nanny sets numbers of threads for all that starts later
     assert (report.count("converted"), report.exit_code) == (6, 0)
     assert [o.case for o in report.outcomes] == sorted(o.case for o in report.outcomes)
     assert content_hash(tmp_path / "s.zarr") == undisturbed
