@@ -30,7 +30,7 @@ from ftengine.store.location import Location, locate
 from ftengine.store.rows import Rows
 from ftengine.store.workers import open_workers, run_tasks
 from ftengine.store.writer import CaseNames, create_store
-from ftengine.volume.dicom import read_slice_header
+from ftengine.volume.dicom_headers import read_slice_header
 from ftengine.volume.discover import Source
 from ftengine.volume.readers import STRICT, Probe, ReadOptions, probe
 

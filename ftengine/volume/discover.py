@@ -29,7 +29,7 @@ from ftengine.volume.cases import (
     label_folders,
     real_path,
 )
-from ftengine.volume.dicom import looks_like_dicom, sort_out
+from ftengine.volume.dicom_headers import looks_like_dicom, sort_out
 from ftengine.volume.readers import SUPPORTED
 from ftengine.volume.values import shown
 

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from ftengine.errors import CaseError, ConfigError, FailureCode
 from ftengine.geometry import FloatZYX, Grid, IntZYX, grid_from_codes, grid_offset_vox, ras_grid, to_ras
 from ftengine.types import Volume
-from ftengine.volume.dicom import load_dicom, looks_like_dicom, probe_dicom
+from ftengine.volume.dicom import load_dicom, probe_dicom
+from ftengine.volume.dicom_headers import looks_like_dicom
 from ftengine.volume.itk import NRRD_MAGIC, is_metaimage, load_itk, probe_itk
 from ftengine.volume.nifti import GZIP_MAGIC, is_nifti, load_nifti, probe_nifti
 from ftengine.volume.resample import resample_label_onto

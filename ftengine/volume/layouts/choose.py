@@ -15,7 +15,7 @@ from typing import Literal, get_args
 
 from ftengine.errors import ConfigError
 from ftengine.volume.cases import Discovery, Walk, assemble, check_dataset, image_stem, is_label_name, label_folders
-from ftengine.volume.dicom import looks_like_dicom
+from ftengine.volume.dicom_headers import looks_like_dicom
 from ftengine.volume.discover import exists, folders, search
 from ftengine.volume.layouts import manifest, nnunet
 from ftengine.volume.layouts.dicom_tree import find_dicom

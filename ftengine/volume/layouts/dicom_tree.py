@@ -19,7 +19,14 @@ from pathlib import Path
 
 from ftengine.errors import ConfigError
 from ftengine.volume.cases import Found, Walk, image_stem, is_label_name, real_path
-from ftengine.volume.dicom import SliceHeader, is_axial, looks_like_dicom, may_be_dicom, read_slice_header, stacked
+from ftengine.volume.dicom_headers import (
+    SliceHeader,
+    is_axial,
+    looks_like_dicom,
+    may_be_dicom,
+    read_slice_header,
+    stacked,
+)
 from ftengine.volume.discover import folders
 from ftengine.volume.layouts.listing import entries
 from ftengine.volume.values import MIN_AXIS_VOXELS
