@@ -35,8 +35,8 @@ LIMITS = {"open_s": 1.0, "open_mb": 300.0, "draw_us": 50.0, "info_s": 5.0}
 SLICES = (75, 150, 300)
 CORES = (1, 2, 16, 64, 256)
 GZIP_BYTES_PER_VOXEL = 0.95  # of the phantoms of bench/convert.py
-PARALLEL_EFFICIENCY = 0.85  # of the ideal: an assumption, what the goal of 1.7 for two workers means; not measured at these sizes
-    0.85  # of each doubling's ideal: two workers against one, measured by bench/convert.py, at the least asked for
+PARALLEL_EFFICIENCY = (
+    0.85  # of the ideal: an assumption, what the goal of 1.7 for two workers means; not measured at these sizes
 )
 
 
