@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ftengine.config import Config
     from ftengine.store.case import CaseOutcome, ConvertOptions
     from ftengine.store.convert import ConversionReport, Resources
-    from ftengine.volume.discover import Source
+    from ftengine.volume.cases import Discovery, Source
 
 
 def convert(
@@ -37,14 +37,50 @@ def convert(
     region: Annotated[
         str, typer.Option(help="Preset whose grid and labels apply: abdomen, chest or demo.")
     ] = "abdomen",
-    dataset: Annotated[str, typer.Option(help="Data set name, the first part of every case name.")] = "data",
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="Data set name, the first part of every case name (default: data, or the --source)."),
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="SRC is this data set of the registry: its file names and label map apply (ftengine datasets).",
+        ),
+    ] = None,
+    registry: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="With --source: a folder of YAML files with data sets of yours.")
+    ] = None,
     labels: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of label files with the images' relative names.")
     ] = None,
     label_map: Annotated[
         str | None,
-        typer.Option(metavar="A=B,...", help="Label values of the files to values of the region, e.g. 1=1,3=1."),
+        typer.Option(
+            metavar="A=B,...",
+            help="Label values of the files to labels of the region, e.g. 1=liver,2=liver_tumor,255=0.",
+        ),
     ] = None,
+    organ_labels: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder of a second label file a case, with organs; the first one's tumours lie over them.",
+        ),
+    ] = None,
+    organ_label_map: Annotated[
+        str | None, typer.Option(metavar="A=B,...", help="As --label-map, for the files with organs.")
+    ] = None,
+    layout: Annotated[
+        str,
+        typer.Option(
+            help="How the sources lie: folder, nnunet, msd (Decathlon), dicom (a tree of studies), csv (a manifest), or auto: by what is there."
+        ),
+    ] = "auto",
+    absolute_paths: Annotated[
+        bool,
+        typer.Option("--absolute-paths", help="Let a manifest name files outside its own folder by absolute paths."),
+    ] = False,
     annotated: Annotated[
         str,
         typer.Option(
@@ -57,6 +93,23 @@ def convert(
         typer.Option(
             metavar="CODES", help="Axis codes, e.g. RAS or LPS, for files that do not state their orientation."
         ),
+    ] = None,
+    allow_gaps: Annotated[
+        bool, typer.Option(help="Fill missing or unevenly spaced DICOM slices linearly from their neighbours; noted.")
+    ] = False,
+    nan: Annotated[
+        float | None, typer.Option(metavar="HU", help="HU in place of NaN and infinity, e.g. -1024 for air; noted.")
+    ] = None,
+    resample_labels: Annotated[
+        bool, typer.Option(help="Bring labels on another grid to their image's by nearest neighbour; noted.")
+    ] = False,
+    pseudonymize: Annotated[
+        str | None,
+        typer.Option(metavar="SALT", help="Replace case and file names by keyed hashes; the same salt gives the same."),
+    ] = None,
+    pseudonym_key: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write which name stands for which case (JSON), outside the store."),
     ] = None,
     config: ConfigOption = None,
     assignments: SetOption = None,
@@ -91,29 +144,57 @@ def convert(
     A file that cannot be used is listed with the reason, here and in STORE/failed.csv, and the rest goes on (exit code 1). Run the same
     command again to go on after an interruption: what is committed is not redone.
     """
+    from dataclasses import replace
+
     from ftengine.config import Config
+    from ftengine.datasets.check import find_dataset
+    from ftengine.datasets.registry import load_registry
+    from ftengine.errors import ConfigError
     from ftengine.store.case import ConvertOptions
     from ftengine.store.convert import Resources, convert_cases
-    from ftengine.volume.discover import discover_all, parse_source
+    from ftengine.volume.discover import parse_source
+    from ftengine.volume.layouts.choose import find_cases
+    from ftengine.volume.pseudonyms import Pseudonyms, write_key
+    from ftengine.volume.readers import ReadOptions
 
     chosen = Config.preset(region) if config is None else Config.from_file(config, default_preset=region)
     chosen = chosen.with_assignments(assignments or [])
     options = ConvertOptions(
         annotation=annotated,  # type: ignore[arg-type]  # convert_cases checks it
         split=split,
-        label_map=_parse_label_map(label_map),
-        assume_orientation=assume_orientation,
+        reading=ReadOptions(assume_orientation, allow_gaps, nan, resample_labels),
+        pseudonyms=None if pseudonymize is None else Pseudonyms(pseudonymize),
     )
     resources = Resources(workers, dask, None if memory is None else _parse_bytes(memory))
-    pairs = [parse_source(text) for text in sources]
-    label_of = {image: label for image, label in pairs if label is not None}
-    discovery = discover_all([image for image, _ in pairs], labels=labels, dataset=dataset, pairs=label_of)
-    found = discovery.sources
-    if discovery.ignored and not (quiet or as_json):
-        reasons = Counter(reason for _, reason in discovery.ignored)
-        typer.echo(
-            "ignored: " + "; ".join(f"{count} x {reason}" for reason, count in sorted(reasons.items())), err=True
+    if source is not None:
+        if layout != "auto" or organ_labels is not None or organ_label_map is not None or len(sources) != 1:
+            raise ConfigError(
+                f"--source {source}: says itself how its one folder is laid out; want no --layout, no --organ-labels and one SRC."
+            )
+        found = find_dataset(
+            Path(sources[0]), load_registry(registry).get(source), labels=labels, region=chosen.region, dataset=dataset
         )
+        given = _parsed(label_map, chosen.region.labels, "--label-map")
+        options = replace(options, label_map=tuple((given or {}).items()))
+    else:
+        pairs = [parse_source(text) for text in sources]
+        discovery = find_cases(
+            [image for image, _ in pairs],
+            layout=layout,
+            dataset=dataset or "data",
+            labels=labels,
+            organ_labels=organ_labels,
+            pairs={image: label for image, label in pairs if label is not None},
+            region_labels=chosen.region.labels,
+            label_map=_parsed(label_map, chosen.region.labels, "--label-map"),
+            organ_label_map=_parsed(organ_label_map, chosen.region.labels, "--organ-label-map"),
+            absolute_paths=absolute_paths,
+        )
+        found = list(discovery.sources)
+        _print_discovery(discovery, quiet=quiet)
+    key = {} if options.pseudonyms is None else options.pseudonyms.key(source.case for source in found)
+    if pseudonym_key is not None:
+        write_key(pseudonym_key, key, Path(store))
     if dry_run:
         _plan(found, store, chosen, options, resources, as_json=as_json, quiet=quiet)
     with progress("converting", len(found), quiet=quiet or as_json) as reporter:
@@ -129,10 +210,29 @@ def convert(
             on_outcome=tally.add,
         )
     if as_json:
-        print_json(report.to_json())
+        print_json(report.to_json() | ({"pseudonyms": key} if key else {}))
     else:
         _print_report(report, quiet=quiet)
     raise typer.Exit(report.exit_code)
+
+
+def _parsed(text: str | None, labels: dict[str, int], option: str) -> dict[int, int] | None:
+    from ftengine.volume.label_maps import parse_label_map
+
+    return None if text is None else parse_label_map(text, labels, option=option)
+
+
+def _print_discovery(discovery: "Discovery", *, quiet: bool) -> None:
+    """What was chosen and what was passed over, on stderr."""
+    if quiet:
+        return
+    for note in discovery.notes:
+        typer.echo(f"note: {note}", err=True)
+    if discovery.ignored:
+        reasons = Counter(reason for _, reason in discovery.ignored)
+        typer.echo(
+            "ignored: " + "; ".join(f"{count} x {reason}" for reason, count in sorted(reasons.items())), err=True
+        )
 
 
 class _Tally:
@@ -199,17 +299,6 @@ def _parse_bytes(text: str) -> int:
     if match is None or match[2] not in units or float(match[1]) <= 0:
         raise ConfigError(f"--memory {text}: want a size such as 16GB or 800MB.")
     return int(float(match[1]) * units[match[2]])
-
-
-def _parse_label_map(text: str | None) -> tuple[tuple[int, int], ...]:
-    from ftengine.errors import ConfigError
-
-    if text is None:
-        return ()
-    try:
-        return tuple((int(a), int(b)) for a, b in (pair.split("=") for pair in text.split(",")))
-    except ValueError as error:
-        raise ConfigError(f"--label-map {text}: want pairs of whole numbers such as 1=1,3=1.") from error
 
 
 def _print_report(report: "ConversionReport", *, quiet: bool) -> None:

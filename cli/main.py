@@ -6,7 +6,20 @@ from typing import Annotated
 import typer
 
 from ftengine import __version__
-from ftengine.cli import config, convert, datasets, demo, doctor, evaluate, predict, preview, store, train, view
+from ftengine.cli import (
+    config,
+    convert,
+    datasets,
+    demo,
+    doctor,
+    evaluate,
+    organs,
+    predict,
+    preview,
+    store,
+    train,
+    view,
+)
 from ftengine.cli.console import EXIT_CODES
 from ftengine.errors import FtengineError
 
@@ -24,6 +37,7 @@ app.command(name="demo")(demo.demo)
 app.command(name="convert")(convert.convert)
 app.add_typer(store.app, name="store")
 app.add_typer(datasets.app, name="datasets")
+app.command(name="organs")(organs.organs)
 app.add_typer(train.app, name="train")
 app.command(name="predict")(predict.predict)
 app.command(name="evaluate")(evaluate.evaluate)

@@ -108,6 +108,11 @@ def verify(
     ] = None,
     dataset: Annotated[str, typer.Option(help="With --deep: the data set name of the conversion.")] = "data",
     labels: Annotated[Path | None, typer.Option(metavar="DIR", help="With --deep: as in the conversion.")] = None,
+    organ_labels: Annotated[Path | None, typer.Option(metavar="DIR", help="With --deep: as in the conversion.")] = None,
+    layout: Annotated[str, typer.Option(help="With --deep: as in the conversion.")] = "auto",
+    absolute_paths: Annotated[
+        bool, typer.Option("--absolute-paths", help="With --deep: as in the conversion.")
+    ] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -117,14 +122,22 @@ def verify(
     from ftengine.errors import StoreError
     from ftengine.store.reader import open_store
     from ftengine.store.verify import verify_store
-    from ftengine.volume.discover import discover_all, parse_source
+    from ftengine.volume.discover import parse_source
+    from ftengine.volume.layouts.choose import find_cases
 
     opened = open_store(store)
     sources = None
     if deep:
         pairs = [parse_source(text) for text in deep]
-        label_of = {image: label for image, label in pairs if label is not None}
-        found = discover_all([image for image, _ in pairs], labels=labels, dataset=dataset, pairs=label_of)
+        found = find_cases(  # the maps stand in the rows
+            [image for image, _ in pairs],
+            layout=layout,
+            dataset=dataset,
+            labels=labels,
+            organ_labels=organ_labels,
+            pairs={image: label for image, label in pairs if label is not None},
+            absolute_paths=absolute_paths,
+        )
         sources = found.sources
     with progress("verifying", len(opened), quiet=quiet or as_json) as reporter:
         findings = verify_store(

@@ -30,11 +30,52 @@ class ConfigError(FtengineError):
 class FailureCode(StrEnum):
     """Why a CT cannot be used: stable names, each an anchor of docs/bring-your-own-ct.md. Append only."""
 
-    UNREADABLE = "unreadable"
+    # the file
+    MISSING_FILE = "missing-file"
+    NO_PERMISSION = "no-permission"
+    UNREADABLE = "unreadable"  # any other refusal of the system
+    EMPTY_FILE = "empty-file"
+    TRUNCATED = "truncated"
+    DAMAGED_DATA = "damaged-data"  # whole by its length, wrong by its checksum
+    DAMAGED_HEADER = "damaged-header"
+    NOT_AN_IMAGE = "not-an-image"
+    UNSUPPORTED_ENCODING = "unsupported-encoding"
+    OUTSIDE_DATA_FILE = "outside-data-file"
+    # what it holds
+    NO_CT = "no-ct"
+    NOT_A_VOLUME = "not-a-volume"
+    NOT_GREY = "not-grey"
+    NOT_HU = "not-hu"
+    NOT_FINITE = "not-finite"
+    SEVERAL_PHASES = "several-phases"
+    # where it lies in the patient
+    NO_ORIENTATION = "no-orientation"
+    NO_POSITION = "no-position"
+    BAD_SPACING = "bad-spacing"
+    WRONG_UNITS = "wrong-units"
+    SHEARED = "sheared"
+    # a series of DICOM slices
+    SEVERAL_SERIES = "several-series"
+    MISSING_SLICES = "missing-slices"
+    UNEVEN_SLICES = "uneven-slices"
+    DUPLICATE_SLICES = "duplicate-slices"
+    GANTRY_TILT = "gantry-tilt"
+    MULTI_FRAME = "multi-frame"
+    UNDECODABLE = "undecodable"
+    HEADER_MISMATCH = "header-mismatch"
+    # labels and names
+    GRID_MISMATCH = "grid-mismatch"
+    LABEL_VALUES = "label-values"
+    FRACTIONAL_LABEL = "fractional-label"
+    DICOM_LABEL = "dicom-label"
+    AMBIGUOUS_LABEL = "ambiguous-label"
+    DUPLICATE_NAME = "duplicate-name"
     NESTED_NAMES = "nested-names"
+    # what became of the work on it
     OUT_OF_MEMORY = "out-of-memory"
     WORKER_DIED = "worker-died"
     INTERNAL = "internal"
+    NO_ORGAN = "no-organ"
 
 
 class CaseError(FtengineError):

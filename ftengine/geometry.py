@@ -5,13 +5,14 @@ and superior side). A ``Grid`` says where such an array lies in the patient. nib
 LPS world coordinates: both are converted here and nowhere else.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ftengine.errors import CaseError, ConfigError
+from ftengine.errors import CaseError, ConfigError, FailureCode
 
 IntZYX: TypeAlias = tuple[int, int, int]
 FloatZYX: TypeAlias = tuple[float, float, float]
@@ -111,16 +112,23 @@ def checked_grid(grid: Grid, where: str, *, tolerance: float = 2e-3) -> Grid:
     matrix = grid.matrix
     if not np.isfinite(matrix).all():
         raise CaseError(
-            f"{where}: the affine holds NaN or infinity; want finite numbers. Repair the header or leave the case out."
+            f"{where}: the affine holds NaN or infinity; want finite numbers.",
+            "Repair the header or leave the case out.",
+            code=FailureCode.NO_POSITION if np.isfinite(matrix[:, :3]).all() else FailureCode.BAD_SPACING,
         )
     if min(grid.shape_zyx) < 1:
-        raise CaseError(f"{where}: shape_zyx={grid.shape_zyx} has an empty axis; want a volume. Leave the case out.")
+        raise CaseError(
+            f"{where}: shape_zyx={grid.shape_zyx} has an empty axis; want a volume.",
+            "Leave the case out.",
+            code=FailureCode.NOT_A_VOLUME,
+        )
     spacing = grid.spacing_mm_zyx
     if any(not MIN_SPACING_MM <= s <= MAX_SPACING_MM for s in spacing):
         shown = tuple(round(s, 6) for s in spacing)
         raise CaseError(
-            f"{where}: spacing_mm_zyx={shown}; want {MIN_SPACING_MM} to {MAX_SPACING_MM} mm on each axis. "
-            "The header is broken or not in millimetres: repair it or leave the case out."
+            f"{where}: spacing_mm_zyx={shown}; want {MIN_SPACING_MM} to {MAX_SPACING_MM} mm on each axis.",
+            "The header is broken or not in millimetres: repair it or leave the case out.",
+            code=FailureCode.BAD_SPACING,
         )
     spacing_xyz = np.array(spacing[::-1])
     directions = matrix[:3, :3] / spacing_xyz
@@ -128,9 +136,13 @@ def checked_grid(grid: Grid, where: str, *, tolerance: float = 2e-3) -> Grid:
     nearest = u @ vt
     deviation = float(np.abs(nearest - directions).max())
     if deviation > tolerance:
+        cosines = directions.T @ directions
+        angle = math.degrees(math.asin(min(1.0, float(np.abs(cosines - np.diag(np.diag(cosines))).max()))))
         raise CaseError(
-            f"{where}: the affine is sheared (its axes are off orthogonal by {deviation:.3g}, {tolerance} is allowed), as from a tilted "
-            "gantry. Resample the volume to a regular grid first or leave the case out."
+            f"{where}: the affine is sheared by {angle:.1f} degrees (its axes are off orthogonal by {deviation:.3g}, {tolerance} is allowed), "
+            "as from a tilted gantry; want axes at right angles.",
+            "Resample the volume to a regular grid first or leave the case out.",
+            code=FailureCode.SHEARED,
         )
     exact = matrix.copy()
     exact[:3, :3] = nearest * spacing_xyz

@@ -25,6 +25,7 @@ ALLOWED = {
     "quality": BASE | {"kernels"},
     "training": BASE | {"loader", "synthesis", "quality"},
     "evaluation": BASE | {"volume", "store", "loader", "synthesis", "quality", "training"},
+    "organs": BASE | {"store", "training", "evaluation"},
 }
 
 

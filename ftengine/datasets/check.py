@@ -17,7 +17,8 @@ from typing import Any
 
 from ftengine.config import RegionConfig
 from ftengine.datasets.registry import DatasetEntry, Registry, plain_name, values_of
-from ftengine.errors import CaseError, ConfigError
+from ftengine.errors import CaseError, ConfigError, FailureCode
+from ftengine.volume.cases import check_dataset
 from ftengine.volume.discover import EXTENSIONS, Source, discover_all, image_stem
 from ftengine.volume.readers import probe
 
@@ -74,17 +75,27 @@ class FolderCheck:
         }
 
 
-def find_cases(
-    folder: Path, entry: DatasetEntry, *, labels: Path | None = None, region: RegionConfig | None = None
+def find_dataset(
+    folder: Path,
+    entry: DatasetEntry,
+    *,
+    labels: Path | None = None,
+    region: RegionConfig | None = None,
+    dataset: str | None = None,
 ) -> list[Source]:
     """The cases of a data set in its folder, named and paired as the entry says, sorted by name.
 
     labels: a folder of label files with the images' relative paths, instead of the entry's pattern. region: give its label values to each
-    case's ``label_map``. Raises as ``discover_all`` does; CaseError where the folder holds CT but none that the entry means.
+    case's ``label_map``. dataset: the name in the store, instead of the entry's. Raises as ``discover_all`` does; CaseError where the folder holds CT but none that the entry means.
     """
     sources = _cases_of(entry, _discover(folder, labels)[0], folder, labels)
+    if dataset is not None:
+        check_dataset(dataset)
+        sources = [replace(s, case=f"{dataset}{s.case.removeprefix(entry.name)}", dataset=dataset) for s in sources]
     if not sources:
-        raise CaseError(f"{folder}: holds no volume of {entry.name}{_meant(entry)}.", "Check the path.")
+        raise CaseError(
+            f"{folder}: holds no volume of {entry.name}{_meant(entry)}.", "Check the path.", code=FailureCode.NO_CT
+        )
     if region is not None and entry.label_map is not None:
         values = values_of(entry.label_map, region)
         sources = [replace(s, label_map=values) for s in sources]

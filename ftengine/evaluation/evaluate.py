@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from ftengine.config import RegionConfig
-from ftengine.errors import CaseError, ConfigError
-from ftengine.evaluation.infer import predict_volume
+from ftengine.errors import CaseError, ConfigError, FailureCode
+from ftengine.evaluation.infer import check_trained_for, predict_volume
 from ftengine.evaluation.metrics import CaseScore, score_case, summarize
 from ftengine.geometry import grid_offset_vox
 from ftengine.store.folds import rows_in
@@ -73,11 +73,7 @@ def evaluate_checkpoint(
     ``overlap`` replaces the checkpoint's ``inference.overlap``. Raises ConfigError where nothing is left to score.
     """
     network, config = load_segmenter(checkpoint)
-    if store.labels != config.region.labels or store.spacing_mm_zyx != config.region.spacing_mm_zyx:
-        raise ConfigError(
-            f"{checkpoint}: was trained for labels {config.region.labels} at {config.region.spacing_mm_zyx} mm; {store.location} has "
-            f"{store.labels} at {store.spacing_mm_zyx} mm. Evaluate on a store of the same region."
-        )
+    check_trained_for(store, config, checkpoint)
     if overlap is not None:
         config = config.with_overrides({"inference.overlap": overlap})
     wanted = list(cases) if cases is not None else _cases_of_kind(store, "tumor", split, fold)
@@ -118,13 +114,17 @@ def evaluate_folders(
         try:
             if predicted_file is None:
                 raise CaseError(
-                    f"{name}: has no prediction in {predictions}; want a file of the same name (with or without _label)."
+                    f"{name}: has no prediction in {predictions}.",
+                    "Predict this case too: a file of the same name (with or without _label) is wanted.",
+                    code=FailureCode.MISSING_FILE,
                 )
             truth, truth_grid = read_label(truth_file, label_values=region.labels.values())
             predicted, predicted_grid = read_label(predicted_file, label_values=region.labels.values())
             if truth.shape == predicted.shape and grid_offset_vox(truth_grid, predicted_grid) > 0.1:
                 raise CaseError(
-                    f"{predicted_file}: lies on another grid than {truth_file}; want the same affine within 0.1 voxel."
+                    f"{predicted_file}: lies on another grid than {truth_file}; want the same affine within 0.1 voxel.",
+                    "Bring the prediction to the grid of its truth.",
+                    code=FailureCode.GRID_MISMATCH,
                 )
             result.cases.append(score_case(name, predicted, truth, region.labels))
             on_case(result.cases[-1])

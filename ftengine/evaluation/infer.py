@@ -14,10 +14,20 @@ from torch import nn
 from ftengine.config import Config
 from ftengine.errors import ConfigError
 from ftengine.geometry import from_ras, ras_grid
+from ftengine.store.reader import Store
 from ftengine.volume.discover import Source
 from ftengine.volume.nifti import write_nifti
 from ftengine.volume.readers import read_volume
 from ftengine.volume.resample import resample, resample_to
+
+
+def check_trained_for(store: Store, config: Config, checkpoint: str | Path) -> None:
+    """ConfigError where a checkpoint's ``config`` has other labels or another spacing than the store."""
+    if store.labels != config.region.labels or store.spacing_mm_zyx != config.region.spacing_mm_zyx:
+        raise ConfigError(
+            f"{checkpoint}: was trained for labels {config.region.labels} at {config.region.spacing_mm_zyx} mm; {store.location} has "
+            f"{store.labels} at {store.spacing_mm_zyx} mm. Use it on a store of the same region."
+        )
 
 
 def predict_volume(
@@ -78,6 +88,8 @@ def predict_file(network: nn.Module, source: Source, out: Path, config: Config, 
     would replace the input; nothing is left half written.
     """
     check_outputs([source], out)
+    if source.refusal is not None:
+        raise source.refusal
     volume = read_volume(
         source.image, None, series_files=source.series_files, label_values=config.region.labels.values()
     )

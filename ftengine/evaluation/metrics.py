@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ftengine.errors import CaseError
+from ftengine.errors import CaseError, FailureCode
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,9 @@ def score_case(
     """Score a predicted label map against the truth, both uint8 [z, y, x] on one grid. Raises CaseError where shapes differ."""
     if predicted.shape != truth.shape:
         raise CaseError(
-            f"{case}: the prediction has shape_zyx={predicted.shape}, the truth {truth.shape}; want the same grid."
+            f"{case}: the prediction has shape_zyx={predicted.shape}, the truth {truth.shape}; want the same grid.",
+            "Bring the prediction to the grid of its truth.",
+            code=FailureCode.GRID_MISMATCH,
         )
     scores = {}
     for name, value in labels.items():

@@ -13,7 +13,7 @@ import hashlib
 import json
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, cast
 
@@ -27,8 +27,10 @@ from ftengine.store.location import Location, locate
 from ftengine.store.writer import Provenance, write_volume
 from ftengine.types import Volume
 from ftengine.volume.discover import Source
-from ftengine.volume.readers import read_volume
+from ftengine.volume.pseudonyms import Pseudonyms
+from ftengine.volume.readers import STRICT, ReadOptions, read_volume
 from ftengine.volume.resample import resample
+from ftengine.volume.values import read_failure, shown
 
 Annotation = Literal["auto", "tumor", "organ"]
 Status = Literal["converted", "skipped", "failed", "planned"]
@@ -42,7 +44,9 @@ class ConvertOptions:
     annotation: Annotation = "auto"
     split: str = ""  # in place of what the source says
     label_map: tuple[tuple[int, int], ...] = ()  # behind the source's own
-    assume_orientation: str | None = None
+    organ_label_map: tuple[tuple[int, int], ...] = ()  # likewise
+    reading: ReadOptions = STRICT
+    pseudonyms: Pseudonyms | None = None  # in place of names of files in the row; the caller renames the cases
 
     def text(self, source: Source) -> str:
         """The options that a row was made with, as JSON for the index."""
@@ -51,8 +55,8 @@ class ConvertOptions:
                 "annotation": self.annotation,
                 "split": self.split or source.split,
                 "label_map": sorted(self.maps(source).items()),
-                "organ_label_map": sorted(source.organ_label_map),
-                "orientation": self.assume_orientation,
+                "organ_label_map": sorted(self.organ_maps(source).items()),
+                "reading": asdict(self.reading),
             }
         )
 
@@ -64,12 +68,23 @@ class ConvertOptions:
             annotation=values.get("annotation", "auto"),
             split=values.get("split", ""),
             label_map=tuple((int(a), int(b)) for a, b in values.get("label_map", ())),
-            assume_orientation=values.get("orientation"),
+            organ_label_map=tuple((int(a), int(b)) for a, b in values.get("organ_label_map", ())),
+            reading=ReadOptions(**values.get("reading", {})),
         )
+
+    def file_name(self, path: Path | None) -> str:
+        """A file's name as the index may hold it; "" for none."""
+        if path is None:
+            return ""
+        return path.name if self.pseudonyms is None else self.pseudonyms.file(path.name)
 
     def maps(self, source: Source) -> dict[int, int]:
         """Value in the label file -> value in the region."""
         return dict(source.label_map) | dict(self.label_map)
+
+    def organ_maps(self, source: Source) -> dict[int, int]:
+        """Value in the organ label file -> value in the region."""
+        return dict(source.organ_label_map) | dict(self.organ_label_map)
 
 
 @dataclass(frozen=True)
@@ -132,6 +147,21 @@ def failed(source: Source, error: CaseError) -> CaseOutcome:
     )
 
 
+def hidden(outcome: CaseOutcome, source: Source, pseudonyms: Pseudonyms | None) -> CaseOutcome:
+    """The outcome of ``source`` (which has its real name) as it may be shown and stored."""
+    if pseudonyms is None:
+        return outcome
+    paths = {source.image, *source.files, *source.label_files, *source.organ_label_files}
+    paths |= {path for path in (source.label, source.organ_label) if path is not None}
+    return replace(
+        outcome,
+        case=pseudonyms.case(source.case),
+        file=pseudonyms.file(source.image.name) if outcome.file else "",
+        reason=pseudonyms.hide(outcome.reason, source.case, paths),
+        advice=pseudonyms.hide(outcome.advice, source.case, paths),
+    )
+
+
 def _convert(task: Task) -> CaseOutcome:
     source, known = task.source, task.committed
     conversion = task.options.text(source)
@@ -140,9 +170,10 @@ def _convert(task: Task) -> CaseOutcome:
         hashes = source_hashes(source)
         if known is not None and (known.hashes, known.conversion) == (hashes, conversion):
             return CaseOutcome(source.case, "skipped", reason="already converted from the same files, by their content")
-        stored = prepare(source, task.options, task.region.spacing_mm_zyx, task.region.labels.values())
+        region = task.region
+        stored = prepare(source, task.options, region.spacing_mm_zyx, region.labels.values(), region.tumor_values)
     except OSError as error:
-        raise _unreadable(source, error) from error
+        raise read_failure(shown(Path(error.filename or source.image)), error) from error
     except MemoryError as error:
         raise CaseError(
             f"{source.image}: out of memory while reading or resampling.",
@@ -159,11 +190,11 @@ def _convert(task: Task) -> CaseOutcome:
         ) from error
     notes = (*source.notes, *stored.notes, *((REPLACED,) if known is not None else ()))
     provenance = Provenance(
-        source=source.image.name,
+        source=task.options.file_name(source.image),
         source_sha256=hashes[0],
-        label_source="" if source.label is None else source.label.name,
+        label_source=task.options.file_name(source.label),
         label_sha256=hashes[1],
-        organ_label_source="" if source.organ_label is None else source.organ_label.name,
+        organ_label_source=task.options.file_name(source.organ_label),
         organ_label_sha256=hashes[2],
         source_stat=stat,
         annotation=task.options.annotation if stored.label is not None else "auto",
@@ -198,15 +229,29 @@ def _convert(task: Task) -> CaseOutcome:
     )
 
 
-def prepare(source: Source, options: ConvertOptions, spacing_mm_zyx: FloatZYX, label_values: Collection[int]) -> Volume:
-    """Read a case and bring it to a store's spacing: the voxels that the store holds of it. Raises CaseError, OSError."""
+def prepare(
+    source: Source,
+    options: ConvertOptions,
+    spacing_mm_zyx: FloatZYX,
+    label_values: Collection[int],
+    tumor_values: Collection[int] | None = None,
+) -> Volume:
+    """Read a case and bring it to a store's spacing: the voxels that the store holds of it. Raises CaseError, OSError.
+
+    tumor_values: the tumours among ``label_values``, for the note on labels merged from two files (``read_volume``).
+    """
+    if source.refusal is not None:
+        raise source.refusal
     volume = read_volume(
         source.image,
         source.label,
         series_files=source.series_files,
         label_values=label_values,
         label_map=options.maps(source),
-        assume_orientation=options.assume_orientation,
+        organ_label=source.organ_label,
+        organ_label_map=options.organ_maps(source),
+        tumor_values=tumor_values,
+        options=options.reading,
     )
     return resample(volume, spacing_mm_zyx)
 
@@ -217,15 +262,6 @@ def unwritable(location: Location, error: OSError) -> StoreError:
     step = "Make room" if full else "Check the disk and its permissions"
     return StoreError(
         f"{location}: cannot be written ({error.strerror or error}); what is committed stays. {step}, then run the same command again."
-    )
-
-
-def _unreadable(source: Source, error: OSError) -> CaseError:
-    name = error.filename or source.image
-    return CaseError(
-        f"{name}: {error.strerror or type(error).__name__}.",
-        "Check the path and its permissions.",
-        code=FailureCode.UNREADABLE,
     )
 
 

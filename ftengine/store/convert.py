@@ -5,7 +5,7 @@ import io
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from ftengine.store.case import (
     Known,
     Task,
     failed,
+    hidden,
     source_stat,
     unwritable,
 )
@@ -31,7 +32,7 @@ from ftengine.store.workers import open_workers, run_tasks
 from ftengine.store.writer import CaseNames, create_store
 from ftengine.volume.dicom import read_slice_header
 from ftengine.volume.discover import Source
-from ftengine.volume.readers import Probe, probe
+from ftengine.volume.readers import STRICT, Probe, ReadOptions, probe
 
 Unchanged = Literal["stat", "hash"]
 FAILED = "failed.csv"
@@ -107,7 +108,12 @@ def convert_cases(
         raise ConfigError(f"--unchanged {unchanged}: want stat or hash.")
     report = ConversionReport(str(store), region.name)
 
+    names = options.pseudonyms
+    real = {source.case if names is None else names.case(source.case): source for source in sources}
+    named = sources if names is None else [replace(source, case=names.case(source.case)) for source in sources]
+
     def note(outcome: CaseOutcome) -> None:
+        outcome = hidden(outcome, real[outcome.case], names)
         report.outcomes.append(outcome)
         on_outcome(outcome)
 
@@ -118,7 +124,7 @@ def convert_cases(
             location.clear_scratch()
             index.compact_index(location)
             try:
-                _run(sources, location, region, options, resources or Resources(), unchanged, on_start, note)
+                _run(named, location, region, options, resources or Resources(), unchanged, on_start, note)
             finally:
                 index.compact_index(location)
                 _write_failed(location, report)
@@ -145,6 +151,8 @@ def _run(
     for source in sources:
         committed = known.get(source.case)
         try:
+            if source.refusal is not None:
+                raise source.refusal
             check_case_name(source.case)
             if committed is None:
                 names.refuse_nested(source.case, location)
@@ -160,7 +168,7 @@ def _run(
             tasks,
             workers,
             memory_bytes=resources.memory_bytes,
-            need_bytes=lambda task: case_bytes(task.source, region, options.assume_orientation),
+            need_bytes=lambda task: case_bytes(task.source, region, options.reading),
             on_start=lambda task: on_start(task.source.case),
         )
         for number, (_, outcome) in enumerate(done, start=1):
@@ -192,14 +200,14 @@ def stored_shape(info: Probe, region: RegionConfig) -> IntZYX:
     return z, y, x
 
 
-def case_bytes(source: Source, region: RegionConfig, assume_orientation: str | None) -> int:
+def case_bytes(source: Source, region: RegionConfig, reading: ReadOptions = STRICT) -> int:
     """The most memory that converting a case takes, from its header; a header that cannot be read needs none."""
     if source.series_files:
         header = read_slice_header(source.series_files[0])
-        native = 0 if header is None else len(source.series_files) * header.num_rows * header.num_columns
+        native = len(source.series_files) * header.num_rows * header.num_columns
         return _BYTES_OF_A_PROCESS + (_BYTES_PER_NATIVE_VOXEL + _BYTES_PER_STORED_VOXEL) * native
     try:
-        info = probe(source.image, assume_orientation=assume_orientation)
+        info = probe(source.image, options=reading)
     except CaseError:
         return _BYTES_OF_A_PROCESS
     native, stored = math.prod(info.shape_zyx), math.prod(stored_shape(info, region))

@@ -2,14 +2,14 @@
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from ftengine.config import RegionConfig
 from ftengine.errors import CaseError
-from ftengine.store.case import CaseOutcome, ConvertOptions, Task, convert_case, failed
+from ftengine.store.case import CaseOutcome, ConvertOptions, Task, convert_case, failed, hidden
 from ftengine.store.convert import stored_shape
 from ftengine.store.writer import create_store
 from ftengine.volume.discover import Source
@@ -30,12 +30,15 @@ class Estimate:
 def plan_case(source: Source, region: RegionConfig, options: ConvertOptions) -> CaseOutcome:
     """The outcome that headers promise: ``planned`` with the stored shape and uncompressed bytes, or ``failed``."""
     try:
-        info = probe(source.image, series_files=source.series_files, assume_orientation=options.assume_orientation)
+        if source.refusal is not None:
+            raise source.refusal
+        info = probe(source.image, series_files=source.series_files, options=options.reading)
     except CaseError as error:
-        return failed(source, error)
+        return hidden(failed(source, error), source, options.pseudonyms)
     shape = stored_shape(info, region)
     voxel_bytes = 2 if source.label is None and source.organ_label is None else 3
-    return CaseOutcome(source.case, "planned", shape_zyx=shape, stored_bytes=int(np.prod(shape)) * voxel_bytes)
+    outcome = CaseOutcome(source.case, "planned", shape_zyx=shape, stored_bytes=int(np.prod(shape)) * voxel_bytes)
+    return hidden(outcome, source, options.pseudonyms)
 
 
 def estimate(
@@ -47,6 +50,8 @@ def estimate(
     on_sample: Callable[[str], None] = lambda _case: None,
 ) -> Estimate:
     """Convert up to three cases around the median size into a temporary store, and scale what they took to all planned ones."""
+    if options.pseudonyms is not None:
+        sources = [replace(s, case=options.pseudonyms.case(s.case)) for s in sources]
     sizes = {o.case: o.stored_bytes for o in planned if o.status == "planned"}
     by_size = sorted((s for s in sources if s.case in sizes), key=lambda s: (sizes[s.case], s.case))
     middle = max(0, len(by_size) // 2 - _SAMPLE // 2)

@@ -77,6 +77,11 @@ class Store:
         cases: list[str] = self.rows.cases.to_pylist()
         return cases
 
+    @property
+    def tumor_values(self) -> tuple[int, ...]:
+        """Label values of all tumour classes, ascending."""
+        return tuple(sorted(organ["tumor"] for organ in self.organs.values()))
+
     def row_number(self, case: str) -> int:
         """The row of a case in ``index``; StoreError for a case that is not there."""
         row = self.rows.number(case)

@@ -57,7 +57,7 @@ class Rows:
     def _open(self) -> None:
         # listed before the compacted index is opened: what a compaction folds in is seen in one of the two
         withdrawn, row_files = index.row_files(self.location)
-        self._compacted = self._open_compacted()
+        self._compacted: Any = self._open_compacted()
         recent = [index.read_row_file(self.location, key) for key in row_files]
         self._recent = pa.concat_tables(recent) if recent else _no_rows(index.SCHEMA)
         cases = pa.concat_arrays([*self._read_compacted(["case"]).column("case").chunks, pa.nulls(0, pa.string())])
@@ -131,7 +131,7 @@ class Rows:
         """All columns of one row as plain values."""
         place = number if self._order is None else int(self._order[number].as_py())
         in_file = 0 if self._compacted is None else self._compacted.metadata.num_rows
-        if place >= in_file:
+        if self._compacted is None or place >= in_file:
             return dict(self._recent.slice(place - in_file, 1).to_pylist()[0])
         group = 0
         while place >= (rows := self._compacted.metadata.row_group(group).num_rows):
@@ -155,7 +155,7 @@ class Rows:
     def chunk_lists(self) -> ChunkLists:
         """Where the labels of each row lie, ready for drawing: in memory, or of a large store in a file of the temporary folder."""
         order = None if self._order is None else self._order.to_numpy()
-        names = list(LIST_COLUMNS)
+        names: list[str] = list(LIST_COLUMNS)
         if self._list_bytes() > _SMALL_BYTES:
             with contextlib.suppress(OSError):  # no room, no folder: then in memory
                 return ChunkLists.mapped(self._digest(), self._list_batches(), order)
@@ -204,4 +204,6 @@ def _no_rows(schema: Any) -> Any:
 
 
 def _is_ascending(cases: Any) -> bool:
-    return len(cases) < 2 or bool(pc.all(pc.less(cases[:-1], cases[1:])).as_py())
+    if len(cases) < 2:
+        return True
+    return bool(pc.call_function("all", [pc.call_function("less", [cases[:-1], cases[1:]])]).as_py())

@@ -279,6 +279,17 @@ def open_workers(*, workers: int = 1, dask: str | None = None) -> Iterator[Worke
 
 
 @contextmanager
+def _environment_kept() -> Iterator[None]:
+    """Restore the environment: a local cluster leaves OMP_NUM_THREADS=1 behind, and whatever is started later computes in other threads."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextmanager
 def _cluster(address: str) -> Iterator[Any]:
     try:
         from distributed import Client, LocalCluster
@@ -290,6 +301,7 @@ def _cluster(address: str) -> Iterator[Any]:
             raise ConfigError(f"--dask {address}: want local:N with N of 1 or more, or a scheduler's address.")
         options: dict[str, Any] = {"dashboard_address": None, "silence_logs": logging.CRITICAL}
         with (
+            _environment_kept(),
             LocalCluster(n_workers=int(count), threads_per_worker=1, host="127.0.0.1", **options) as cluster,
             Client(cluster) as client,
         ):

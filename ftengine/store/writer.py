@@ -1,7 +1,7 @@
 """Write volumes into a store of format 1: data first, made durable, then the row that commits them."""
 
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from ftengine import __version__
 from ftengine.config import RegionConfig
 from ftengine.errors import CaseError, ConfigError, FailureCode, StoreError
-from ftengine.geometry import Grid
+from ftengine.geometry import FloatZYX, Grid
 from ftengine.store import index, layout
 from ftengine.store.location import Location, locate
 from ftengine.store.reader import open_store
@@ -148,11 +148,16 @@ def _build(
     _write_array(image_group, folder, image_hu, layout.AIR_HU, layout.IMAGE_CODEC)
     image_group.attrs["ome"] = layout.image_attributes(case, region.spacing_mm_zyx, region.window_hu)
     if label is not None:
-        labels_group = image_group.create_group("labels")
-        labels_group.attrs["ome"] = {"version": "0.5", "labels": ["seg"]}
-        seg_group = labels_group.create_group("seg")
-        _write_array(seg_group, folder / "labels" / "seg", label, 0, layout.LABEL_CODEC)
-        seg_group.attrs["ome"] = layout.label_attributes(region.spacing_mm_zyx, region.labels)
+        build_label(folder / "labels", label, region.spacing_mm_zyx, region.labels)
+
+
+def build_label(folder: Path, label: NDArray[np.uint8], spacing_mm_zyx: FloatZYX, labels: Mapping[str, int]) -> None:
+    """The group ``labels`` of an OME-Zarr image, with the label image ``seg`` in it, in ``folder``. label: [z, y, x]."""
+    labels_group = zarr.create_group(folder, zarr_format=3, overwrite=True)
+    labels_group.attrs["ome"] = {"version": "0.5", "labels": ["seg"]}
+    seg_group = labels_group.create_group("seg")
+    _write_array(seg_group, folder / "seg", label, 0, layout.LABEL_CODEC)
+    seg_group.attrs["ome"] = layout.label_attributes(spacing_mm_zyx, dict(labels))
 
 
 def _publish_parent_groups(location: Location, case: str) -> None:
@@ -197,16 +202,18 @@ def _row(
     region: RegionConfig,
     provenance: Provenance,
 ) -> dict[str, Any]:
-    lesions = [] if label is None else find_lesions(label, region.tumor_values, region.spacing_mm_zyx)
+    columns = label_columns(
+        case,
+        image_hu,
+        label,
+        num_classes=region.num_classes,
+        tumor_values=region.tumor_values,
+        spacing_mm_zyx=region.spacing_mm_zyx,
+        low_hu=region.window_hu[0],
+    )
     annotation = provenance.annotation
     if annotation == "auto":
-        annotation = "none" if label is None else "tumor" if lesions else "organ"
-    located = {} if label is None else index.locate_classes(label, case)
-    class_voxels = [0] * max([region.num_classes, *(value + 1 for value in located)])
-    for value, where in located.items():
-        class_voxels[value] = int(where.voxels.sum(dtype=np.int64))
-    if label is not None:
-        class_voxels[0] = label.size - sum(class_voxels)
+        annotation = "none" if label is None else "tumor" if columns["num_tumors"] else "organ"
     return {
         "case": case,
         "dataset": case.split("/", maxsplit=1)[0],
@@ -228,18 +235,41 @@ def _row(
         "annotation": annotation,
         "split": provenance.split,
         "fold": -1,
-        "class_voxels": class_voxels,
-        "class_chunks": [
-            {"value": value, "chunk": where.chunk, "voxels": where.voxels, "anchor": where.anchor}
-            for value, where in located.items()
-        ],
-        "body_chunks": np.packbits(index.body_chunks(image_hu, label, region.window_hu[0])).tobytes(),
-        "num_tumors": len(lesions),
-        "tumor_values": [lesion.value for lesion in lesions],
-        "tumor_diameters_mm": [lesion.diameter_mm for lesion in lesions],
+        **columns,
         "hu_percentiles": np.percentile(image_hu[::2, ::2, ::2], index.HU_PERCENTILES).tolist(),
         "stored_bytes": sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()),
         "conversion": provenance.conversion,
         "notes": list(provenance.notes),
         "engine_version": __version__,
+    }
+
+
+def label_columns(
+    case: str,
+    image_hu: NDArray[np.int16],
+    label: NDArray[np.uint8] | None,
+    *,
+    num_classes: int,
+    tumor_values: Sequence[int],
+    spacing_mm_zyx: FloatZYX,
+    low_hu: float,
+) -> dict[str, Any]:
+    """The columns of a row that follow from its label. image_hu, label: [z, y, x], RAS+; low_hu: the low end of the region's window."""
+    lesions = [] if label is None else find_lesions(label, tuple(tumor_values), spacing_mm_zyx)
+    located = {} if label is None else index.locate_classes(label, case)
+    class_voxels = [0] * max([num_classes, *(value + 1 for value in located)])
+    for value, where in located.items():
+        class_voxels[value] = int(where.voxels.sum(dtype=np.int64))
+    if label is not None:
+        class_voxels[0] = label.size - sum(class_voxels)
+    return {
+        "class_voxels": class_voxels,
+        "class_chunks": [
+            {"value": value, "chunk": where.chunk, "voxels": where.voxels, "anchor": where.anchor}
+            for value, where in located.items()
+        ],
+        "body_chunks": np.packbits(index.body_chunks(image_hu, label, low_hu)).tobytes(),
+        "num_tumors": len(lesions),
+        "tumor_values": [lesion.value for lesion in lesions],
+        "tumor_diameters_mm": [lesion.diameter_mm for lesion in lesions],
     }

@@ -22,9 +22,9 @@ import numpy as np
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
-from ftengine.errors import CaseError
+from ftengine.errors import CaseError, FailureCode
 from ftengine.geometry import Grid, grid_from_codes, grid_from_sitk
-from ftengine.volume.values import MAX_DEFLATE_RATIO, RawImage, shown, volume_grid
+from ftengine.volume.values import MAX_DEFLATE_RATIO, RawImage, read_failure, shown, stream_failure, volume_grid
 
 NRRD_MAGIC = b"NRRD000"
 _READ_BYTES = 1 << 16  # compressed; at most 64 MB once inflated
@@ -77,7 +77,18 @@ def _checked_header(path: Path, where: str, assume_orientation: str | None) -> t
     fields, is_nrrd, _ = _text_header(path, where)
     for key in () if is_nrrd else ("dimsize", "elementtype"):
         if key not in fields:
-            raise CaseError(f"{where}: a MetaImage header without {key!r}; want all its fields. Write the file again.")
+            raise CaseError(
+                f"{where}: a MetaImage header without {key!r}; want all its fields.",
+                "Write the file again.",
+                code=FailureCode.DAMAGED_HEADER,
+            )
+    stated = fields.get("spacings" if is_nrrd else "elementspacing", "")
+    if any(not _is_positive(text) for text in stated.split()[:3]):  # ITK turns a negative one into a flip
+        raise CaseError(
+            f"{where}: a spacing in the header is zero, negative or not a number; want three positive ones in millimetres.",
+            "Repair the header or leave the case out.",
+            code=FailureCode.BAD_SPACING,
+        )
     _voxel_file(path, where, fields, is_nrrd=is_nrrd)  # ITK opens it for the header of a NRRD already
     reader = sitk.ImageFileReader()
     reader.SetImageIO("NrrdImageIO" if is_nrrd else "MetaImageIO")  # by content: ITK itself goes by the name
@@ -86,34 +97,47 @@ def _checked_header(path: Path, where: str, assume_orientation: str | None) -> t
         reader.ReadImageInformation()
     except RuntimeError as error:
         raise CaseError(
-            f"{where}: SimpleITK cannot read the header; it is damaged or incomplete. Write the file again or leave the case out."
+            f"{where}: SimpleITK cannot read the header; it is damaged or incomplete.",
+            "Write the file again or leave the case out.",
+            code=FailureCode.DAMAGED_HEADER,
         ) from error
     notes: list[str] = []
     size = reader.GetSize()
     if reader.GetNumberOfComponents() != 1:
         raise CaseError(
-            f"{where}: {reader.GetNumberOfComponents()} numbers a voxel (colour, vector or phases); want one. Split the file, one volume each."
+            f"{where}: {reader.GetNumberOfComponents()} numbers a voxel (colour, vector or phases); want one.",
+            "Split the file, one volume each.",
+            code=FailureCode.NOT_GREY,
         )
     if reader.GetPixelID() not in _DTYPES:
         raise CaseError(
-            f"{where}: complex or unknown voxels; want one real number a voxel. This is not a CT in HU: leave it out."
+            f"{where}: complex or unknown voxels; want one real number a voxel.",
+            "This is not a CT in HU: leave it out.",
+            code=FailureCode.NOT_GREY,
         )
     for axis, length in enumerate(size[3:], start=4):
         if length != 1:
             raise CaseError(
-                f"{where}: {len(size)}-D: axis {axis} has {length} entries; want one 3-D volume. Split the file, one volume each."
+                f"{where}: {len(size)}-D: axis {axis} has {length} entries; want one 3-D volume.",
+                "Split the file, one volume each.",
+                code=FailureCode.SEVERAL_PHASES,
             )
     if len(size) > 3:
         notes.append(f"{len(size)}-D with single entries behind the third axis: read as 3-D")
     elif len(size) < 3:
-        raise CaseError(f"{where}: not a volume: {len(size)} axes; want three. Leave it out, or give the whole series.")
+        raise CaseError(
+            f"{where}: not a volume: {len(size)} axes; want three.",
+            "Leave it out, or give the whole series.",
+            code=FailureCode.NOT_A_VOLUME,
+        )
     grid = grid_from_sitk(reader)
     oriented = fields.get("space", "").lower() in _NRRD_SPACES and "spacedirections" in fields
     if is_nrrd and not oriented:
         if assume_orientation is None:
             raise CaseError(
-                f"{where}: a NRRD file without an anatomical 'space' and 'space directions': left and right are unknown; want an orientation. "
-                "Repair the header, or state it (assume orientation RAS or LPS) if you know it."
+                f"{where}: a NRRD file without an anatomical 'space' and 'space directions': left and right are unknown; want an orientation.",
+                "Repair the header, or state it (assume orientation RAS or LPS) if you know it.",
+                code=FailureCode.NO_ORIENTATION,
             )
         grid = grid_from_codes(grid.shape_zyx, grid.spacing_mm_zyx, assume_orientation)
         notes.append(f"no orientation in the header: {assume_orientation.upper()} assumed, as asked")
@@ -128,13 +152,13 @@ def _text_header(path: Path, where: str) -> tuple[dict[str, str], bool, int]:
         with path.open("rb") as file:
             head = file.read(_MAX_HEADER_BYTES)
     except OSError as error:
-        raise CaseError(
-            f"{where}: cannot be read ({error.strerror or type(error).__name__}). Check the file and its permissions."
-        ) from error
+        raise read_failure(where, error) from error
     is_nrrd = head.startswith(NRRD_MAGIC)
     if not is_nrrd and not is_metaimage(head):
         raise CaseError(
-            f"{where}: neither NRRD nor MetaImage by its first bytes. Write the file again or leave the case out."
+            f"{where}: neither NRRD nor MetaImage by its first bytes.",
+            "Write the file again or leave the case out.",
+            code=FailureCode.NOT_AN_IMAGE,
         )
     fields: dict[str, str] = {}
     position = 0
@@ -153,7 +177,9 @@ def _text_header(path: Path, where: str) -> tuple[dict[str, str], bool, int]:
     if is_nrrd and "datafile" in fields:
         return fields, is_nrrd, len(head)  # the header of a detached file may end with the file
     raise CaseError(
-        f"{where}: the header has no end within {_MAX_HEADER_BYTES:,} bytes; want where the voxels are. Write the file again."
+        f"{where}: the header has no end within {_MAX_HEADER_BYTES:,} bytes; want where the voxels are.",
+        "Write the file again.",
+        code=FailureCode.DAMAGED_HEADER,
     )
 
 
@@ -172,7 +198,9 @@ def _read_voxels(path: Path, where: str, grid: Grid, dtype: np.dtype[Any], notes
             if num_bytes > size_bytes * (MAX_DEFLATE_RATIO if compression else 1):
                 raise CaseError(
                     f"{shown(data)}: cut short: the header promises {num_bytes:,} bytes of voxels, the file has "
-                    f"{size_bytes:,} bytes. Copy or write it again."
+                    f"{size_bytes:,} bytes.",
+                    "Copy or write it again.",
+                    code=FailureCode.TRUNCATED,
                 )
             if is_nrrd:
                 file.seek(header_bytes)
@@ -183,22 +211,25 @@ def _read_voxels(path: Path, where: str, grid: Grid, dtype: np.dtype[Any], notes
             if skip < 0:  # the voxels are the last bytes, whatever stands before them
                 if compression:
                     raise CaseError(
-                        f"{where}: compressed voxels at an unknown place (skip of -1). Write the file again."
+                        f"{where}: compressed voxels at an unknown place (skip of -1).",
+                        "Write the file again.",
+                        code=FailureCode.UNSUPPORTED_ENCODING,
                     )
                 file.seek(size_bytes - num_bytes)
             voxels = np.empty(grid.shape_zyx, dtype=dtype.newbyteorder(">" if big_endian else "<"))
             got, surplus = _fill(voxels, _blocks(file, compression), skip if is_nrrd and skip > 0 else 0)
     except (zlib.error, EOFError, gzip.BadGzipFile) as error:
-        raise CaseError(
-            f"{shown(data)}: the compressed voxels are cut short or damaged; want a whole file. Copy or write it again."
-        ) from error
+        raise stream_failure(shown(data), error, "compressed stream of voxels") from error
     except OSError as error:
-        raise CaseError(
-            f"{where}: its voxels in {shown(data)} cannot be read ({error.strerror or type(error).__name__}). "
-            "Put the data file beside its header."
+        raise read_failure(
+            shown(data), error, f"It holds the voxels of {shown(path)}: put it beside its header."
         ) from error
     if got < num_bytes:
-        raise CaseError(f"{shown(data)}: cut short: {got:,} of {num_bytes:,} bytes of voxels. Copy or write it again.")
+        raise CaseError(
+            f"{shown(data)}: cut short: {got:,} of {num_bytes:,} bytes of voxels.",
+            "Copy or write it again.",
+            code=FailureCode.TRUNCATED,
+        )
     if surplus:
         notes.append(f"{surplus:,} bytes behind the voxels were ignored")
     return voxels if voxels.dtype.isnative else voxels.astype(dtype)
@@ -209,17 +240,25 @@ def _voxel_file(path: Path, where: str, fields: Mapping[str, str], *, is_nrrd: b
     name = fields.get("datafile", "LOCAL") if is_nrrd else fields["elementdatafile"]
     if name.upper().startswith("LIST") or "%" in name:
         raise CaseError(
-            f"{where}: its voxels are spread over several files; want one file. Write it again as one .nrrd, .mha or .nii.gz."
+            f"{where}: its voxels are spread over several files; want one file.",
+            "Write it again as one .nrrd, .mha or .nii.gz.",
+            code=FailureCode.UNSUPPORTED_ENCODING,
         )
     if name.upper() == "LOCAL":
         return path
     if not _is_inside(name):
         raise CaseError(
-            f"{where}: its data file lies outside its own folder; want it beside the header. Move both into one folder."
+            f"{where}: its data file lies outside its own folder; want it beside the header.",
+            "Move both into one folder.",
+            code=FailureCode.OUTSIDE_DATA_FILE,
         )
     data = path.parent / name
     if not data.is_file():
-        raise CaseError(f"{where}: its voxels in {shown(data)} are missing. Put the data file beside its header.")
+        raise CaseError(
+            f"{where}: its voxels in {shown(data)} are missing.",
+            "Put the data file beside its header.",
+            code=FailureCode.MISSING_FILE,
+        )
     return data
 
 
@@ -228,12 +267,27 @@ def _encoding(fields: Mapping[str, str], where: str, *, is_nrrd: bool) -> tuple[
     if is_nrrd:
         encoding = fields.get("encoding", "").lower()
         if encoding not in ("raw", "gzip", "gz"):
-            raise CaseError(f"{where}: NRRD encoding other than raw and gzip; want one of these. Write the file again.")
+            raise CaseError(
+                f"{where}: NRRD encoding other than raw and gzip; want one of these.",
+                "Write the file again.",
+                code=FailureCode.UNSUPPORTED_ENCODING,
+            )
         return "" if encoding == "raw" else "gzip", fields.get("endian", "").lower() == "big"
     if not _is_true(fields.get("binarydata", "")):
-        raise CaseError(f"{where}: a MetaImage with its voxels as text; want BinaryData = True. Write the file again.")
+        raise CaseError(
+            f"{where}: a MetaImage with its voxels as text; want BinaryData = True.",
+            "Write the file again.",
+            code=FailureCode.UNSUPPORTED_ENCODING,
+        )
     big_endian = fields.get("binarydatabyteordermsb", fields.get("elementbyteordermsb", ""))
     return "zlib" if _is_true(fields.get("compresseddata", "")) else "", _is_true(big_endian)
+
+
+def _is_positive(text: str) -> bool:
+    try:
+        return float(text) > 0
+    except ValueError:
+        return False
 
 
 def _is_true(text: str) -> bool:
@@ -259,7 +313,11 @@ def _whole_number(fields: Mapping[str, str], key: str, where: str) -> int:
     try:
         return int(fields.get(key, "0"))
     except ValueError as error:
-        raise CaseError(f"{where}: header field {key!r} is not a whole number. Write the file again.") from error
+        raise CaseError(
+            f"{where}: header field {key!r} is not a whole number.",
+            "Write the file again.",
+            code=FailureCode.DAMAGED_HEADER,
+        ) from error
 
 
 def _blocks(file: IO[bytes], compression: str) -> Iterator[bytes]:

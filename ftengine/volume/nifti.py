@@ -25,9 +25,9 @@ from isal import igzip, isal_zlib
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
-from ftengine.errors import CaseError
+from ftengine.errors import CaseError, FailureCode
 from ftengine.geometry import Grid, grid_from_codes, grid_from_matrix, int_zyx, reverse_axes
-from ftengine.volume.values import MAX_DEFLATE_RATIO, RawImage, shown, volume_grid
+from ftengine.volume.values import MAX_DEFLATE_RATIO, RawImage, read_failure, shown, stream_failure, volume_grid
 
 GZIP_MAGIC = b"\x1f\x8b"
 MAX_FORM_DISTANCE_MM = 1.0  # qform and sform further apart than this are worth a note
@@ -77,13 +77,9 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], bool]]:
             file.seek(0)
             yield (cast("IO[bytes]", igzip.IGzipFile(fileobj=file, mode="rb")) if compressed else file), compressed
     except _DAMAGED as error:
-        raise CaseError(
-            f"{where}: the gzip stream is cut short or damaged ({type(error).__name__}); want a whole file. Copy or download it again."
-        ) from error
+        raise stream_failure(where, error) from error
     except OSError as error:
-        raise CaseError(
-            f"{where}: cannot be read ({error.strerror or type(error).__name__}). Check the file and its permissions."
-        ) from error
+        raise read_failure(where, error) from error
 
 
 def _load(stream: IO[bytes], where: str, path: Path, *, compressed: bool, assume_orientation: str | None) -> RawImage:
@@ -100,20 +96,28 @@ def _load(stream: IO[bytes], where: str, path: Path, *, compressed: bool, assume
         offset = lowest  # some tools leave it open
     if not lowest <= offset <= _MAX_OFFSET:
         raise CaseError(
-            f"{where}: the header puts the voxels at byte {offset:g}; want {lowest} or more. Write the file again."
+            f"{where}: the header puts the voxels at byte {offset:g}; want {lowest} or more.",
+            "Write the file again.",
+            code=FailureCode.DAMAGED_HEADER,
         )
     num_bytes = math.prod(grid.shape_zyx) * dtype.itemsize
     size_bytes = path.stat().st_size
     if num_bytes > size_bytes * (MAX_DEFLATE_RATIO if compressed else 1):
         raise CaseError(
-            f"{where}: cut short: the header promises {num_bytes:,} bytes of voxels, the file has {size_bytes:,} bytes. Copy or download it again."
+            f"{where}: cut short: the header promises {num_bytes:,} bytes of voxels, the file has {size_bytes:,} bytes.",
+            "Copy or download it again.",
+            code=FailureCode.TRUNCATED,
         )
     _skip(stream, int(offset) - consumed)
     x, y, z = reversed(grid.shape_zyx)
     voxels = np.empty((x, y, z), dtype=dtype, order="F")
     got = _read_into(stream, reverse_axes(voxels).data.cast("B"))
     if got != num_bytes:
-        raise CaseError(f"{where}: cut short: {got:,} of {num_bytes:,} bytes of voxels. Copy or download it again.")
+        raise CaseError(
+            f"{where}: cut short: {got:,} of {num_bytes:,} bytes of voxels.",
+            "Copy or download it again.",
+            code=FailureCode.TRUNCATED,
+        )
     surplus = 0
     while more := stream.read(_READ_BYTES):  # to the end: gzip checks its CRC and length only there
         surplus += len(more)
@@ -132,7 +136,9 @@ def _read_header(stream: IO[bytes], where: str) -> tuple[Any, int]:
     elif first[344:348] == b"n+1\0":
         return nib.Nifti1Header(binaryblock=first, check=False), _NIFTI1_BYTES
     raise CaseError(
-        f"{where}: not a NIfTI file by its first bytes; want single-file NIfTI-1 or NIfTI-2. Convert it or leave the case out."
+        f"{where}: not a NIfTI file by its first bytes; want single-file NIfTI-1 or NIfTI-2.",
+        "Convert it or leave the case out.",
+        code=FailureCode.NOT_AN_IMAGE,
     )
 
 
@@ -149,18 +155,22 @@ def _checked_header(
             raise HeaderDataError("scl_slope")
     except (HeaderDataError, KeyError, ValueError, OverflowError) as error:
         raise CaseError(
-            f"{where}: the NIfTI header is damaged (shape, data type or scaling). Write the file again or leave the case out."
+            f"{where}: the NIfTI header is damaged (shape, data type or scaling).",
+            "Write the file again or leave the case out.",
+            code=FailureCode.DAMAGED_HEADER,
         ) from error
     if dtype.names is not None or dtype.kind not in "iuf" or dtype.itemsize > 8:
         raise CaseError(
-            f"{where}: {'RGB' if dtype.names is not None else 'complex or unknown'} voxels; want one real number a voxel. "
-            "This is not a CT in HU: leave it out."
+            f"{where}: {'RGB' if dtype.names is not None else 'complex or unknown'} voxels; want one real number a voxel.",
+            "This is not a CT in HU: leave it out.",
+            code=FailureCode.NOT_GREY,
         )
     for axis, length in enumerate(shape[3:], start=4):
         if length != 1:
             raise CaseError(
-                f"{where}: {len(shape)}-D: axis {axis} ({'time' if axis == 4 else 'vector'}) has {length} entries; want one 3-D volume. "
-                "Split the file, one volume each."
+                f"{where}: {len(shape)}-D: axis {axis} ({'time' if axis == 4 else 'vector'}) has {length} entries; want one 3-D volume.",
+                "Split the file, one volume each.",
+                code=FailureCode.SEVERAL_PHASES,
             )
     if len(shape) > 3:
         notes.append(f"{len(shape)}-D with single entries behind the third axis: read as 3-D")
@@ -170,8 +180,9 @@ def _checked_header(
     unit = int(header["xyzt_units"]) & 7
     if unit in _UNIT_NAMES:
         raise CaseError(
-            f"{where}: the header gives its spacing {tuple(round(s, 6) for s in grid.spacing_mm_zyx)} in {_UNIT_NAMES[unit]}; want millimetres. "
-            "Repair the header (pixdim, sform, qform and xyzt_units) or leave the case out."
+            f"{where}: the header gives its spacing {tuple(round(s, 6) for s in grid.spacing_mm_zyx)} in {_UNIT_NAMES[unit]}; want millimetres.",
+            "Repair the header (pixdim, sform, qform and xyzt_units) or leave the case out.",
+            code=FailureCode.WRONG_UNITS,
         )
     return (
         volume_grid(grid, where),
@@ -191,8 +202,11 @@ def _oriented(
         qform, _ = header.get_qform(coded=True)
     except (HeaderDataError, ValueError, FloatingPointError, np.linalg.LinAlgError) as error:
         if sform is None:
+            negative = bool((np.asarray(header["pixdim"])[1:4] < 0).any())
             raise CaseError(
-                f"{where}: the qform is damaged and there is no sform; want an orientation. Repair the header."
+                f"{where}: the qform is damaged{' (a negative spacing)' if negative else ''} and there is no sform; want an orientation.",
+                "Repair the header.",
+                code=FailureCode.BAD_SPACING if negative else FailureCode.NO_ORIENTATION,
             ) from error
         return grid_from_matrix(shape_zyx, sform), ["the qform is damaged; the sform is used"]
     if sform is not None:
@@ -205,8 +219,9 @@ def _oriented(
         return grid_from_matrix(shape_zyx, qform), []
     if assume_orientation is None:
         raise CaseError(
-            f"{where}: neither sform nor qform: left and right are unknown; want an orientation. "
-            "Repair the header, or state it (assume orientation RAS or LPS) if you know it."
+            f"{where}: neither sform nor qform: left and right are unknown; want an orientation.",
+            "Repair the header, or state it (assume orientation RAS or LPS) if you know it.",
+            code=FailureCode.NO_ORIENTATION,
         )
     zooms = [abs(float(v)) for v in header.get_zooms()[:3]]
     x, y, z = (*zooms, 1.0, 1.0, 1.0)[:3]

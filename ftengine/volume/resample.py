@@ -20,7 +20,7 @@ import numpy as np
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
-from ftengine.geometry import FloatZYX, Grid, IntZYX, int_zyx, resampled_grid
+from ftengine.geometry import FloatZYX, Grid, IntZYX, int_zyx, resampled_grid, sitk_frame
 from ftengine.types import Volume
 
 ScalarT = TypeVar("ScalarT", bound=np.generic)
@@ -63,6 +63,28 @@ def resample_to(
         index = first[axis] + scale[axis] * np.arange(to_grid.shape_zyx[axis])
         off = (index < -0.5 - EDGE_VOX) | (index > from_grid.shape_zyx[axis] - 0.5 + EDGE_VOX)
         np.moveaxis(moved, axis, 0)[off] = outside
+    return moved
+
+
+def resample_label_onto(label: NDArray[np.uint8], label_grid: Grid, grid: Grid) -> NDArray[np.uint8]:
+    """A label on ``label_grid`` brought to ``grid`` in the patient's coordinates by nearest neighbour; 0 outside the label's grid.
+
+    Unlike ``resample_to`` the two grids may be turned against each other by any angle.
+    """
+    frame = sitk_frame(grid)
+    resampler = sitk.ResampleImageFilter()
+    resampler.SetSize(grid.shape_zyx[::-1])
+    resampler.SetOutputOrigin(frame["origin"])
+    resampler.SetOutputSpacing(frame["spacing"])
+    resampler.SetOutputDirection(frame["direction"])
+    resampler.SetInterpolator(sitk.sitkNearestNeighbor)
+    resampler.SetDefaultPixelValue(0)
+    image = sitk.GetImageFromArray(label)
+    own_frame = sitk_frame(label_grid)
+    image.SetOrigin(own_frame["origin"])
+    image.SetSpacing(own_frame["spacing"])
+    image.SetDirection(own_frame["direction"])
+    moved: NDArray[np.uint8] = sitk.GetArrayFromImage(resampler.Execute(image))
     return moved
 
 
@@ -111,7 +133,7 @@ def _neighbours(
     """Along one axis: index below, index above and the weight of the latter; positions outside replicate the edge."""
     position = np.clip(start + step * np.arange(count), 0.0, length - 1.0)
     below = np.floor(position).astype(np.int64)
-    return below, np.minimum(below + 1, length - 1), position - below
+    return below, np.minimum(below + 1, length - 1), np.asarray(position - below, dtype=np.float64)
 
 
 def _between(low: NDArray[Any], high: NDArray[Any], weight: NDArray[np.float64] | float) -> NDArray[np.float64]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ftengine.errors import CaseError
+from ftengine.errors import CaseError, FailureCode
 from ftengine.geometry import Grid, IntZYX, checked_grid
 
 MIN_HU = -1024  # the value of air and of padding everywhere in ftengine; scanners pad with -2000, -3024 and others
@@ -59,12 +59,40 @@ def shown(path: Path) -> str:
     )
 
 
+def read_failure(
+    where: str, error: OSError | ValueError, advice: str = "Check the path and its permissions."
+) -> CaseError:
+    """The error of a file that the system does not hand over, to be raised from ``error``. A path with a NUL gives a ValueError."""
+    reason, code = refusal(error)
+    return CaseError(f"{where}: {reason}.", advice, code=code)
+
+
+def refusal(error: OSError | ValueError) -> tuple[str, FailureCode]:
+    """What the system said of a file, without its name, and the code of it."""
+    if isinstance(error, FileNotFoundError):
+        return "does not exist", FailureCode.MISSING_FILE
+    why = (error.strerror if isinstance(error, OSError) else "") or type(error).__name__
+    code = FailureCode.NO_PERMISSION if isinstance(error, PermissionError) else FailureCode.UNREADABLE
+    return f"cannot be read ({why})", code
+
+
+def stream_failure(where: str, error: Exception, what: str = "gzip stream") -> CaseError:
+    """The error of a compressed stream that ends early (EOFError) or fails its own checks, to be raised from ``error``."""
+    return CaseError(
+        f"{where}: the {what} is cut short or damaged ({type(error).__name__}); want a whole file.",
+        "Copy or download it again.",
+        code=FailureCode.TRUNCATED if isinstance(error, EOFError) else FailureCode.DAMAGED_DATA,
+    )
+
+
 def volume_grid(grid: Grid, where: str) -> Grid:
     """The grid with exactly orthogonal axes (``checked_grid``), or a CaseError for stubs, shears and impossible spacings."""
     if min(grid.shape_zyx) < MIN_AXIS_VOXELS:
         raise CaseError(
             f"{where}: not a volume: shape {grid.shape_zyx} in the file's own z, y, x order; want at least {MIN_AXIS_VOXELS} slices on each "
-            "axis. A scout, single slice or stub: leave it out, or give the whole series."
+            "axis.",
+            "A scout, single slice or stub: leave it out, or give the whole series.",
+            code=FailureCode.NOT_A_VOLUME,
         )
     return checked_grid(grid, where)
 
@@ -75,23 +103,32 @@ class HuStack:
     The first slice with fractions (more than 1e-3 from an integer) turns the whole volume to float32.
     """
 
-    def __init__(self, shape_zyx: IntZYX, where: str) -> None:
+    def __init__(self, shape_zyx: IntZYX, where: str, *, nan_hu: float | None = None) -> None:
+        """nan_hu: what takes the place of NaN and infinity, counted in a note; None refuses them."""
         self._where = where
+        self._nan_hu = nan_hu
+        self._num_nan = 0
         self._image: NDArray[np.int16] | NDArray[np.float32] = np.empty(shape_zyx, dtype=np.int16)
         self._num_low = self._num_high = 0
 
     def put(self, index: int, stored: NDArray[Any], slope: float = 1.0, intercept: float = 0.0) -> None:
-        """Store one slice [y, x] of numbers as HU; raises CaseError for NaN or infinity."""
+        """Store one slice [y, x] of numbers as HU; raises CaseError for NaN or infinity that nothing replaces."""
         with np.errstate(all="ignore"):  # what is not finite is refused below
             value = stored.astype(np.float64)  # exact for every integer type that can hold HU
             if slope != 1.0:
                 value *= slope
             if intercept != 0.0:
                 value += intercept
-        if not np.isfinite(value).all():
-            raise CaseError(
-                f"{self._where}: slice {index} holds NaN or infinity; want a finite HU in every voxel. Replace them (-1024 is air) or leave the case out."
-            )
+        finite = np.isfinite(value)
+        if not finite.all():
+            if self._nan_hu is None:
+                raise CaseError(
+                    f"{self._where}: slice {index} holds NaN or infinity; want a finite HU in every voxel.",
+                    "Replace them with --nan -1024 (air) or leave the case out.",
+                    code=FailureCode.NOT_FINITE,
+                )
+            self._num_nan += int(np.count_nonzero(~finite))
+            value[~finite] = self._nan_hu
         self._num_low += int(np.count_nonzero(value < MIN_HU))
         self._num_high += int(np.count_nonzero(value > MAX_HU))
         np.clip(value, MIN_HU, MAX_HU, out=value)
@@ -105,14 +142,19 @@ class HuStack:
 
     def finish(self) -> tuple[NDArray[np.int16] | NDArray[np.float32], list[str]]:
         """The volume and one note for each thing that was changed or looks odd."""
-        return self._image, _hu_notes(self._image, self._num_low, self._num_high)
+        notes = _hu_notes(self._image, self._num_low, self._num_high)
+        if self._num_nan:
+            notes.insert(0, f"{self._num_nan:,} voxels of NaN or infinity set to {self._nan_hu:g} HU, as asked")
+        return self._image, notes
 
 
-def to_hu(raw: RawImage, where: str) -> tuple[NDArray[np.int16] | NDArray[np.float32], list[str]]:
+def to_hu(
+    raw: RawImage, where: str, *, nan_hu: float | None = None
+) -> tuple[NDArray[np.int16] | NDArray[np.float32], list[str]]:
     """HU of an image file in its own axis order: int16, or float32 where the file holds fractions; and notes.
 
-    Values below -1024 become -1024 and values above 30000 become 30000, each counted in a note. Raises CaseError for NaN and
-    infinity.
+    Values below -1024 become -1024 and values above 30000 become 30000, each counted in a note; so is NaN or infinity
+    that becomes ``nan_hu``. Without a ``nan_hu`` CaseError is raised for them.
     """
     values = raw.values
     if values.dtype == np.int16 and values.dtype.isnative and raw.slope == 1.0 and raw.intercept == 0.0:
@@ -124,7 +166,7 @@ def to_hu(raw: RawImage, where: str) -> tuple[NDArray[np.int16] | NDArray[np.flo
             np.clip(plane, MIN_HU, MAX_HU, out=plane)
         return image, _hu_notes(image, num_low, num_high)
     z, y, x = values.shape
-    stack = HuStack((z, y, x), where)
+    stack = HuStack((z, y, x), where, nan_hu=nan_hu)
     for index, plane in enumerate(values):
         stack.put(index, plane, raw.slope, raw.intercept)
     return stack.finish()
@@ -147,12 +189,18 @@ def _hu_notes(image: NDArray[np.int16] | NDArray[np.float32], num_low: int, num_
 
 
 def to_label(
-    raw: RawImage, where: str, *, label_values: Collection[int] | None, label_map: Mapping[int, int] | None
+    raw: RawImage,
+    where: str,
+    *,
+    label_values: Collection[int] | None,
+    label_map: Mapping[int, int] | None,
+    map_option: str = "--label-map",
 ) -> NDArray[np.uint8]:
     """Labels of a file in its own axis order, uint8, in the region's values.
 
     label_values: what may be left after the map; None allows 0 to 255. label_map: value in the file -> value in the region;
-    values that it does not name stay. Raises CaseError for fractions (1e-3 is allowed), NaN, and values outside the region.
+    values that it does not name stay. map_option: the option that sets it, for the error. Raises CaseError for fractions (1e-3 is
+    allowed), NaN, and values outside the region.
     """
     counts: dict[int, int] = {}
     for plane in _integer_planes(raw, where):
@@ -166,8 +214,9 @@ def to_label(
         more = f" and {len(wrong) - _MAX_LISTED} more" if len(wrong) > _MAX_LISTED else ""
         want = "0 to 255" if label_values is None else ", ".join(str(v) for v in sorted(allowed))
         raise CaseError(
-            f"{where}: label values {listed}{more} are not labels of the region; want {want}. "
-            f"Map each with --label-map {wrong[0]}=VALUE (0 is background) or leave the case out."
+            f"{where}: label values {listed}{more} are not labels of the region; want {want}.",
+            f"Map each with {map_option} {wrong[0]}=VALUE (0 is background) or leave the case out.",
+            code=FailureCode.LABEL_VALUES,
         )
     keys = np.array(sorted(counts), dtype=np.int64)
     targets = np.array([mapping.get(int(k), int(k)) for k in keys], dtype=np.uint8)
@@ -203,8 +252,9 @@ def _integer_planes(raw: RawImage, where: str) -> Iterator[NDArray[Any]]:
             wrong = ~(np.abs(value - whole) <= INTEGER_TOLERANCE)  # true for NaN and infinity too
         if wrong.any():
             raise CaseError(
-                f"{where}: slice {index} of the label holds {float(value[wrong][0]):g}, which is not a whole number; want integer labels. "
-                "It may have been resampled linearly, or be a probability map: write it again with nearest-neighbour values."
+                f"{where}: slice {index} of the label holds {float(value[wrong][0]):g}, which is not a whole number; want integer labels.",
+                "It may have been resampled linearly, or be a probability map: write it again with nearest-neighbour values.",
+                code=FailureCode.FRACTIONAL_LABEL,
             )
         yield np.clip(whole, -(2.0**62), 2.0**62).astype(np.int64)
 

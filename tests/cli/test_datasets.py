@@ -87,7 +87,7 @@ def test_subset_folds_train_and_evaluate(store_path: Path, tmp_path: Path) -> No
         "train", "seg", out, "--out", tmp_path / "x", "--fold", "7", "--config", config, code=2
     )
     assert "is a subset of" in _error("convert", _nifti(tmp_path), out, "--region", "demo", "--config", config, code=2)
-    assert "is not an empty folder" in _error("store", "subset", store_path, out, code=2)
+    assert "exists and is not empty" in _error("store", "subset", store_path, out, code=2)
 
 
 def _nifti(folder: Path) -> Path:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ftengine.config import Config
-from ftengine.datasets.check import check_folder, find_cases
+from ftengine.datasets.check import check_folder, find_dataset
 from ftengine.datasets.registry import DatasetEntry, Registry, load_registry
 from ftengine.errors import CaseError, ConfigError
 from ftengine.volume.nifti import write_nifti
@@ -44,7 +44,7 @@ def test_patterns_pair_what_names_do_not(lits: Path) -> None:
     assert result.problems == ()
     assert result.exit_code == 0
     assert result.fits[0].name == "lits"
-    cases = find_cases(lits, load_registry().get("lits"), region=Config.preset("abdomen").region)
+    cases = find_dataset(lits, load_registry().get("lits"), region=Config.preset("abdomen").region)
     assert [c.case for c in cases] == [f"lits/batch/volume-{n}" for n in range(3)]
     assert [c.label for c in cases] == [lits / "batch" / f"segmentation-{n}.nii" for n in range(3)]
     assert cases[0].label_map == ((1, 1), (2, 2))
@@ -106,7 +106,7 @@ def test_a_folder_of_nothing_known(tmp_path: Path) -> None:
     wrong = check_folder(tmp_path / "x", load_registry(), dataset="kits23")
     assert "no volume of kits23 found (want files named {id}/imaging" in wrong.problems[0]
     with pytest.raises(CaseError, match="holds no volume of kits23"):
-        find_cases(tmp_path / "x", load_registry().get("kits23"))
+        find_dataset(tmp_path / "x", load_registry().get("kits23"))
     with pytest.raises(ConfigError, match="is not a folder"):
         check_folder(tmp_path / "nowhere", load_registry())
 

@@ -17,6 +17,7 @@ def arm(die_at: tuple[str, str, int] | None, die_on: str | None, once: str | Non
             "scratch": location.LocalLocation,
             "publish": location.LocalLocation,
             "delete": location.LocalLocation,
+            "write_bytes": location.LocalLocation,
             "_sync_tree": location,
             "append_row": index,
             "compact_index": index,

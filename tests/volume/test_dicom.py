@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ImplicitVRLittleEndian, generate_uid
 
 from ftengine.errors import CaseError
-from ftengine.volume.readers import probe, read_volume
+from ftengine.volume.readers import ReadOptions, probe, read_volume
 from tests.recipes import (
     CANARIES,
     compress_slice,
@@ -34,6 +34,7 @@ def refused(folder: Path, match: str) -> str:
     with pytest.raises(CaseError, match=match) as caught:
         read_volume(folder)
     text = str(caught.value)
+    assert (caught.value.reason[-1], caught.value.advice[-1]) == (".", ".")
     assert folder.name in text
     assert "\n" not in text
     assert "anary" not in text.lower().replace(str(folder).lower(), "")
@@ -358,7 +359,7 @@ def test_headers_that_cannot_be_used(tmp_path: Path, tags: dict[str, Any], match
 def test_files_of_a_series_that_vanished(tmp_path: Path) -> None:
     paths = save_series(tmp_path / "ct")
     paths[3].unlink()
-    with pytest.raises(CaseError, match=r"003\.dcm cannot be read"):
+    with pytest.raises(CaseError, match=r"003\.dcm does not exist"):
         read_volume(tmp_path / "ct", series_files=paths)
 
 
@@ -378,3 +379,71 @@ def test_nothing_of_a_header_reaches_a_message(tmp_path: Path) -> None:
     cut(paths[1], 5)
     refused(tmp_path / "ct", r"001\.dcm")
     assert set(CANARIES) <= {element.keyword for element in pydicom.dcmread(paths[0])}
+
+
+def test_row_1_gaps_are_filled_on_request(tmp_path: Path) -> None:
+    """``save_series`` brightens by 300 a slice: a slice between two others is their mean, whatever the number that is missing."""
+    save_series(tmp_path / "ct", 8, skip=(3, 5))
+    volume = read_volume(tmp_path / "ct", options=ReadOptions(allow_gaps=True))
+    np.testing.assert_array_equal(volume.image_hu, wanted_hu(8))
+    assert volume.image_hu.dtype == np.int16
+    assert volume.grid.spacing_mm_zyx == (2.0, 1.5, 1.25)
+    assert volume.notes == (
+        "2 of 8 slices interpolated between their neighbours, which are up to 4.000 mm apart, as asked; spacing 2.000 mm",
+    )
+    assert probe(tmp_path / "ct", options=ReadOptions(allow_gaps=True)).shape_zyx == (8, 16, 12)
+
+
+def test_row_1_wide_gaps_are_filled_linearly(tmp_path: Path) -> None:
+    save_series(tmp_path / "ct", 12, skip=(4, 5, 6, 7))
+    volume = read_volume(tmp_path / "ct", options=ReadOptions(allow_gaps=True))
+    np.testing.assert_array_equal(volume.image_hu[:, :-1], wanted_hu(12)[:, :-1])  # linear, as the slices are
+    assert "4 of 12 slices" in volume.notes[0]
+
+
+def test_row_1_padding_does_not_darken_what_is_interpolated(tmp_path: Path) -> None:
+    series = generate_uid()
+    (tmp_path / "ct").mkdir()
+    for index in (0, 1, 2, 4, 5):
+        stored = np.full((16, 12), -2000 if index == 4 else 1024, dtype=np.int16)
+        save_slice(tmp_path / "ct" / f"{index}.dcm", stored, position=(0, 0, 2 * index), series=series)
+    volume = read_volume(tmp_path / "ct", options=ReadOptions(allow_gaps=True))
+    assert volume.image_hu[:, 0, 0].tolist() == [0, 0, 0, -512, -1024, 0]
+
+
+def test_row_5_uneven_slices_are_resampled_on_request(tmp_path: Path) -> None:
+    positions = [0.0, 2.0, 4.0, 5.0, 8.0, 10.0, 12.0]
+    for index, path in enumerate(save_series(tmp_path / "ct", len(positions))):
+        edit_slice(path, ImagePositionPatient=[-20, -30, positions[index]])
+    volume = read_volume(tmp_path / "ct", options=ReadOptions(allow_gaps=True))
+    assert volume.grid.spacing_mm_zyx[0] == 2.0
+    # at z = 6 the slices at 5 (number 3) and 8 (number 4) are mixed 2 : 1; the slice at 5 itself has no place of its own
+    mixed = np.rint((2 * wanted_hu(7)[3].astype(float) + wanted_hu(7)[4]) / 3)
+    np.testing.assert_array_equal(volume.image_hu[3], mixed)
+    np.testing.assert_array_equal(volume.image_hu[[0, 1, 2, 4, 5, 6]], wanted_hu(7)[[0, 1, 2, 4, 5, 6]])
+
+
+def test_row_1_a_wild_position_is_not_filled(tmp_path: Path) -> None:
+    edit_slice(save_series(tmp_path / "ct")[5], ImagePositionPatient=[-20, -30, 20000])
+    with pytest.raises(CaseError, match="more than half of the slices would be invented") as caught:
+        read_volume(tmp_path / "ct", options=ReadOptions(allow_gaps=True))
+    assert caught.value.code == "missing-slices"
+
+
+def test_row_4_a_tilt_is_refused_with_gaps_allowed_too(tmp_path: Path) -> None:
+    for index, path in enumerate(save_series(tmp_path / "ct", 8, skip=(3,))):
+        place = index + (index > 2)
+        edit_slice(path, ImagePositionPatient=[-20, -30 + 0.5 * place, 2 * place])
+    with pytest.raises(CaseError, match=r"0\.5 mm a slice \(14\.0 degrees\)") as caught:
+        read_volume(tmp_path / "ct", options=ReadOptions(allow_gaps=True))
+    assert caught.value.code == "gantry-tilt"
+
+
+def test_an_unreadable_slice_is_not_taken_for_junk(tmp_path: Path) -> None:
+    """Without an extension only its content would say that it is a slice; a link that leads nowhere cannot be opened, even by root."""
+    paths = [path.rename(path.with_suffix("")) for path in save_series(tmp_path / "ct")]
+    paths[5].rename(tmp_path / "away")
+    paths[5].symlink_to(paths[5])
+    with pytest.raises(CaseError, match="005 cannot be read") as caught:
+        read_volume(tmp_path / "ct", series_files=paths)
+    assert caught.value.code == "unreadable"

@@ -1,6 +1,7 @@
 """Which cases lie under a folder: names, pairs, DICOM series, and what must be decided by the user."""
 
 import os
+import re
 import unicodedata
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from pydicom.uid import generate_uid
 
-from ftengine.errors import CaseError, ConfigError, FtengineError
+from ftengine.errors import CaseError, ConfigError, FailureCode, FtengineError
 from ftengine.volume.discover import Source, discover, discover_all, image_stem, is_label_name, parse_source
 from ftengine.volume.readers import read_volume
 from tests.recipes import CANARIES, ct_array, cut, save_itk, save_nifti, save_series, save_slice, stored_slice
@@ -158,8 +159,11 @@ def test_parse_source(tmp_path: Path) -> None:
 
 def test_two_labels_for_one_image(tmp_path: Path) -> None:
     touch(tmp_path, "a.nii.gz", "a_seg.nii.gz", "a_mask.nii.gz")
-    with pytest.raises(ConfigError, match=r"several labels fit by name.*a_seg.*a_mask.*IMAGE=LABEL"):
-        discover([tmp_path], dataset="x")
+    (found,) = discover([tmp_path], dataset="x")
+    assert found.refusal is not None
+    assert found.refusal.code is FailureCode.AMBIGUOUS_LABEL
+    assert re.search(r"several labels fit by name.*a_mask.*a_seg|a_seg.*a_mask", found.refusal.reason)
+    assert "IMAGE=LABEL" in found.refusal.advice
     pairs = {tmp_path / "a.nii.gz": tmp_path / "a_mask.nii.gz"}
     assert cases(discover([tmp_path], dataset="x", pairs=pairs)) == {"x/a": "a_mask.nii.gz"}
 
@@ -167,22 +171,26 @@ def test_two_labels_for_one_image(tmp_path: Path) -> None:
 @pytest.mark.parametrize("names", [("a.nii.gz", "a.nrrd"), ("a.nii.gz", "a_ct.nii.gz"), ("a_ct.mha", "a_0000.nii")])
 def test_row_30_two_images_of_one_name(tmp_path: Path, names: tuple[str, str]) -> None:
     touch(tmp_path, *names)
-    with pytest.raises(ConfigError, match="two images are named 'x/a'") as caught:
-        discover([tmp_path], dataset="x")
-    assert all(name in str(caught.value) for name in names)
+    (found,) = discover([tmp_path], dataset="x")
+    assert found.refusal is not None
+    assert found.refusal.code is FailureCode.DUPLICATE_NAME
+    assert all(name in found.refusal.reason for name in names)
 
 
 def test_row_30_one_name_in_two_folders(tmp_path: Path) -> None:
     touch(tmp_path, "one/a/ct.nii.gz", "one/b/ct.nii.gz", "two/a/ct.nii.gz")
     assert set(cases(discover([tmp_path / "one"], dataset="x"))) == {"x/a/ct", "x/b/ct"}
-    with pytest.raises(ConfigError, match="two images are named 'x/a/ct'"):
-        discover([tmp_path / "one", tmp_path / "two"], dataset="x")
+    both = discover([tmp_path / "one", tmp_path / "two"], dataset="x")
+    assert {s.case: s.refusal is not None for s in both} == {"x/a/ct": True, "x/b/ct": False}
 
 
 def test_a_case_inside_another(tmp_path: Path) -> None:
     touch(tmp_path, "a.nii.gz", "a/labels.nii.gz")
-    with pytest.raises(ConfigError, match=r"'x/a/labels'.* would lie inside case 'x/a'"):
-        discover([tmp_path], dataset="x")
+    outer, inner = discover([tmp_path], dataset="x")
+    assert outer.refusal is None
+    assert inner.refusal is not None
+    assert "'x/a/labels'" in inner.refusal.reason
+    assert "would lie inside case 'x/a'" in inner.refusal.reason
 
 
 def test_row_30_unicode_and_spaces_stay(tmp_path: Path) -> None:
@@ -196,8 +204,8 @@ def test_row_30_unicode_and_spaces_stay(tmp_path: Path) -> None:
 def test_row_30_the_same_name_composed_and_decomposed(tmp_path: Path) -> None:
     touch(tmp_path, "u\u0308.nii.gz", "\u00fc.nii.gz")
     if len(list(tmp_path.iterdir())) == 2:  # some file systems hold them to be one
-        with pytest.raises(ConfigError, match="two images are named"):
-            discover([tmp_path], dataset="x")
+        (found,) = discover([tmp_path], dataset="x")
+        assert found.refusal is not None
 
 
 @pytest.mark.parametrize("name", ["a\nb.nii.gz", "a\x1b[31m.nii.gz", "a\\b.nii.gz", os.fsdecode(b"a\xff.nii.gz")])
@@ -282,8 +290,8 @@ def test_row_6_each_series_of_a_folder_is_a_case(tmp_path: Path) -> None:
     assert (second.case, len(second.series_files)) == ("x/ct/series_2", 6)
     assert read_volume(second.image, series_files=second.series_files).image_hu.shape == (6, 16, 12)
     touch(tmp_path, "ct_seg.nii.gz")
-    with pytest.raises(ConfigError, match="holds several series; want one series a label"):
-        discover([tmp_path], dataset="x")
+    for found in discover([tmp_path], dataset="x"):
+        assert "want one series a label" in str(found.refusal)
 
 
 def test_row_3_a_localizer_is_no_case(tmp_path: Path) -> None:
@@ -363,3 +371,12 @@ def test_a_label_beside_an_image_can_be_left_out(tmp_path: Path) -> None:
     assert label is not None
     assert discover([image], dataset="d")[0].label == tmp_path / "a_seg.nii.gz"
     assert discover([image], dataset="d", pairs={image: label})[0].label is None
+
+
+def test_row_30_a_link_to_itself_beside_a_label_is_a_case_that_reading_refuses(tmp_path: Path) -> None:
+    touch(tmp_path, "a_seg.nii.gz", "b.nii.gz")
+    (tmp_path / "a.nii.gz").symlink_to(tmp_path / "a.nii.gz")
+    found = discover([tmp_path], dataset="x")
+    assert cases(found) == {"x/a": "a_seg.nii.gz", "x/b": None}
+    with pytest.raises(CaseError, match="cannot be read"):
+        read_volume(found[0].image)

@@ -11,7 +11,7 @@ import SimpleITK as sitk
 from ftengine.errors import CaseError
 from ftengine.geometry import grid_from_codes, grid_offset_vox
 from ftengine.volume.itk import data_files, load_itk
-from ftengine.volume.readers import probe, read_volume
+from ftengine.volume.readers import ReadOptions, probe, read_volume
 from tests.recipes import ct_array, cut, flip_byte, grid_of, save_itk, save_nrrd_in_ras, sitk_image
 
 FORMATS = ["a.nrrd", "a.nhdr", "a.mha", "a.mhd"]
@@ -79,7 +79,7 @@ def test_row_27_a_nrrd_that_does_not_say_where_left_is(tmp_path: Path, change: d
         change |= {"space_directions": "", "space_origin": "", "spacings": "1.25 0.75 2.0"}
     path = save_nrrd_in_ras(tmp_path / "a.nrrd", ct_array(), grid, **change)
     refused(path, "left and right are unknown")
-    volume = read_volume(path, assume_orientation="RAS")
+    volume = read_volume(path, options=ReadOptions(assume_orientation="RAS"))
     np.testing.assert_array_equal(volume.image_hu, ct_array())
     assert volume.grid.spacing_mm_zyx == (2.0, 0.75, 1.25)
     assert "RAS assumed" in volume.notes[0]
@@ -181,7 +181,9 @@ def test_row_24_four_axes_and_vectors(tmp_path: Path, name: str) -> None:
     sitk.WriteImage(sitk.JoinSeries([image, image]), str(path))
     refused(path, "4-D: axis 4 has 2 entries")
     sitk.WriteImage(sitk.JoinSeries([image]), str(path))
-    single = read_volume(path, assume_orientation="LPS")  # ITK writes no anatomical space for four axes into a NRRD
+    single = read_volume(
+        path, options=ReadOptions(assume_orientation="LPS")
+    )  # ITK writes no anatomical space for four axes into a NRRD
     np.testing.assert_array_equal(single.image_hu, ct_array()[:, ::-1, ::-1])
     assert "4-D" in single.notes[0]
     sitk.WriteImage(sitk.Compose(image, image), str(path))

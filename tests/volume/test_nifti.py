@@ -12,16 +12,17 @@ from numpy.typing import NDArray
 from ftengine.errors import CaseError, ConfigError
 from ftengine.geometry import Grid, grid_from_codes, grid_offset_vox
 from ftengine.volume.nifti import write_nifti
-from ftengine.volume.readers import probe, read_volume
+from ftengine.volume.readers import ReadOptions, probe, read_volume
 from tests.recipes import ct_array, cut, flip_byte, grid_of, patch_nifti, save_nifti
 
 LPS = np.diag([-1.0, -1.0, 2.0, 1.0])
 
 
-def refused(path: Path, match: str, **options: str) -> str:
+def refused(path: Path, match: str) -> str:
     with pytest.raises(CaseError, match=match) as caught:
-        read_volume(path, assume_orientation=options.get("assume_orientation"))
+        read_volume(path)
     text = str(caught.value)
+    assert (caught.value.reason[-1], caught.value.advice[-1]) == (".", ".")
     assert path.name in text
     assert "\n" not in text
     return text
@@ -208,18 +209,20 @@ def test_row_24_colour_and_complex(tmp_path: Path) -> None:
 def test_row_27_without_an_orientation(tmp_path: Path) -> None:
     path = save_nifti(tmp_path / "a.nii.gz", ct_array(), sform=0, qform=0)
     refused(path, "neither sform nor qform")
-    volume = read_volume(path, assume_orientation="LPS")
+    volume = read_volume(path, options=ReadOptions(assume_orientation="LPS"))
     np.testing.assert_array_equal(volume.image_hu, ct_array()[:, ::-1, ::-1])
     assert volume.grid.spacing_mm_zyx == (2.0, 1.0, 1.0)
     assert volume.notes == ("no orientation in the header: LPS assumed, as asked",)
-    np.testing.assert_array_equal(read_volume(path, assume_orientation="ras").image_hu, ct_array())
+    np.testing.assert_array_equal(read_volume(path, options=ReadOptions(assume_orientation="ras")).image_hu, ct_array())
     with pytest.raises(ConfigError, match="three letters"):
-        read_volume(path, assume_orientation="XYZ")
+        read_volume(path, options=ReadOptions(assume_orientation="XYZ"))
 
 
 def test_row_27_an_assumption_never_overrides_a_header(tmp_path: Path) -> None:
     path = save_nifti(tmp_path / "a.nii.gz", ct_array())
-    np.testing.assert_array_equal(read_volume(path, assume_orientation="RAS").image_hu, ct_array()[:, ::-1, ::-1])
+    np.testing.assert_array_equal(
+        read_volume(path, options=ReadOptions(assume_orientation="RAS")).image_hu, ct_array()[:, ::-1, ::-1]
+    )
 
 
 @pytest.mark.parametrize(

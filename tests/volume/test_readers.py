@@ -1,5 +1,6 @@
 """One CT and its label from any file: what all formats share, labels, refusals, and every real CT at hand."""
 
+import math
 import random
 import shutil
 from collections.abc import Callable
@@ -12,11 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from numpy.typing import NDArray
 
-from ftengine.errors import CaseError
+from ftengine.errors import CaseError, ConfigError
 from ftengine.geometry import Grid, grid_from_codes, grid_from_matrix, grid_offset_vox, to_ras
 from ftengine.types import Volume
 from ftengine.volume.discover import discover, discover_all
-from ftengine.volume.readers import probe, read_label, read_volume
+from ftengine.volume.readers import ReadOptions, probe, read_label, read_volume
 from tests.recipes import ct_array, grid_of, save_itk, save_nifti, save_nrrd_in_ras, save_series
 
 LABELS = (0, 1, 2)
@@ -390,3 +391,77 @@ def test_read_label_turns_any_format_to_ras(tmp_path: Path) -> None:
     np.testing.assert_array_equal(values, volume.label)
     with pytest.raises(CaseError, match="label values 2"):
         read_label(path, label_values=(0, 1))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), -1025.0, 40000.0, float("inf")])
+def test_only_a_hu_may_replace_nan(bad: float) -> None:
+    with pytest.raises(ConfigError, match="want a HU from -1024"):
+        ReadOptions(nan_hu=bad)
+
+
+@pytest.mark.parametrize("name", ["a.nii.gz", "a.nrrd"])
+def test_row_23_nan_and_infinity_are_replaced_on_request(tmp_path: Path, name: str) -> None:
+    array = ct_array().astype(np.float32)
+    array[1, 2, 3], array[4, 5, 6] = np.nan, np.inf
+    path = save_nifti(tmp_path / name, array) if name.endswith("gz") else save_itk(tmp_path / name, array)
+    wanted = ct_array()
+    wanted[1, 2, 3] = wanted[4, 5, 6] = -1024
+    volume = read_volume(path, options=ReadOptions(nan_hu=-1024))
+    np.testing.assert_array_equal(volume.image_hu, wanted[:, ::-1, ::-1])
+    assert volume.image_hu.dtype == np.int16
+    assert volume.notes == ("2 voxels of NaN or infinity set to -1024 HU, as asked",)
+
+
+def test_row_25_a_label_on_another_grid_is_resampled_on_request(tmp_path: Path) -> None:
+    """The label at half the spacing, one voxel block of the image each: every 2 x 2 x 2 block lands on the voxel that it covers."""
+    label = label_array()
+    image, _ = pair(tmp_path, label)
+    fine = np.repeat(np.repeat(np.repeat(label, 2, 0), 2, 1), 2, 2)
+    affine = np.diag([-0.5, -0.5, 1.0, 1.0])
+    affine[:3, 3] = (0.25, 0.25, -0.5)  # the centre of the first small voxel
+    path = save_nifti(tmp_path / "fine_seg.nii.gz", fine, affine)
+    with pytest.raises(CaseError, match="--resample-labels"):
+        read_volume(image, path)
+    volume = read_volume(image, path, options=ReadOptions(resample_labels=True))
+    np.testing.assert_array_equal(volume.label, label[:, ::-1, ::-1])
+    (note,) = (n for n in volume.notes if n.startswith("label: resampled"))
+    ml = np.count_nonzero(label) * 2.0 / 1000
+    assert f"{ml:.3g} ml labelled before, {ml:.3g} ml after" in note
+    inside = 100 * np.mean(ct_array()[label > 0] > -950)
+    assert f"{inside:.0f} % of it inside the body" in note
+
+
+def test_row_25_a_turned_label_lands_in_the_patient(tmp_path: Path) -> None:
+    """A block drawn on a grid turned by 30 degrees: its centre and volume in mm stay within a voxel of the image."""
+    image = save_nifti(tmp_path / "a_ct.nii.gz", ct_array((40, 60, 60)), np.diag([1.0, 1.0, 1.0, 1.0]))
+    c, s = math.cos(math.pi / 6), math.sin(math.pi / 6)
+    turned = np.array([[c, -s, 0, 20], [s, c, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
+    block = np.zeros((40, 50, 50), dtype=np.uint8)
+    block[10:30, 15:35, 12:32] = 1
+    label = save_nifti(tmp_path / "a_seg.nii.gz", block, turned)
+    volume = read_volume(image, label, options=ReadOptions(resample_labels=True))
+    assert volume.label is not None
+    z, y, x = (float(v.mean()) for v in np.nonzero(volume.label))
+    wanted = turned @ np.array([21.5, 24.5, 19.5, 1])
+    np.testing.assert_allclose((volume.grid.matrix @ np.array([x, y, z, 1]))[:3], wanted[:3], atol=0.5)
+    assert np.count_nonzero(volume.label) == pytest.approx(20 * 20 * 20, rel=0.02)
+
+
+def test_row_25_a_label_that_misses_its_image_is_refused_even_on_request(tmp_path: Path) -> None:
+    affine = np.diag([-1.0, -1.0, 2.0, 1.0])
+    affine[:3, 3] = (500, 0, 0)
+    image, _ = pair(tmp_path, label_array())
+    far = save_nifti(tmp_path / "far_seg.nii.gz", label_array(), affine)
+    with pytest.raises(CaseError, match="none of the labelled") as caught:
+        read_volume(image, far, options=ReadOptions(resample_labels=True))
+    assert caught.value.code == "grid-mismatch"
+
+
+def test_options_that_are_not_needed_change_nothing(tmp_path: Path) -> None:
+    image, label = pair(tmp_path, label_array())
+    plain = read_volume(image, label)
+    everything = ReadOptions("RAS", allow_gaps=True, nan_hu=-1024, resample_labels=True)
+    allowed = read_volume(image, label, options=everything)
+    np.testing.assert_array_equal(allowed.image_hu, plain.image_hu)
+    np.testing.assert_array_equal(allowed.label, plain.label)
+    assert allowed.notes == plain.notes
