@@ -319,19 +319,32 @@ def _apart(what: str, pairs: Sequence[Pair], number: int, *, one_core: bool = Fa
 
 
 def two_workers(pairs: Sequence[Pair], rounds: int, repeat: int) -> dict[str, Any]:
-    """One worker process against two, interleaved, each over ``repeat`` times all pairs; their start is part of it."""
-    region = Config.preset("abdomen").region
-    samples: dict[int, list[float]] = {1: [], 2: []}
+    """One worker against two, interleaved, each in a fresh process over ``repeat`` times all pairs; the start of workers is part of it.
+
+    A worker is one core: the one is bound to it. Without ``--workers`` a conversion uses the threads of all cores; that is timed, too.
+    """
+    many = [*pairs] * repeat
+    samples: dict[str, list[float]] = {"one core": [], "one process, all threads": [], "two workers": []}
+    for _ in range(rounds):
+        samples["one core"].append(_apart("workers", many, 1, one_core=True)["s"])
+        samples["one process, all threads"].append(_apart("workers", many, 1)["s"])
+        samples["two workers"].append(_apart("workers", many, 2)["s"])
+    two = statistics.median(samples["two workers"])
+    times = {name: statistics.median(kept) / two for name, kept in samples.items()}
+    return {
+        "volumes": len(many),
+        "times_one_worker": times["one core"],
+        "times_one_process": times["one process, all threads"],
+        "samples_s": samples,
+    }
+
+
+def convert_with(pairs: Sequence[Pair], workers: int) -> dict[str, Any]:
+    """Seconds of one conversion of all pairs, which may name a file again and again."""
     with tempfile.TemporaryDirectory() as name:
-        for _ in range(rounds):
-            for workers, kept in samples.items():
-                store = Path(name) / "s.zarr"
-                started = time.perf_counter()
-                convert_by_us(sources_of(pairs, repeat), store, region, workers)
-                kept.append(time.perf_counter() - started)
-                shutil.rmtree(store)
-    ratio = statistics.median(samples[1]) / statistics.median(samples[2])
-    return {"volumes": len(pairs) * repeat, "times_one_worker": ratio, "samples_s": samples}
+        started = time.perf_counter()
+        convert_by_us(sources_of(pairs), Path(name) / "s.zarr", Config.preset("abdomen").region, workers)
+        return {"s": time.perf_counter() - started}
 
 
 def large_volume(folder: Path, name: str, slices: int, shape_yx: tuple[int, int]) -> Pair:
@@ -357,7 +370,7 @@ def run(
     large_slices: int = LARGE_SLICES,
     large_shape_yx: tuple[int, int] = (512, 512),
     num_small: int = 500,
-    worker_repeat: int = 4,
+    worker_repeat: int = 8,
     data: Sequence[Path] = (),
     as_json: bool = False,
 ) -> dict[str, Any]:
@@ -419,7 +432,10 @@ def _as_text(document: dict[str, Any]) -> str:
     workers, many = document["two_workers"], document["many"]
     lines += [
         "",
-        f"Two workers: {workers['times_one_worker']:.2f} times one, {workers['volumes']} volumes (goal {GOALS['two_workers']}).",
+        (
+            f"Two workers: {workers['times_one_worker']:.2f} times one of a core each, {workers['volumes']} volumes "
+            f"(goal {GOALS['two_workers']}); {workers['times_one_process']:.2f} times one process with the threads of all cores."
+        ),
         *(
             f"Large volume ({kind}): peak {m['peak_gb']:.2f} GB in {m['s']:.1f} s (goal {GOALS['peak_gb']} GB)."
             for kind, m in document["memory"].items()
@@ -447,6 +463,7 @@ def main() -> None:
             "compare": lambda: compare(pairs, options.rounds, one_core=False),
             "compare-one-core": lambda: compare(pairs, options.rounds, one_core=True),
             "large": lambda: convert_large(pairs[0]),
+            "workers": lambda: convert_with(pairs, options.rounds),
             "many": lambda: convert_many(pairs[0], options.rounds),
         }
         print(json.dumps(parts[options.part]()))
