@@ -6,7 +6,7 @@ for the device.
 
 ::
 
-    <name>.py       the public function: what it promises, its CPU path, its launch
+    <name>.py       the public function: what it promises, its operator (``torch.ops.ftengine``), its CPU path, its launch
     <name>.cu       the CUDA kernel (plain CUDA C++, no header; CuPy compiles it when the first CUDA tensor arrives)
     <name>_ref.py   the same in NumPy, float64: slow, obvious, what the tests compare both with
 """

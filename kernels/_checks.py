@@ -78,6 +78,36 @@ def require_device(where: str, name: str, device: torch.device) -> None:
         raise KernelInputError(f"{where}: {name} is on {device}; want cpu or cuda. Move it: {name}.to('cpu').")
 
 
+def require_buffer(where: str, out: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
+    """Check the looks of an ``out`` tensor; ``require_apart`` looks at its memory, where addresses are known."""
+    require_tensor(where, "out", out, (dtype,), shape=shape, device=device)
+    if out.requires_grad:
+        raise KernelInputError(f"{where}: out requires a gradient; want a plain buffer. Pass out.detach(), or no out.")
+
+
+def require_apart(
+    where: str,
+    out: Tensor,
+    *,
+    may_be: Sequence[tuple[str, Tensor]] = (),
+    apart_from: Sequence[tuple[str, Tensor]] = (),
+) -> None:
+    """Check an ``out`` tensor's memory against that of the inputs.
+
+    It may be one of ``may_be`` itself (the kernel reads a voxel before it writes it) but not overlap a part of one,
+    and not overlap any of ``apart_from``.
+    """
+    memory = _byte_range(out)
+    for name, tensor in may_be:
+        if _overlap(memory, _byte_range(tensor)) and memory != _byte_range(tensor):
+            raise KernelInputError(
+                f"{where}: out overlaps a part of {name}; want {name} itself or separate memory. Pass a new buffer."
+            )
+    for name, tensor in apart_from:
+        if _overlap(memory, _byte_range(tensor)):
+            raise KernelInputError(f"{where}: out shares memory with {name}; want separate memory. Pass a new buffer.")
+
+
 def require_output(
     where: str,
     out: Tensor | None,
@@ -88,25 +118,11 @@ def require_output(
     may_be: Sequence[tuple[str, Tensor]] = (),
     apart_from: Sequence[tuple[str, Tensor]] = (),
 ) -> Tensor:
-    """``out`` after checks, or a new tensor where it is None.
-
-    It may be one of ``may_be`` itself (the kernel reads a voxel before it writes it) but not overlap a part of one,
-    and not overlap any of ``apart_from``.
-    """
+    """``out`` after checks, or a new tensor where it is None."""
     if out is None:
         return torch.empty(shape, dtype=dtype, device=device)
-    require_tensor(where, "out", out, (dtype,), shape=shape, device=device)
-    if out.requires_grad:
-        raise KernelInputError(f"{where}: out requires a gradient; want a plain buffer. Pass out.detach(), or no out.")
-    memory = _byte_range(out)
-    for name, tensor in may_be:
-        if _overlap(memory, _byte_range(tensor)) and memory != _byte_range(tensor):
-            raise KernelInputError(
-                f"{where}: out overlaps a part of {name}; want {name} itself or separate memory. Pass a new buffer."
-            )
-    for name, tensor in apart_from:
-        if _overlap(memory, _byte_range(tensor)):
-            raise KernelInputError(f"{where}: out shares memory with {name}; want separate memory. Pass a new buffer.")
+    require_buffer(where, out, dtype, shape, device)
+    require_apart(where, out, may_be=may_be, apart_from=apart_from)
     return out
 
 

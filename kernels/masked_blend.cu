@@ -1,35 +1,35 @@
-// FreeTumor's Eq. 1, (1 - M) x + M (x - tanh(g) texture) = x - M tanh(g) texture, and its gradients.
+// FreeTumor's Eq. 1, (1 - M) x + M (x - tanh(g) texture) = x - M tanh(g) texture, its twin with plus, and the gradients.
 //
 // Where the mask is 0 nothing else is read: x passes as it is, whatever g and texture hold there (0 * NaN would not
-// be 0).
+// be 0), and nothing is loaded that is not needed.
 
-__device__ float as_float(float mask) { return mask; }
-__device__ float as_float(unsigned char mask) { return (float)mask; }
+__device__ float tanh_of(float g) { return tanhf(g); }
+__device__ double tanh_of(double g) { return tanh(g); }
 
-// out may be any of the inputs: a thread reads its voxel before it writes it.
-template <typename Mask>
-__device__ void blend(float* out, const float* x, const float* g, const float* texture, const Mask* mask,
+// out may be any of the inputs: a thread reads its voxel before it writes it. sign: -1 as in Eq. 1, or 1.
+template <typename Real, typename Mask>
+__device__ void blend(Real* out, const Real* x, const Real* g, const Real* texture, const Mask* mask, int sign,
                       long long num_voxels) {
     const long long step = (long long)gridDim.x * blockDim.x;  // 64 bit: a batch can pass 2^31 voxels
     for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < num_voxels; i += step) {
-        const float m = as_float(mask[i]);
-        out[i] = m == 0.0f ? x[i] : x[i] - m * (tanhf(g[i]) * texture[i]);
+        const Real m = (Real)mask[i];
+        out[i] = m == 0 ? x[i] : x[i] + (Real)sign * (m * (tanh_of(g[i]) * texture[i]));
     }
 }
 
 // Gradients of g and texture for the gradient of the result; a null pointer leaves that one out. That of x is the
 // gradient itself.
-template <typename Mask>
-__device__ void blend_backward(float* grad_g, float* grad_texture, const float* grad_out, const float* g,
-                               const float* texture, const Mask* mask, long long num_voxels) {
+template <typename Real, typename Mask>
+__device__ void blend_backward(Real* grad_g, Real* grad_texture, const Real* grad_out, const Real* g,
+                               const Real* texture, const Mask* mask, int sign, long long num_voxels) {
     const long long step = (long long)gridDim.x * blockDim.x;
     for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < num_voxels; i += step) {
-        const float m = as_float(mask[i]);
-        float to_g = 0.0f, to_texture = 0.0f;
-        if (m != 0.0f) {
-            const float contrast = tanhf(g[i]);
-            const float common = -m * grad_out[i];
-            to_g = common * texture[i] * (1.0f - contrast * contrast);
+        const Real m = (Real)mask[i];
+        Real to_g = 0, to_texture = 0;
+        if (m != 0) {
+            const Real contrast = tanh_of(g[i]);
+            const Real common = (Real)sign * m * grad_out[i];
+            to_g = common * texture[i] * (1 - contrast * contrast);
             to_texture = common * contrast;
         }
         if (grad_g != nullptr) grad_g[i] = to_g;
@@ -37,24 +37,46 @@ __device__ void blend_backward(float* grad_g, float* grad_texture, const float* 
     }
 }
 
-extern "C" __global__ void blend_float32(float* out, const float* x, const float* g, const float* texture,
-                                         const float* mask, long long num_voxels) {
-    blend(out, x, g, texture, mask, num_voxels);
+extern "C" __global__ void blend_float32_float32(float* out, const float* x, const float* g, const float* texture,
+                                                 const float* mask, int sign, long long num_voxels) {
+    blend(out, x, g, texture, mask, sign, num_voxels);
 }
 
-extern "C" __global__ void blend_uint8(float* out, const float* x, const float* g, const float* texture,
-                                       const unsigned char* mask, long long num_voxels) {
-    blend(out, x, g, texture, mask, num_voxels);
+extern "C" __global__ void blend_float32_uint8(float* out, const float* x, const float* g, const float* texture,
+                                               const unsigned char* mask, int sign, long long num_voxels) {
+    blend(out, x, g, texture, mask, sign, num_voxels);
 }
 
-extern "C" __global__ void blend_backward_float32(float* grad_g, float* grad_texture, const float* grad_out,
-                                                  const float* g, const float* texture, const float* mask,
-                                                  long long num_voxels) {
-    blend_backward(grad_g, grad_texture, grad_out, g, texture, mask, num_voxels);
+extern "C" __global__ void blend_float64_float32(double* out, const double* x, const double* g, const double* texture,
+                                                 const float* mask, int sign, long long num_voxels) {
+    blend(out, x, g, texture, mask, sign, num_voxels);
 }
 
-extern "C" __global__ void blend_backward_uint8(float* grad_g, float* grad_texture, const float* grad_out,
-                                                const float* g, const float* texture, const unsigned char* mask,
-                                                long long num_voxels) {
-    blend_backward(grad_g, grad_texture, grad_out, g, texture, mask, num_voxels);
+extern "C" __global__ void blend_float64_uint8(double* out, const double* x, const double* g, const double* texture,
+                                               const unsigned char* mask, int sign, long long num_voxels) {
+    blend(out, x, g, texture, mask, sign, num_voxels);
+}
+
+extern "C" __global__ void blend_backward_float32_float32(float* grad_g, float* grad_texture, const float* grad_out,
+                                                          const float* g, const float* texture, const float* mask,
+                                                          int sign, long long num_voxels) {
+    blend_backward(grad_g, grad_texture, grad_out, g, texture, mask, sign, num_voxels);
+}
+
+extern "C" __global__ void blend_backward_float32_uint8(float* grad_g, float* grad_texture, const float* grad_out,
+                                                        const float* g, const float* texture,
+                                                        const unsigned char* mask, int sign, long long num_voxels) {
+    blend_backward(grad_g, grad_texture, grad_out, g, texture, mask, sign, num_voxels);
+}
+
+extern "C" __global__ void blend_backward_float64_float32(double* grad_g, double* grad_texture, const double* grad_out,
+                                                          const double* g, const double* texture, const float* mask,
+                                                          int sign, long long num_voxels) {
+    blend_backward(grad_g, grad_texture, grad_out, g, texture, mask, sign, num_voxels);
+}
+
+extern "C" __global__ void blend_backward_float64_uint8(double* grad_g, double* grad_texture, const double* grad_out,
+                                                        const double* g, const double* texture,
+                                                        const unsigned char* mask, int sign, long long num_voxels) {
+    blend_backward(grad_g, grad_texture, grad_out, g, texture, mask, sign, num_voxels);
 }

@@ -1,129 +1,231 @@
-"""Painting: FreeTumor's Eq. 1 with its gradients.
+"""Painting: FreeTumor's Eq. 1 with its gradients, and its twin with plus for the released chest model.
 
-The released chest model uses a sigmoid and plus where Eq. 1 has tanh and minus. That variant is its caller's affair:
-with s = sigmoid(h), x + M s t is this function for g = atanh(s) and the texture -t.
+The released chest model uses a sigmoid and plus where Eq. 1 has tanh and minus: for s = sigmoid(h), x + M s t is this
+function with ``sign=1`` for g = atanh(s).
 """
 
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ftengine.errors import KernelInputError
 from ftengine.kernels import _launch
-from ftengine.kernels._checks import MASK_DTYPES, refuse_gradient, require_output, require_tensor
+from ftengine.kernels._checks import (
+    MASK_DTYPES,
+    dtype_name,
+    refuse_gradient,
+    require_apart,
+    require_buffer,
+    require_tensor,
+)
+from ftengine.kernels._ops import register
+from ftengine.kernels._threads import for_each
 
 _NAME = "masked_blend"
 _FILE = "masked_blend.cu"
+_DTYPES = (torch.float32, torch.float64)
 _THREADS = 256
 
 
-def masked_blend(x: Tensor, g: Tensor, texture: Tensor, mask: Tensor, *, out: Tensor | None = None) -> Tensor:
+def masked_blend(
+    x: Tensor, g: Tensor, texture: Tensor, mask: Tensor, *, sign: int = -1, out: Tensor | None = None
+) -> Tensor:
     """Paint tumours into patches: ``(1 - M) x + M (x - tanh(g) texture)``, computed as ``x - M (tanh(g) texture)``.
 
-    x, g, texture: [B, z, y, x] float32, C-contiguous, on one device; x in [0, 1] (windowed HU) or in HU, texture
-        alike; g is the generator's output before tanh.
+    x, g, texture: [B, z, y, x] float32 or float64, all of one dtype, C-contiguous, on one device; x in [0, 1]
+        (windowed HU) or in HU, texture alike; g is the generator's output before tanh.
     mask: the same shape, float32 in [0, 1], or uint8 or bool of 0 and 1. Its values are not checked.
-    out: float32 of x's shape and device, or None; may be ``x`` itself. Only where no gradient is required.
+    sign: -1 as in Eq. 1, which darkens where g is positive; 1 adds instead.
+    out: of x's dtype, shape and device, or None; may be any of the inputs. Only where no gradient is required.
 
     Returns ``out`` or a new tensor. Where the mask is 0 x comes back bit-identical, whatever g and texture hold
     there. The result is not clipped: the paper does not clip it either.
     Differentiable in x, g and texture (once); their gradients are 0, for x the incoming one, where the mask is 0. Not
     in the mask. Raises KernelInputError, before any launch, for wrong types, dtypes, shapes, devices or memory order,
-    for ``out`` where a gradient is required, for a mask that requires one, and for ``create_graph=True``.
+    a sign other than -1 and 1, ``out`` where a gradient is required, a mask that requires one, and a second derivative.
     Source: FreeTumor, Eq. 1, where ``texture`` is g(x) and ``g`` is G(x).
     """
-    require_tensor(_NAME, "x", x, (torch.float32,))
+    require_tensor(_NAME, "x", x, _DTYPES)
     for name, tensor in (("g", g), ("texture", texture)):
-        require_tensor(_NAME, name, tensor, (torch.float32,), like=("x", x))
+        require_tensor(_NAME, name, tensor, (x.dtype,), like=("x", x))
     require_tensor(_NAME, "mask", mask, (torch.float32, *MASK_DTYPES), like=("x", x))
     refuse_gradient(_NAME, "mask", mask, "Eq. 1 is differentiated in x, g and texture only")
+    if sign not in {-1, 1}:
+        raise KernelInputError(f"{_NAME}: sign is {sign}; want -1 (Eq. 1) or 1. Put other factors into the texture.")
     if mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)
-    if torch.is_grad_enabled() and (x.requires_grad or g.requires_grad or texture.requires_grad):
-        if out is not None:
-            raise KernelInputError(
-                f"{_NAME}: out was given but x, g or texture requires a gradient; want a new tensor. "
-                "Drop out, or call under torch.no_grad()."
-            )
-        painted: Tensor = _Blend.apply(x, g, texture, mask)
+    if out is None:
+        painted: Tensor = _blend(x, g, texture, mask, sign)
         return painted
-    inputs = (("x", x), ("g", g), ("texture", texture), ("mask", mask))
-    out = require_output(_NAME, out, torch.float32, tuple(x.shape), x.device, may_be=inputs)
-    _blend(x.detach(), g.detach(), texture.detach(), mask, out)
+    if torch.is_grad_enabled() and (x.requires_grad or g.requires_grad or texture.requires_grad):
+        raise KernelInputError(
+            f"{_NAME}: out was given but x, g or texture requires a gradient; want a new tensor. "
+            "Drop out, or call under torch.no_grad()."
+        )
+    require_buffer(_NAME, out, x.dtype, tuple(x.shape), x.device)
+    _blend_out(x, g, texture, mask, sign, out)
     return out
 
 
-class _Blend(torch.autograd.Function):
-    """Eq. 1 with its backward pass written out: autograd's own makes NaN gradients of a NaN outside the mask."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, g: Tensor, texture: Tensor, mask: Tensor) -> Tensor:
-        ctx.save_for_backward(g, texture, mask)
-        out = torch.empty_like(x)
-        _blend(x.detach(), g.detach(), texture.detach(), mask, out)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise KernelInputError(
-                f"{_NAME}: its gradient was asked for with create_graph=True; want first derivatives only, since a "
-                "second one would silently lack this part. Write Eq. 1 in torch operations for that."
-            )
-        g, texture, mask = ctx.saved_tensors
-        needs_x, needs_g, needs_texture, _ = ctx.needs_input_grad
-        grad_g = torch.empty_like(g) if needs_g else None
-        grad_texture = torch.empty_like(texture) if needs_texture else None
-        if needs_g or needs_texture:
-            _blend_backward(gradients[0].contiguous(), g, texture, mask, grad_g, grad_texture)
-        return (gradients[0] if needs_x else None), grad_g, grad_texture, None
-
-
-def _blend(x: Tensor, g: Tensor, texture: Tensor, mask: Tensor, out: Tensor) -> None:
+def _run_out(x: Tensor, g: Tensor, texture: Tensor, mask: Tensor, sign: int, out: Tensor) -> None:
+    require_apart(_NAME, out, may_be=(("x", x), ("g", g), ("texture", texture), ("mask", mask)))
     if _launch.uses_kernel(x):
-        tensors = (out, x, g, texture, mask)
-        _launch_elementwise(f"blend_{_suffix(mask)}", tensors, x)
-        return
-    painted, m = _painted_voxels(mask)
-    values = x.view(-1)[painted] - m * (torch.tanh(g.view(-1)[painted]) * texture.view(-1)[painted])
-    if out.data_ptr() != x.data_ptr():
-        out.copy_(x)
-    out.view(-1)[painted] = values
+        _launch_elementwise("blend", (out, x, g, texture), mask, sign, x)
+    else:
+        o, a, c, t, m = (_flat(tensor) for tensor in (out, x, g, texture, mask))
+        for_each(len(x), lambda b: _paint(o[b], a[b], c[b], t[b], m[b], sign))
 
 
-def _blend_backward(
-    grad_out: Tensor, g: Tensor, texture: Tensor, mask: Tensor, grad_g: Tensor | None, grad_texture: Tensor | None
-) -> None:
+def _run(x: Tensor, g: Tensor, texture: Tensor, mask: Tensor, sign: int) -> Tensor:
+    out = torch.empty_like(x)
+    _run_out(x, g, texture, mask, sign, out)
+    return out
+
+
+def _run_backward(
+    grad_out: Tensor, g: Tensor, texture: Tensor, mask: Tensor, sign: int, needs_g: bool, needs_texture: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of g and texture; one that is not needed comes back without voxels."""
+    grad_g, grad_texture = _fake_backward(grad_out, g, texture, mask, sign, needs_g, needs_texture)
+    grad_out = grad_out.contiguous()
+    wanted = [t if needed else None for t, needed in ((grad_g, needs_g), (grad_texture, needs_texture))]
     if _launch.uses_kernel(g):
-        _launch_elementwise(f"blend_backward_{_suffix(mask)}", (grad_g, grad_texture, grad_out, g, texture, mask), g)
-        return
-    painted, m = _painted_voxels(mask)
-    contrast = torch.tanh(g.view(-1)[painted])
-    common = -m * grad_out.view(-1)[painted]
-    if grad_g is not None:
-        grad_g.zero_().view(-1)[painted] = common * texture.view(-1)[painted] * (1 - contrast * contrast)
-    if grad_texture is not None:
-        grad_texture.zero_().view(-1)[painted] = common * contrast
+        _launch_elementwise("blend_backward", (*wanted, grad_out, g, texture), mask, sign, g)
+    else:
+        to_g, to_texture = (None if tensor is None else _flat(tensor) for tensor in wanted)
+        o, c, t, m = (_flat(tensor) for tensor in (grad_out, g, texture, mask))
+        for_each(
+            len(g),
+            lambda b: _differentiate(
+                None if to_g is None else to_g[b],
+                None if to_texture is None else to_texture[b],
+                o[b],
+                c[b],
+                t[b],
+                m[b],
+                sign,
+            ),
+        )
+    return grad_g, grad_texture
 
 
-def _painted_voxels(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Flat indices of the voxels whose mask is not 0, and the mask there as float32.
-
-    A tumour fills a small part of a patch: picking its voxels out costs a quarter of a tanh over all of them.
-    """
-    flat = mask.detach().view(-1)
-    painted = torch.from_numpy(np.flatnonzero(flat.numpy() != 0))
-    return painted, flat[painted].to(torch.float32)
-
-
-def _suffix(mask: Tensor) -> str:
-    return "float32" if mask.dtype == torch.float32 else "uint8"
+def _fake_backward(
+    _grad_out: Tensor, g: Tensor, texture: Tensor, _mask: Tensor, _sign: int, needs_g: bool, needs_texture: bool
+) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty_like(g) if needs_g else g.new_empty(0),
+        torch.empty_like(texture) if needs_texture else texture.new_empty(0),
+    )
 
 
-def _launch_elementwise(kernel: str, tensors: tuple[Tensor | None, ...], like: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, g, texture, mask, ctx.sign = inputs
+    ctx.save_for_backward(g, texture, mask)
+
+
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    g, texture, mask = ctx.saved_tensors
+    needs_x, needs_g, needs_texture = ctx.needs_input_grad[:3]
+    grad_g = grad_texture = None
+    if needs_g or needs_texture:
+        grad_g, grad_texture = _blend_backward(grad_out, g, texture, mask, ctx.sign, needs_g, needs_texture)
+    return (
+        grad_out if needs_x else None,
+        grad_g if needs_g else None,
+        grad_texture if needs_texture else None,
+        None,
+        None,
+    )
+
+
+def _refuse_second(_ctx: Any, *_gradients: Tensor) -> None:
+    raise KernelInputError(
+        f"{_NAME}: a second derivative was asked for; want first derivatives only. "
+        "Write Eq. 1 in torch operations for that."
+    )
+
+
+def _launch_elementwise(kernel: str, tensors: tuple[Tensor | None, ...], mask: Tensor, sign: int, like: Tensor) -> None:
     if like.numel() == 0:
         return
-    arguments = (*(_launch.pointer(tensor) for tensor in tensors), np.int64(like.numel()))
-    _launch.launch(_FILE, kernel, (_launch.blocks_for(like.numel(), _THREADS),), (_THREADS,), arguments, like.device)
+    _launch.launch(
+        _FILE,
+        f"{kernel}_{dtype_name(like.dtype)}_{dtype_name(mask.dtype)}",
+        (_launch.blocks_for(like.numel(), _THREADS),),
+        (_THREADS,),
+        (*(_launch.pointer(tensor) for tensor in (*tensors, mask)), np.int32(sign), np.int64(like.numel())),
+        like.device,
+    )
+
+
+# ---- CPU path: a tumour fills a small part of a patch, so its voxels are picked, worked on, and put back ----
+
+
+def _paint(
+    out: NDArray[Any], x: NDArray[Any], g: NDArray[Any], texture: NDArray[Any], mask: NDArray[Any], sign: int
+) -> None:
+    """One sample, flat. Everything is read before ``out`` is written, which may be any of the inputs."""
+    painted = np.flatnonzero(mask != 0)  # of bool: ten times as fast as of uint8
+    values = g.take(painted)
+    np.tanh(values, out=values)
+    values *= texture.take(painted)
+    values *= mask.take(painted)
+    if sign < 0:
+        np.negative(values, out=values)
+    values += x.take(painted)
+    if out is not x:
+        np.copyto(out, x)
+    out[painted] = values
+
+
+def _differentiate(
+    grad_g: NDArray[Any] | None,
+    grad_texture: NDArray[Any] | None,
+    grad_out: NDArray[Any],
+    g: NDArray[Any],
+    texture: NDArray[Any],
+    mask: NDArray[Any],
+    sign: int,
+) -> None:
+    """One sample, flat."""
+    painted = np.flatnonzero(mask != 0)
+    contrast = g.take(painted)
+    np.tanh(contrast, out=contrast)
+    common = grad_out.take(painted)
+    common *= mask.take(painted)
+    common *= sign
+    if grad_g is not None:
+        grad_g.fill(0)
+        grad_g[painted] = common * texture.take(painted) * (1 - contrast * contrast)
+    if grad_texture is not None:
+        grad_texture.fill(0)
+        grad_texture[painted] = common * contrast
+
+
+def _flat(tensor: Tensor) -> NDArray[Any]:
+    """[B, voxels], on the tensor's own memory."""
+    return tensor.detach().flatten(1).numpy()
+
+
+_blend = register(
+    "masked_blend(Tensor x, Tensor g, Tensor texture, Tensor mask, int sign) -> Tensor",
+    _run,
+    lambda x, _g, _texture, _mask, _sign: torch.empty_like(x),
+    backward=_backward,
+    save=_save,
+)
+_blend_out = register(
+    "masked_blend_out(Tensor x, Tensor g, Tensor texture, Tensor mask, int sign, Tensor(a!) out) -> ()",
+    _run_out,
+    lambda _x, _g, _texture, _mask, _sign, _out: None,
+)
+_blend_backward = register(
+    "masked_blend_backward(Tensor grad_out, Tensor g, Tensor texture, Tensor mask, int sign, bool needs_g, "
+    "bool needs_texture) -> (Tensor, Tensor)",
+    _run_backward,
+    _fake_backward,
+    backward=_refuse_second,
+)

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 import pytest
@@ -93,6 +93,19 @@ def as_array(tensor: torch.Tensor) -> NDArray[np.float64]:
     """Values as float64, from any device."""
     array: NDArray[np.float64] = tensor.detach().cpu().to(torch.float64).numpy()
     return array
+
+
+def check_operator(operator: Any, arguments: tuple[Any, ...]) -> None:
+    """torch's own checks of an operator: schema, aliasing, fake results, gradient formula, compiled with static and dynamic shapes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own compiler
+        torch.library.opcheck(operator, arguments)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as torch.compile traces it, in one graph or not at all; run without a C++ or Triton compiler."""
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
 
 
 class Guarded:

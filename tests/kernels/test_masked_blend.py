@@ -15,11 +15,14 @@ from ftengine.kernels.masked_blend_ref import masked_blend_gradients_ref, masked
 from tests.kernels.cuda_cpu import THREAD_ORDERS
 from tests.kernels.support import (
     EPS32,
+    EPS64,
     FEW,
     PROPERTY,
     Guarded,
     KernelsOnCpu,
     as_array,
+    check_operator,
+    compiled,
     past_2_to_31_voxels,
     random_volumes,
     run_behind_a_late_copy,
@@ -176,7 +179,7 @@ def test_outside_the_mask_nothing_changes(on_cpu: KernelsOnCpu) -> None:
 def test_each_input_may_want_a_gradient_alone(on_cpu: KernelsOnCpu, name: str) -> None:
     case = case_of(4, (2, 3, 4, 5), torch.uint8)
     for context in (None, "forward"):
-        inputs = {"x": case.x, "g": case.g, "texture": case.texture}
+        inputs: dict[str, Any] = {"x": case.x, "g": case.g, "texture": case.texture}
         inputs[name] = inputs[name].clone().requires_grad_()
         if context is None:
             masked_blend(
@@ -210,12 +213,88 @@ def test_released_chest_variant_can_be_written_with_it() -> None:
     )
 
 
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("dtype", MASK_DTYPES)
+def test_gradients_equal_differences_in_float64(dtype: torch.dtype, sign: int) -> None:
+    case = case_of(9, (2, 2, 3, 4), dtype, mask_fraction=0.6)
+    leaves = [t.double().requires_grad_() for t in (case.x, case.g, case.texture)]
+    assert torch.autograd.gradcheck(lambda x, g, t: masked_blend(x, g, t, case.mask, sign=sign), leaves)
+
+
+@PROPERTY
+@given(case=cases())
+def test_plus_is_minus_of_the_negative_texture(case: Case) -> None:
+    assert same_bits(
+        masked_blend(*case.inputs, sign=1), masked_blend(case.x, case.g, -case.texture, case.mask, sign=-1)
+    )
+
+
+@PROPERTY
+@given(case=cases())
+def test_float64_is_more_exact_by_as_much(on_cpu: KernelsOnCpu, case: Case) -> None:
+    x, g, texture = (t.double() for t in (case.x, case.g, case.texture))
+    wanted = masked_blend_ref(as_array(x), as_array(g), as_array(texture), as_array(case.mask))
+    scale = float(case.x.abs().max() + case.texture.abs().max())
+    np.testing.assert_allclose(
+        as_array(masked_blend(x, g, texture, case.mask)), wanted, rtol=0, atol=16 * EPS64 * scale
+    )
+    with on_cpu("forward"):
+        np.testing.assert_allclose(
+            as_array(masked_blend(x, g, texture, case.mask)), wanted, rtol=0, atol=16 * EPS64 * scale
+        )
+
+
+@pytest.mark.parametrize("leaf", [None, 0, 1, 2])
+def test_operator_keeps_torchs_rules(leaf: int | None) -> None:
+    case = case_of(10, (2, 3, 4, 5), torch.uint8)
+    inputs = list(case.inputs)
+    if leaf is not None:
+        inputs[leaf] = inputs[leaf].clone().requires_grad_()
+    check_operator(torch.ops.ftengine.masked_blend.default, (*inputs, -1))
+    if leaf is None:
+        check_operator(torch.ops.ftengine.masked_blend_out.default, (*inputs, 1, torch.empty_like(case.x)))
+
+
+def test_compiled_in_one_graph_it_gives_the_same() -> None:
+    case = case_of(11, (2, 3, 4, 5), torch.float32)
+    leaves = [t.clone().requires_grad_() for t in (case.x, case.g, case.texture)]
+    twins = [t.clone().requires_grad_() for t in (case.x, case.g, case.texture)]
+
+    def painted(x: torch.Tensor, g: torch.Tensor, texture: torch.Tensor) -> torch.Tensor:
+        return masked_blend(x * 1.0, g, texture, case.mask, sign=1) * 2.0
+
+    by_graph, by_hand = compiled(painted)(*leaves), painted(*twins)
+    assert same_bits(by_graph.detach(), by_hand.detach())
+    by_graph.backward(case.grad_out)
+    by_hand.backward(case.grad_out)
+    for a, b in zip(leaves, twins, strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        assert torch.equal(a.grad, b.grad)
+    out = torch.empty_like(case.x)
+    compiled(lambda x: masked_blend(x, x, x, case.mask, out=out))(case.x)
+    assert same_bits(out, masked_blend(case.x, case.x, case.x, case.mask))
+
+
+def test_threads_change_no_bit() -> None:
+    case = case_of(12, (5, 20, 21, 22), torch.float32)
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(masked_blend(*case.inputs))
+    torch.set_num_threads(threads)
+    assert same_bits(results[0], results[1])
+    assert same_bits(results[0], results[2])
+
+
 def test_a_second_derivative_is_refused() -> None:
     case = case_of(8, (1, 3, 4, 5), torch.float32)
     g = case.g.clone().requires_grad_()
     painted = masked_blend(case.x, g, case.texture, case.mask)
-    with pytest.raises(KernelInputError, match=r"create_graph=True; want first derivatives only"):
-        torch.autograd.grad(painted.sum(), g, create_graph=True)
+    (gradient,) = torch.autograd.grad(painted.sum(), g, create_graph=True)
+    with pytest.raises(KernelInputError, match=r"a second derivative was asked for; want first derivatives only"):
+        torch.autograd.grad(gradient.sum(), g)
 
 
 def test_no_gradient_is_kept_under_no_grad() -> None:
@@ -246,6 +325,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"texture": A.transpose(1, 3).contiguous().transpose(1, 3)},
         r"Call texture\.contiguous\(\)",
     ),
+    ("sign without a direction", {"sign": 0}, r"sign is 0; want -1 \(Eq\. 1\) or 1"),
     ("mask of labels", {"mask": A.to(torch.int64)}, r"mask is int64; want float32 or uint8 or bool"),
     (
         "mask that wants a gradient",
@@ -269,8 +349,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("change", "message"), [pytest.param(*row[1:], id=row[0]) for row in REFUSED])
 def test_wrong_input_is_refused(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"x": A, "g": A, "texture": A, "mask": A.byte()}
     with pytest.raises(KernelInputError, match=message):
-        masked_blend(**({"x": A, "g": A, "texture": A, "mask": A.byte()} | change))
+        masked_blend(**(arguments | change))
 
 
 @pytest.mark.gpu

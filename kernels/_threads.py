@@ -1,0 +1,29 @@
+"""How the CPU paths use the cores: one task a sample, as many threads as torch is told to use."""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import torch
+
+
+def for_each(count: int, task: Callable[[int], object]) -> None:
+    """Call ``task(0)`` to ``task(count - 1)``, on up to ``torch.get_num_threads()`` threads; the first error is raised.
+
+    Tasks write to memory of their own and run without Python's lock (NumPy, numba's ``nogil``), so their order and the
+    number of threads change no bit of a result.
+    """
+    threads = min(count, torch.get_num_threads())
+    if threads <= 1:
+        for index in range(count):
+            task(index)
+        return
+    for _ in _pool(threads, os.getpid()).map(task, range(count)):
+        pass
+
+
+@cache
+def _pool(threads: int, _process: int) -> ThreadPoolExecutor:
+    """Kept for good: starting threads costs more than a small tumour. A forked process has none of its parent's threads."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="ftengine-kernels")
