@@ -38,10 +38,10 @@ demo: setup  ## The whole road on phantom CT: demo/report.html
 	$(BIN)/ftengine demo --out demo
 
 bench: setup  ## Side-by-side measurements; results are printed
-	$(BIN)/python -m ftengine.bench.store
-	$(BIN)/python -m ftengine.bench.kernels
-	$(BIN)/python -m ftengine.bench.convert
-	$(BIN)/python -m ftengine.bench.scale
+	$(BIN)/ftengine bench store
+	$(BIN)/ftengine bench kernels
+	$(BIN)/ftengine bench convert
+	$(BIN)/ftengine bench scale
 
 clean:  ## Remove what the targets made
 	rm -rf $(VENV) demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -446,16 +446,16 @@ def _as_text(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """``python -m ftengine.bench.convert``."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: Sequence[str] | None = None) -> None:
+    """``ftengine bench convert``."""
+    parser = argparse.ArgumentParser(prog="ftengine bench convert", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--volumes", type=int, default=3)
     parser.add_argument("--data", nargs="*", type=Path, default=[], help="real CT files to compare on as well")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--files", nargs="*", default=[], help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.part:
         files = [None if name == "-" else Path(name) for name in options.files]
         pairs = [(image, label) for image, label in zip(files[::2], files[1::2], strict=True) if image is not None]

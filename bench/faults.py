@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,14 +143,14 @@ def _convert(source: Path, store: Path, workers: int) -> subprocess.Popen[bytes]
     )
 
 
-def main() -> None:
-    """``python -m ftengine.bench.faults``."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """``ftengine bench faults``."""
+    parser = argparse.ArgumentParser(prog="ftengine bench faults", description=__doc__)
     parser.add_argument("--volumes", type=int, default=40)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     run(volumes=options.volumes, kills=options.kills, workers=options.workers, as_json=options.json)
 
 

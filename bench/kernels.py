@@ -1,7 +1,7 @@
 """Each kernel's CPU path against SciPy or NumPy computing the same; on a GPU, the CUDA kernel beside them."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -76,12 +76,12 @@ def _on_gpu(kernel: Callable[..., torch.Tensor], arguments: tuple[Any, ...]) -> 
     return call
 
 
-def main() -> None:
-    """``python -m ftengine.bench.kernels``."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """``ftengine bench kernels``."""
+    parser = argparse.ArgumentParser(prog="ftengine bench kernels", description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     run(batch=4, patch_zyx=(96, 96, 96), rounds=options.rounds, as_json=options.json)
 
 

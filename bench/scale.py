@@ -266,9 +266,9 @@ def _simulation_table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """``python -m ftengine.bench.scale``."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """``ftengine bench scale``."""
+    parser = argparse.ArgumentParser(prog="ftengine bench scale", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--draws", type=int, default=20_000)
     parser.add_argument("--volumes", type=int, default=NUM_VOLUMES)
@@ -277,7 +277,7 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--measure-draws", metavar="STORE", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.measure_draws:
         print(json.dumps(measure_draws(options.measure_draws, options.draws)))
         return

@@ -2,6 +2,7 @@
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +83,12 @@ def run(*, shape_zyx: IntZYX, patch_zyx: IntZYX, rounds: int, as_json: bool = Fa
         )
 
 
-def main() -> None:
-    """``python -m ftengine.bench.store``."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """``ftengine bench store``."""
+    parser = argparse.ArgumentParser(prog="ftengine bench store", description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     run(shape_zyx=(200, 256, 256), patch_zyx=(96, 96, 96), rounds=options.rounds, as_json=options.json)
 
 

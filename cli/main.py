@@ -7,6 +7,7 @@ import typer
 
 from ftengine import __version__
 from ftengine.cli import (
+    bench,
     config,
     convert,
     datasets,
@@ -45,6 +46,11 @@ app.command(name="preview")(preview.preview)
 app.command(name="view")(view.view)
 app.command(name="config")(config.config)
 app.command(name="doctor")(doctor.doctor)
+app.command(
+    name="bench",
+    add_help_option=False,  # each program prints its own
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(bench.bench)
 
 
 def _print_version(value: bool) -> None:

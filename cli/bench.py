@@ -1,0 +1,33 @@
+"""``ftengine bench NAME``: the measuring programs of bench/, one name each."""
+
+from importlib import import_module
+from typing import Annotated
+
+import typer
+
+from ftengine.cli.console import stdout
+from ftengine.errors import ConfigError
+
+PROGRAMS = {
+    "store": "random patches: our reader, zarr-python on the same store, a whole .nii.gz",
+    "kernels": "the kernels of the synthesis and their whole chain, by size class, batch and threads; on a GPU the share of its bandwidth",
+    "convert": "conversion against the usual MONAI chain, workers, memory, size",
+    "scale": "an index of 161,310 rows; the whole conversion simulated",
+    "faults": "conversions killed at random moments and resumed",
+}
+
+
+def bench(
+    context: typer.Context,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="The program; without it they are listed.")] = None,
+) -> None:
+    """Measure side by side on this machine; ``ftengine bench NAME --help`` shows a program's options, all have ``--json``."""
+    if name is None or name in {"-h", "--help"}:
+        console = stdout()
+        console.print("usage: ftengine bench NAME [--json] [OPTIONS]\n", highlight=False)
+        for program, compares in PROGRAMS.items():
+            console.print(f"  {program:<10} {compares}", highlight=False, soft_wrap=True)
+        return
+    if name not in PROGRAMS:
+        raise ConfigError(f"bench {name}: no such program; want one of {', '.join(PROGRAMS)}.")
+    import_module(f"ftengine.bench.{name}").main(context.args)
