@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ftengine.errors import StoreError
@@ -206,4 +205,6 @@ def _no_rows(schema: Any) -> Any:
 def _is_ascending(cases: Any) -> bool:
     if len(cases) < 2:
         return True
+    import pyarrow.compute as pc  # not for processes that only write
+
     return bool(pc.call_function("all", [pc.call_function("less", [cases[:-1], cases[1:]])]).as_py())
