@@ -53,14 +53,14 @@ def volume_path(case: str) -> str:
 
 def shard_shape(shape_zyx: IntZYX) -> IntZYX:
     """One shard holds the whole volume: its shape rounded up to whole inner chunks."""
-    z, y, x = (-(-n // CHUNK) * CHUNK for n in shape_zyx)
-    return z, y, x
+    z, y, x = chunks_per_axis(shape_zyx)
+    return z * CHUNK, y * CHUNK, x * CHUNK
 
 
 def chunks_per_axis(shape_zyx: IntZYX) -> IntZYX:
     """Number of inner chunks along each axis; a chunk id is its C-order place in this grid."""
-    z, y, x = (-(-n // CHUNK) for n in shape_zyx)
-    return z, y, x
+    z, y, x = shape_zyx
+    return -(-z // CHUNK), -(-y // CHUNK), -(-x // CHUNK)
 
 
 def group_document(attributes: Mapping[str, Any] | None = None) -> bytes:
