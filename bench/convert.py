@@ -36,7 +36,6 @@ from ftengine.store.location import LocalLocation
 from ftengine.store.reader import open_store
 from ftengine.volume.discover import Source
 from ftengine.volume.nifti import write_nifti
-from ftengine.volume.phantom import TumorSpec, make_phantom
 from ftengine.volume.values import MAX_HU, MIN_HU
 
 CLINICAL_SHAPE_ZYX, CLINICAL_SPACING_MM_ZYX = (100, 512, 512), (2.5, 0.75, 0.75)
@@ -54,6 +53,9 @@ Pair = tuple[Path, Path | None]
 
 def write_volumes(folder: Path, shapes_zyx: Sequence[IntZYX], spacing_mm_zyx: FloatZYX) -> list[Pair]:
     """Abdomen phantoms with tumours and all organ labels as ``.nii.gz``."""
+    # here and below: processes that only convert must not pay for these imports, nor hold them in memory
+    from ftengine.volume.phantom import TumorSpec, make_phantom
+
     pairs: list[Pair] = []
     for number, shape in enumerate(shapes_zyx):
         phantom = make_phantom(
@@ -77,7 +79,6 @@ def sources_of(pairs: Sequence[Pair], repeat: int = 1) -> list[Source]:
 
 def monai_chain(spacing_mm_zyx: FloatZYX, *, has_label: bool) -> Callable[[dict[str, str]], dict[str, Any]]:
     """The transforms of the usual training script, up to the cache."""
-    # here and below: processes that only convert must not pay for these imports, nor hold them in memory
     from monai.transforms.compose import Compose
     from monai.transforms.io.dictionary import LoadImaged
     from monai.transforms.spatial.dictionary import Orientationd, Spacingd
@@ -349,6 +350,8 @@ def convert_with(pairs: Sequence[Pair], workers: int) -> dict[str, Any]:
 
 def large_volume(folder: Path, name: str, slices: int, shape_yx: tuple[int, int]) -> Pair:
     """A volume of ``slices`` slices: one phantom repeated along z."""
+    from ftengine.volume.phantom import TumorSpec, make_phantom
+
     spacing = LARGE_SPACINGS_MM_ZYX[name]
     block = min(slices, 100)
     phantom = make_phantom(

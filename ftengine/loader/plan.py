@@ -50,10 +50,10 @@ class _Stream:
         order = self._orders.get((seed, turn))
         if order is None:
             rng = patch_rng(seed, Purpose.CASE_ORDER, epoch=turn, index=self.number)
-            order = self._orders[seed, turn] = rng.permutation(len(self.rows))
+            order = self._orders[seed, turn] = self.rows[rng.permutation(len(self.rows))]
             while len(self._orders) > self._kept_orders:
                 self._orders.popitem(last=False)
-        return int(self.rows[order[place]])
+        return order.item(place)
 
 
 class Plan:
@@ -67,6 +67,7 @@ class Plan:
         ``split``: use only rows of this split; ``held_out_fold``: leave this fold out. Raises ConfigError where nothing is left to draw from.
         """
         self.config = config
+        self._seed = config.seed
         self._store = store
         self._patch: IntZYX = config.region.patch_zyx
         self._positive_fraction = config.loader.positive_fraction
@@ -87,7 +88,7 @@ class Plan:
             fraction = 1.0
         if mix == "mixed" and not len(annotated.rows):
             fraction = 0.0
-        self._annotated_share = Fraction(fraction).limit_denominator(10_000)
+        self._annotated_share = Fraction(fraction).limit_denominator(10_000).as_integer_ratio()
         self._streams = {True: annotated, False: organs}
         used_streams = [stream for kind, stream in self._streams.items() if fraction != (0.0 if kind else 1.0)]
         if any(not len(stream.rows) for stream in used_streams):
@@ -116,19 +117,19 @@ class Plan:
         step, slot = divmod(index, self.batch_size)
         step += epoch * self.batches_per_epoch
         # slots of annotated volumes up to and with this step: the share is kept over steps, whatever the batch size
-        part, whole = self._annotated_share.as_integer_ratio()
-        before, after = (step * self.batch_size * part // whole, (step + 1) * self.batch_size * part // whole)
+        part, whole = self._annotated_share
+        before, after = step * self.batch_size * part // whole, (step + 1) * self.batch_size * part // whole
         if slot < after - before:
-            row = self._streams[True].row(self.config.seed, before + slot)
+            row = self._streams[True].row(self._seed, before + slot)
         else:
             organs_before = step * self.batch_size - before
-            row = self._streams[False].row(self.config.seed, organs_before + slot - (after - before))
-        rng = self._streams_of_thread().patch_rng(self.config.seed, Purpose.CROP_AND_AUGMENT, epoch=epoch, index=index)
+            row = self._streams[False].row(self._seed, organs_before + slot - (after - before))
+        rng = self._streams_of_thread().patch_rng(self._seed, Purpose.CROP_AND_AUGMENT, epoch=epoch, index=index)
         z, y, x = self._shapes[row].tolist()
         box = self._draw_box(rng, row, (z, y, x))
         augmentation = draw_augmentation(rng, self.config.augment)
-        case, dataset = self._store.rows.case(row), self._datasets[self._dataset_of[row]]
-        return PatchRequest(epoch, index, row, case, dataset, bool(self._annotated[row]), box, augmentation)
+        case, dataset = self._store.rows.case(row), self._datasets[self._dataset_of.item(row)]
+        return PatchRequest(epoch, index, row, case, dataset, self._annotated.item(row), box, augmentation)
 
     def _streams_of_thread(self) -> StreamReader:
         try:
@@ -162,13 +163,14 @@ class Plan:
         if self._class_balanced:
             drawn_class = int(rng.integers(len(bounds) - 1))
             first, last = bounds[drawn_class], bounds[drawn_class + 1]
-        voxels = lists.voxels[first:last]
-        # rng.choice(len(chunk), p=voxels / voxels.sum()), without its checks of p
-        cumulated = np.add.accumulate(voxels / np.add.reduce(voxels, dtype=np.float64))
+        # rng.choice(len(chunk), p=voxels / voxels.sum()), without its checks of p, and in one array
+        cumulated = lists.voxels[first:last].astype(np.float64)
+        cumulated /= np.add.reduce(cumulated)
+        np.add.accumulate(cumulated, out=cumulated)
         cumulated /= cumulated[-1]
-        drawn = first + cumulated.searchsorted(rng.random(), side="right")
-        z, y, x = _place(int(lists.chunk[drawn]), chunks_per_axis(shape))
-        in_z, in_y, in_x = _place(int(lists.anchor[drawn]), _CHUNK_ZYX)
+        drawn = first + int(cumulated.searchsorted(rng.random(), side="right"))
+        z, y, x = _place(lists.chunk.item(drawn), chunks_per_axis(shape))
+        in_z, in_y, in_x = _place(lists.anchor.item(drawn), _CHUNK_ZYX)
         return z * CHUNK + in_z, y * CHUNK + in_y, x * CHUNK + in_x
 
     def _body_voxel(self, rng: np.random.Generator, row: int, shape: IntZYX) -> IntZYX:
@@ -177,7 +179,7 @@ class Plan:
         if not len(chunks):
             z, y, x = (int(rng.integers(0, n)) for n in shape)
             return z, y, x
-        z, y, x = _place(int(chunks[rng.integers(len(chunks))]), grid)
+        z, y, x = _place(chunks.item(int(rng.integers(len(chunks)))), grid)
         return _inside((z * CHUNK, y * CHUNK, x * CHUNK), rng, shape)
 
 
@@ -212,13 +214,13 @@ def draw_augmentation(rng: np.random.Generator, augment: AugmentConfig) -> Augme
 
     A quarter turn is a transpose of y and x followed by a flip, so all turns and flips together are one transpose and one flip.
     """
-    flip_x = rng.random() < augment.flip_probability
-    flip_y = rng.random() < augment.flip_probability
-    flip_z = rng.random() < augment.flip_probability
-    turned = rng.random() < augment.rot90_probability
-    quarter_turns = int(rng.integers(1, 4)) if turned else 0
-    scale = 1.0 + _symmetric(rng, augment.scale_probability, augment.scale_range)
-    shift = _symmetric(rng, augment.shift_probability, augment.shift_range)
+    # drawn whether used or not: only a turn shifts the stream
+    x, y, z, turn = rng.random(4).tolist()
+    flip_x, flip_y, flip_z = x < augment.flip_probability, y < augment.flip_probability, z < augment.flip_probability
+    quarter_turns = int(rng.integers(1, 4)) if turn < augment.rot90_probability else 0
+    scaled, scale_at, shifted, shift_at = rng.random(4).tolist()
+    scale = 1.0 + (_uniform(scale_at, augment.scale_range) if scaled < augment.scale_probability else 0.0)
+    shift = _uniform(shift_at, augment.shift_range) if shifted < augment.shift_probability else 0.0
     transpose = quarter_turns % 2 == 1
     if transpose:
         flip_y, flip_x = flip_x, flip_y  # the flips came first: behind the transpose they act on the other axis
@@ -229,7 +231,6 @@ def draw_augmentation(rng: np.random.Generator, augment: AugmentConfig) -> Augme
     return Augmentation(transpose, (flip_z, flip_y, flip_x), scale, shift)
 
 
-def _symmetric(rng: np.random.Generator, probability: float, half_range: float) -> float:
-    # always two draws: the stream never shifts. The second is rng.uniform(-half_range, half_range), written out
-    chance, value = rng.random(), -half_range + (half_range + half_range) * rng.random()
-    return value if chance < probability else 0.0
+def _uniform(drawn: float, half_range: float) -> float:
+    """``rng.uniform(-half_range, half_range)`` of a number drawn from [0, 1)."""
+    return -half_range + (half_range + half_range) * drawn

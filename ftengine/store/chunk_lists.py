@@ -15,7 +15,9 @@ import os
 import stat
 import tempfile
 import uuid
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +37,7 @@ class Labelled(NamedTuple):
     the class lie there. anchor: one of them, C-order place in the chunk.
     """
 
-    bounds: NDArray[np.int32]
+    bounds: list[int]
     chunk: NDArray[np.int32]
     voxels: NDArray[np.int32]
     anchor: NDArray[np.uint16]
@@ -48,7 +50,7 @@ class ChunkLists:
         """batches: record batches of ``LIST_COLUMNS``. order: which of their rows each row of the store is; None: the same."""
         self._batches = [b for b in batches if b.num_rows]
         self._views: list[_Views | None] = [None] * len(self._batches)
-        self._starts = np.cumsum([0, *(b.num_rows for b in self._batches)])
+        self._starts = list(accumulate((b.num_rows for b in self._batches), initial=0))
         self._order = order
 
     @classmethod
@@ -73,23 +75,24 @@ class ChunkLists:
     def labelled(self, row: int) -> Labelled | None:
         """The labelled chunks of a row; None for a volume without a label or with an empty one."""
         views, place = self._find(row)
-        first, last = views.rows[place], views.rows[place + 1]
+        first, last = views.rows[place : place + 2].tolist()
         if first == last:
             return None
-        return Labelled(views.classes[first : last + 1], views.chunk, views.voxels, views.anchor)
+        return Labelled(views.classes[first : last + 1].tolist(), views.chunk, views.voxels, views.anchor)
 
     def body(self, row: int) -> NDArray[np.uint8]:
         """The packed bits of a row's ``body_chunks``."""
         views, place = self._find(row)
-        return views.body[views.body_rows[place] : views.body_rows[place + 1]]
+        first, last = views.body_rows[place : place + 2].tolist()
+        return views.body[first:last]
 
     def _find(self, row: int) -> tuple["_Views", int]:
         stored = row if self._order is None else int(self._order[row])
-        number = int(self._starts.searchsorted(stored, side="right")) - 1
+        number = bisect_right(self._starts, stored) - 1
         views = self._views[number]
         if views is None:
             views = self._views[number] = _Views(self._batches[number])
-        return views, stored - int(self._starts[number])
+        return views, stored - self._starts[number]
 
 
 class _Views:

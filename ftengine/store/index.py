@@ -118,10 +118,29 @@ def body_chunks(image_hu: NDArray[np.int16], label: NDArray[np.uint8] | None, lo
     body = image_hu > low_hu
     if label is not None:
         body &= label == 0
-    padding = [(0, -n % CHUNK) for n in body.shape]
-    nz, ny, nx = chunks_per_axis((body.shape[0], body.shape[1], body.shape[2]))
-    blocks = np.pad(body, padding).reshape(nz, CHUNK, ny, CHUNK, nx, CHUNK)
-    return (blocks.sum(axis=(1, 3, 5)) >= MIN_BODY_VOXELS).ravel()
+    # slices first, in bytes (at most CHUNK of them): the other axes then start from a thirty-second of the volume
+    y_starts, x_starts = (np.arange(0, n, CHUNK) for n in body.shape[1:])
+    voxels = [
+        np.add.reduceat(
+            np.add.reduceat(body[z : z + CHUNK].sum(axis=0, dtype=np.uint8), y_starts, axis=0, dtype=np.int32),
+            x_starts,
+            axis=1,
+        )
+        for z in range(0, body.shape[0], CHUNK)
+    ]
+    return (np.stack(voxels) >= MIN_BODY_VOXELS).ravel()
+
+
+def hu_percentiles(image_hu: NDArray[np.int16]) -> NDArray[np.float64]:
+    """``HU_PERCENTILES`` of every second voxel of every second row and slice: ``np.percentile``, by counting instead of sorting."""
+    values = image_hu[::2, ::2, ::2].ravel()
+    counts = np.roll(np.bincount(values.view(np.uint16), minlength=1 << 16), 1 << 15)  # of -32768, -32767, ...
+    place = (values.size - 1) * np.true_divide(HU_PERCENTILES, 100)
+    below = np.floor(place).astype(np.int64)
+    ranks = np.minimum([below, below + 1], values.size - 1)
+    low, high = np.cumsum(counts).searchsorted(ranks, side="right") - (1 << 15)
+    weight = place - below
+    return np.where(weight < 0.5, low + (high - low) * weight, high - (high - low) * (1 - weight))
 
 
 def unpack_body_chunks(packed: bytes, shape_zyx: IntZYX) -> NDArray[np.int64]:

@@ -182,11 +182,9 @@ def die_with_parent(parent: int) -> None:
 
 def one_thread() -> None:
     """One worker, one core: several of them would only get into each other's way."""
-    import numcodecs.blosc
     import SimpleITK as sitk
 
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
-    numcodecs.blosc.set_nthreads(1)
 
 
 def _died(task: Task, exit_code: int | None) -> CaseOutcome:

@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 import tensorstore as ts
-import zarr
 from numpy.typing import NDArray
-from zarr.codecs import BloscCodec, Crc32cCodec
 
 from ftengine import __version__
 from ftengine.config import RegionConfig
@@ -144,20 +142,18 @@ def _build(
     folder: Path, case: str, image_hu: NDArray[np.int16], label: NDArray[np.uint8] | None, region: RegionConfig
 ) -> None:
     """An OME-Zarr image in ``folder``."""
-    image_group = zarr.create_group(folder, zarr_format=3, overwrite=True)
-    _write_array(image_group, folder, image_hu, layout.AIR_HU, layout.IMAGE_CODEC)
-    image_group.attrs["ome"] = layout.image_attributes(case, region.spacing_mm_zyx, region.window_hu)
+    attributes = layout.image_attributes(case, region.spacing_mm_zyx, region.window_hu)
+    _write_group(folder, attributes)
+    _write_array(folder / "0", image_hu, layout.AIR_HU, layout.IMAGE_CODEC)
     if label is not None:
         build_label(folder / "labels", label, region.spacing_mm_zyx, region.labels)
 
 
 def build_label(folder: Path, label: NDArray[np.uint8], spacing_mm_zyx: FloatZYX, labels: Mapping[str, int]) -> None:
     """The group ``labels`` of an OME-Zarr image, with the label image ``seg`` in it, in ``folder``. label: [z, y, x]."""
-    labels_group = zarr.create_group(folder, zarr_format=3, overwrite=True)
-    labels_group.attrs["ome"] = {"version": "0.5", "labels": ["seg"]}
-    seg_group = labels_group.create_group("seg")
-    _write_array(seg_group, folder / "seg", label, 0, layout.LABEL_CODEC)
-    seg_group.attrs["ome"] = layout.label_attributes(spacing_mm_zyx, dict(labels))
+    _write_group(folder, {"version": "0.5", "labels": ["seg"]})
+    _write_group(folder / "seg", layout.label_attributes(spacing_mm_zyx, dict(labels)))
+    _write_array(folder / "seg/0", label, 0, layout.LABEL_CODEC)
 
 
 def _publish_parent_groups(location: Location, case: str) -> None:
@@ -169,24 +165,19 @@ def _publish_parent_groups(location: Location, case: str) -> None:
             location.write_bytes(key, layout.group_document())
 
 
-def _write_array(group: zarr.Group, folder: Path, data: NDArray[Any], fill: int, codec: dict[str, Any]) -> None:
-    """Array ``0`` of a group that lies in ``folder``: metadata by zarr-python, voxels by tensorstore."""
+def _write_group(folder: Path, ome: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "zarr.json").write_bytes(layout.group_document({"ome": ome}))
+
+
+def _write_array(folder: Path, data: NDArray[Any], fill: int, codec: Mapping[str, Any]) -> None:
+    """An array in ``folder``; the voxels by tensorstore (zarr-python takes half a millisecond more for each of many hundred chunks)."""
+    folder.mkdir()
     shape = (data.shape[0], data.shape[1], data.shape[2])
-    group.create_array(
-        "0",
-        shape=shape,
-        dtype=data.dtype,
-        chunks=(layout.CHUNK,) * 3,
-        shards=layout.shard_shape(shape),
-        fill_value=fill,
-        dimension_names=("z", "y", "x"),
-        compressors=[BloscCodec(**codec), Crc32cCodec()],
-        chunk_key_encoding={"name": "default", "separator": "/"},
-    )
-    # zarr-python's own ``array[...] = data`` takes half a millisecond more for each of many hundred inner chunks
+    (folder / "zarr.json").write_bytes(layout.array_document(shape, data.dtype.name, fill, codec))
     spec = {
         "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": f"{folder / '0'}/"},
+        "kvstore": {"driver": "file", "path": f"{folder}/"},
         "store_data_equal_to_fill_value": True,  # otherwise a lost shard reads as air, in silence
     }
     ts.open(spec, open=True, write=True, context=_CONTEXT).result().write(data).result()
@@ -236,7 +227,7 @@ def _row(
         "split": provenance.split,
         "fold": -1,
         **columns,
-        "hu_percentiles": np.percentile(image_hu[::2, ::2, ::2], index.HU_PERCENTILES).tolist(),
+        "hu_percentiles": index.hu_percentiles(image_hu).tolist(),
         "stored_bytes": sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()),
         "conversion": provenance.conversion,
         "notes": list(provenance.notes),

@@ -1,5 +1,7 @@
-"""What was made fast gives what the plain way gives: anchors of classes, and shards."""
+"""What was made fast gives what the plain way gives: anchors of classes, bits of the body, percentiles, shards, and what a worker imports."""
 
+import subprocess
+import sys
 from pathlib import Path
 from zlib import crc32
 
@@ -49,6 +51,38 @@ def test_anchors_are_the_first_of_a_shuffle(seed: int, density: float, shape: tu
     assert found == _located_plainly(label, "c")
 
 
+@given(
+    seed=st.integers(0, 2**32),
+    spread=st.sampled_from([0, 1, 300, 20_000]),
+    shape=st.tuples(st.integers(1, 70), st.integers(1, 40), st.integers(1, 70)),
+)
+@settings(max_examples=40, deadline=None)
+def test_body_chunks_and_percentiles_are_those_of_all_voxels(
+    seed: int, spread: int, shape: tuple[int, int, int]
+) -> None:
+    rng = np.random.default_rng(seed)
+    image = rng.normal(-150, spread, shape).clip(-32768, 32767).astype(np.int16)
+    label = (rng.random(shape) < 0.2).astype(np.uint8)
+    blocks = np.pad((image > -175) & (label == 0), [(0, -n % CHUNK) for n in shape]).reshape(
+        *(n for count in layout.chunks_per_axis(shape) for n in (count, CHUNK))
+    )
+    wanted = blocks.sum(axis=(1, 3, 5)) >= index.MIN_BODY_VOXELS
+    np.testing.assert_array_equal(index.body_chunks(image, label, -175), wanted.ravel())
+    percentiles = np.percentile(image[::2, ::2, ::2], index.HU_PERCENTILES)
+    np.testing.assert_array_equal(index.hu_percentiles(image), percentiles)
+
+
+def test_a_worker_imports_nothing_heavy_that_it_does_not_use() -> None:
+    script = """
+import sys
+import ftengine.store.workers
+heavy = {"dask", "matplotlib", "monai", "numcodecs", "pandas", "scipy.ndimage", "scipy.spatial", "torch", "typer", "zarr"}
+print(*sorted(heavy & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
 def test_shards_hold_what_zarr_python_would_write_and_every_empty_chunk(tmp_path: Path) -> None:
     shape = (40, 70, 33)
     image, label = organ_volume(shape, tumor=True, seed=3)
@@ -69,10 +103,12 @@ def test_shards_hold_what_zarr_python_would_write_and_every_empty_chunk(tmp_path
             chunks=(CHUNK,) * 3,
             shards=layout.shard_shape(shape),
             fill_value=fill,
+            dimension_names=("z", "y", "x"),
             compressors=[BloscCodec(**codec), Crc32cCodec()],  # type: ignore[arg-type]  # a table of plain values
         )
         plain[...] = data
         ours = tmp_path / "s.zarr/volumes/d/x" / key
+        assert (ours / "zarr.json").read_bytes() == (tmp_path / f"plain-{fill}.zarr/zarr.json").read_bytes()
         np.testing.assert_array_equal(zarr.open_array(ours, mode="r")[...], data)
         spec = {
             "driver": "zarr3",

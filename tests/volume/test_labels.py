@@ -6,6 +6,7 @@ import scipy.ndimage as ndi
 from hypothesis import given, settings
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
+from scipy.spatial.distance import pdist
 
 from ftengine.geometry import grid_from_codes
 from ftengine.volume.labels import value_extents
@@ -27,14 +28,27 @@ def test_extents_are_those_of_each_value(label: NDArray[np.uint8]) -> None:
         assert extent.origin_zyx == tuple(int(i.min()) for i in where)
 
 
-@given(label=hnp.arrays(np.uint8, SHAPES, elements=st.sampled_from([0, 0, 0, 1, 2]), fill=st.just(0)))
+@given(
+    label=hnp.arrays(np.uint8, SHAPES, elements=st.sampled_from([0, 0, 0, 1, 2]), fill=st.just(0)),
+    spacing_mm_zyx=st.tuples(st.floats(0.5, 5), st.floats(0.5, 5), st.floats(0.5, 5)),
+)
 @settings(deadline=None, max_examples=50)
-def test_lesions_in_a_box_are_those_of_the_whole_volume(label: NDArray[np.uint8]) -> None:
-    counts = []
+def test_lesions_are_the_components_that_scipy_finds_in_its_order(
+    label: NDArray[np.uint8], spacing_mm_zyx: tuple[float, float, float]
+) -> None:
+    wanted = []
     for value in (2, 1):
         components, number = ndi.label(label == value, structure=np.ones((3, 3, 3)))
-        counts += [(value, int(n)) for n in np.bincount(components.ravel(), minlength=number + 1)[1:]]
-    assert [(lesion.value, lesion.num_voxels) for lesion in find_lesions(label, (2, 1), (1.5, 1.5, 1.5))] == counts
+        for component in range(1, number + 1):
+            planes = [np.argwhere(p) * spacing_mm_zyx[1:] for p in components == component if p.any()]
+            longest = max(pdist(points).max(initial=0.0) for points in planes) + np.mean(spacing_mm_zyx[1:])
+            wanted.append((value, int((components == component).sum()), longest))
+    found = find_lesions(label, (2, 1), spacing_mm_zyx)
+    assert [(lesion.value, lesion.num_voxels) for lesion in found] == [wish[:2] for wish in wanted]
+    # five roundings: two squares, their sum, the root, the sum with a voxel
+    np.testing.assert_allclose(
+        [lesion.diameter_mm for lesion in found], [wish[2] for wish in wanted], rtol=5 * np.finfo(float).eps
+    )
 
 
 @given(
