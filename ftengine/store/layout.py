@@ -24,7 +24,7 @@ from ftengine.geometry import FloatZYX, IntZYX
 FORMAT = 1
 AIR_HU = -1024  # fill value of images, and what lies outside a volume
 CHUNK = 32  # edge of an inner chunk, voxels: a 96-voxel patch touches 27 to 64 of them
-# level 9 takes 1.5 times as long for half a per cent; every level reads the same, and as fast (ADR 9)
+# level 9 takes 1.5 times as long for half a per cent; every level reads the same, and as fast (ADR 10)
 IMAGE_CODEC = {"cname": "lz4hc", "clevel": 3, "shuffle": "bitshuffle", "typesize": 2}
 LABEL_CODEC = {"cname": "zstd", "clevel": 5, "shuffle": "noshuffle", "typesize": 1}
 

@@ -4,7 +4,6 @@
 it, which is named; the rest goes on. Workers commit their own volumes: nothing of a volume travels back.
 """
 
-import ctypes
 import logging
 import multiprocessing
 import os
@@ -21,9 +20,9 @@ from typing_extensions import override
 
 from ftengine.errors import CaseError, ConfigError, FailureCode, StoreError
 from ftengine.store.case import CaseOutcome, Task, convert_case, failed
+from ftengine.store.worker_process import serve
 
 Done: TypeAlias = tuple[Task, CaseOutcome]
-_PR_SET_PDEATHSIG = 1
 _JOIN_S = 5.0
 
 
@@ -148,7 +147,7 @@ class Processes(Workers):
 
     def _start(self) -> _Worker:
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(theirs, os.getpid()), name="ftengine-convert")
+        process = self._context.Process(target=serve, args=(theirs, os.getpid()), name="ftengine-convert")
         process.start()
         theirs.close()
         worker = _Worker(process, ours)
@@ -156,10 +155,8 @@ class Processes(Workers):
         return worker
 
 
-def _serve(pipe: Connection, parent: int) -> None:
-    """The life of a worker process: tasks in, outcomes out, until the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    die_with_parent(parent)
+def answer_tasks(pipe: Connection) -> None:
+    """What a worker process does: tasks in, outcomes out, until the pipe closes."""
     one_thread()
     while True:
         try:
@@ -171,13 +168,6 @@ def _serve(pipe: Connection, parent: int) -> None:
         except StoreError as error:
             answer = error
         pipe.send(answer)
-
-
-def die_with_parent(parent: int) -> None:
-    """Have the kernel end this process with its parent: a killed conversion must not leave writers behind (Linux)."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the call
-        os._exit(1)
 
 
 def one_thread() -> None:
