@@ -2,7 +2,7 @@
 
 Every function takes C-contiguous torch tensors indexed batch, z, y, x; checks them before anything runs
 (KernelInputError); writes into ``out`` where one is given; and on CUDA runs on torch's current stream without waiting
-for the device.
+for the device. ``texture_field`` alone is made from numbers, once, and takes the device as an argument.
 
 ::
 
@@ -16,10 +16,11 @@ if __name__ != "ftengine.kernels":
 
 from ftengine.kernels.gaussian_blur import gaussian_blur
 from ftengine.kernels.masked_blend import masked_blend
+from ftengine.kernels.texture_field import texture_field
 from ftengine.kernels.tumor_mask import tumor_mask
 from ftengine.kernels.tumor_proportion import tumor_proportion
 from ftengine.vml import settle
 
-__all__ = ["gaussian_blur", "masked_blend", "tumor_mask", "tumor_proportion"]
+__all__ = ["gaussian_blur", "masked_blend", "texture_field", "tumor_mask", "tumor_proportion"]
 
 settle()  # the CPU paths use torch from several threads

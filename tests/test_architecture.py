@@ -16,7 +16,7 @@ ALLOWED = {
     "vml": set[str](),
     "types": {"geometry"},
     "config": {"errors", "geometry"},
-    "kernels": {"errors", "geometry", "vml"},
+    "kernels": {"errors", "geometry", "rng", "vml"},
     "volume": BASE,
     "datasets": {"errors", "config", "volume"},
     "store": BASE | {"volume", "datasets"},

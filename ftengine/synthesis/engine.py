@@ -222,7 +222,7 @@ class Synthesizer:
 
     def _blend_released(self, x: torch.Tensor, g: torch.Tensor, placement: Placement) -> torch.Tensor:
         shape = (x.shape[1], x.shape[2], x.shape[3])
-        texture = torch.stack([self._fields.crop(d.texture_draw, shape) for d in placement.draws]).to(x.device)
+        texture = self._fields.crops([d.texture_draw for d in placement.draws], shape, x.device)
         soft = gaussian_blur(placement.mask.to(x.dtype), [(d.edge_sigma_vox,) * 3 for d in placement.draws])
         activated = torch.sigmoid(g) if self._is_chest and self._generator is not None else torch.tanh(g)
         sign = (

@@ -1,63 +1,88 @@
 """The released code's texture and blend, for users of the released weights; every difference to the paper is in reference 1.6."""
 
 import threading
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-import numpy as np
-import scipy.ndimage as ndi
 import torch
 import torch.nn.functional as nnf
-from numpy.typing import NDArray
 
+from ftengine.errors import KernelInputError
 from ftengine.geometry import IntZYX
-from ftengine.rng import Purpose, patch_rng
+from ftengine.kernels.texture_field import FIELD_SHAPE_ZYX, texture_field
 
-FIELD_SHAPE_ZYX: IntZYX = (320, 300, 420)  # reference 1.5: 420 x 300 x 320 in x, y, z
 ABDOMEN_SIGMAS = ((3.0, 4.0),)
 CHEST_SIGMAS = tuple((a, b) for a in (3.0, 6.0, 9.0, 12.0, 15.0) for b in (4.0, 7.0))
 
+TextureDraw = tuple[float, float, float, float]  # uniform in [0, 1): which field, and its crop's corner z, y, x
 
-def noise_field(
-    seed: int, number: int, sigma_a: float, sigma_b: float, shape_zyx: IntZYX = FIELD_SHAPE_ZYX
-) -> NDArray[np.float32]:
-    """One texture field, float32 [z, y, x] in [0, 1].
 
-    Uniform noise, Gaussian sigma_a, stretched to [base, base + scale], used as Bernoulli probabilities, Gaussian sigma_b, scaled so
-    that the mean of the values above 0.12 is u0, clipped. Seconds at the full shape: make it once. Source: reference 1.5.
-    """
-    rng = patch_rng(seed, Purpose.TEXTURE_FIELD, index=number)
-    smooth = ndi.gaussian_filter(rng.random(shape_zyx, dtype=np.float32), sigma_a)
-    scale, base = rng.uniform(0.19, 0.21), rng.uniform(0.04, 0.06)
-    low, high = float(smooth.min()), float(smooth.max())
-    probability = (smooth - low) / (high - low) * scale + base
-    spots = ndi.gaussian_filter((rng.random(shape_zyx, dtype=np.float32) < probability).astype(np.float32), sigma_b)
-    beta = rng.uniform(0.5, 0.55) / float(spots[spots > 0.12].mean())
-    return np.clip(spots * np.float32(beta), 0.0, 1.0)
+@dataclass(frozen=True)
+class _Made:
+    """A kept field, and on CUDA the event behind it: other streams wait for that."""
+
+    field: torch.Tensor
+    done: torch.cuda.Event | None
 
 
 @dataclass
 class TextureFields:
-    """The region's texture fields, each made on first use and kept."""
+    """The region's texture fields, each made on the device when it is first used there, once for all threads, and kept.
+
+    A field of the released shape takes 161 MB; the abdomen has one, the chest ten. Crops are for eager code: their
+    corners are host numbers, which torch.compile and CUDA graphs would freeze.
+    """
 
     seed: int
     sigmas: tuple[tuple[float, float], ...]
     shape_zyx: IntZYX = FIELD_SHAPE_ZYX
+    _made: dict[tuple[object, ...], _Made] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        self._made: dict[int, torch.Tensor] = {}
-        self._lock = threading.Lock()
-
-    def crop(self, draw: tuple[float, float, float, float], patch_zyx: IntZYX) -> torch.Tensor:
-        """A random crop, float32 [z, y, x] on the CPU; ``draw`` (uniform in [0, 1)) picks the field and the corner."""
+    def crop(self, draw: TextureDraw, patch_zyx: IntZYX, device: torch.device | str = "cpu") -> torch.Tensor:
+        """A random crop, float32 [z, y, x]: a view of the field; a patch larger than the field makes the field larger."""
         number = int(draw[0] * len(self.sigmas))
+        whole = self._field(number, patch_zyx, torch.device(device))
+        z, y, x = (int(d * (n - p + 1)) for d, n, p in zip(draw[1:], whole.shape, patch_zyx, strict=True))
+        return whole[z : z + patch_zyx[0], y : y + patch_zyx[1], x : x + patch_zyx[2]]
+
+    def crops(
+        self, draws: Sequence[TextureDraw], patch_zyx: IntZYX, device: torch.device | str = "cpu"
+    ) -> torch.Tensor:
+        """A crop for each draw, float32 [B, z, y, x] on ``device``, new memory; nothing goes by way of the host."""
+        if not draws:
+            return torch.empty((0, *patch_zyx), device=device)
+        return torch.stack([self.crop(draw, patch_zyx, device) for draw in draws])
+
+    def _field(self, number: int, patch_zyx: IntZYX, device: torch.device) -> torch.Tensor:
+        shape = tuple(max(n, p) for n, p in zip(self.shape_zyx, patch_zyx, strict=True))
+        if str(device) == "cuda":  # the one of the moment
+            device = torch.device("cuda", torch.cuda.current_device())
+        key = (self.seed, number, self.sigmas[number], shape, device)
         with self._lock:
-            if number not in self._made:
-                shape = tuple(max(n, p) for n, p in zip(self.shape_zyx, patch_zyx, strict=True))
-                field = noise_field(self.seed, number, *self.sigmas[number], (shape[0], shape[1], shape[2]))
-                self._made[number] = torch.from_numpy(field)
-            field_tensor = self._made[number]
-        z, y, x = (int(d * (n - p + 1)) for d, n, p in zip(draw[1:], field_tensor.shape, patch_zyx, strict=True))
-        return field_tensor[z : z + patch_zyx[0], y : y + patch_zyx[1], x : x + patch_zyx[2]]
+            made = self._made.get(key)
+            if made is None:
+                made = self._made[key] = self._make(number, shape, device)
+        if made.done is not None:
+            stream = torch.cuda.current_stream(device)
+            if not torch.cuda.is_current_stream_capturing():  # a capture may not wait for what lies outside of it
+                made.done.wait(stream)
+            made.field.record_stream(stream)
+        return made.field
+
+    def _make(self, number: int, shape_zyx: tuple[int, ...], device: torch.device) -> _Made:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise KernelInputError(
+                f"texture field {number} is asked for the first time while a CUDA graph is captured; want it made before, "
+                "since it is kept. Run the function once, and wait for it, before the capture."
+            )
+        with torch.inference_mode(mode=False):  # it outlives the mode of whoever asks first
+            whole = texture_field(self.seed, number, *self.sigmas[number], shape_zyx, device=device)
+        if device.type != "cuda":
+            return _Made(whole, None)
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(device))
+        return _Made(whole, done)
 
 
 def released_blend(

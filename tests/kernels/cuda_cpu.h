@@ -183,12 +183,31 @@ static std::string signature(void (*)(Parameters...)) {
 
 static inline void __syncthreads() { cuda_cpu::wait_at_barrier(); }
 
-// Threads never run at the same time here, so a plain addition is atomic.
+// Threads never run at the same time here, so a plain addition is atomic, and so is a comparison.
 template <typename T>
 static inline T atomicAdd(T* address, T value) {
     const T before = *address;
     *address += value;
     return before;
+}
+
+template <typename T>
+static inline T atomicMax(T* address, T value) {
+    const T before = *address;
+    if (value > before) *address = value;
+    return before;
+}
+
+static inline unsigned __float_as_uint(float value) {
+    unsigned bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+static inline float __uint_as_float(unsigned bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
 }
 
 // Makes a kernel callable from outside; the loader writes one for each kernel of a file.

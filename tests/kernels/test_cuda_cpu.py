@@ -68,6 +68,17 @@ def test_every_index_of_a_three_dimensional_launch_is_met_once(folder: Path) -> 
     assert total[0] == (x + 100 * y + 10_000 * z).sum()
 
 
+@pytest.mark.parametrize("order", THREAD_ORDERS)
+def test_largest_value_is_found_by_its_bits(folder: Path, order: str) -> None:
+    values = np.random.default_rng(0).random(64, dtype=np.float32)
+    bits, out = np.zeros(1, dtype=np.uint32), np.zeros(1, dtype=np.float32)
+    CpuModule(EXAMPLES, folder, order=order).get_function("largest")(
+        (1,), (64,), (pointer(out), pointer(bits), pointer(values))
+    )
+    assert out[0] == values.max()
+    assert bits[0] == values.view(np.uint32).max()
+
+
 def test_scalars_arrive_in_the_parameters_types(folder: Path) -> None:
     values = np.array([1.0, 0.0, 2.0, 0.0, 3.0])
     CpuModule(EXAMPLES, folder).get_function("scale")(

@@ -10,7 +10,7 @@ import torch
 
 from ftengine.config import Config
 from ftengine.synthesis.engine import Address, Painting, Synthesizer
-from ftengine.synthesis.released import TextureFields, noise_field, released_blend
+from ftengine.synthesis.released import TextureFields, released_blend
 
 CONFIG = Config.preset("abdomen").with_overrides({"synthesis.size_weights": {"tiny": 0.5, "small": 0.5}})
 SHAPE = (40, 44, 48)
@@ -193,27 +193,6 @@ def test_retries_draw_failed_patches_anew_with_one_generator_call() -> None:
 
 
 # the released variant
-
-
-def test_released_noise_field_has_the_stated_statistics() -> None:
-    field = noise_field(0, 0, 3.0, 4.0, (60, 64, 68))
-    assert field.dtype == np.float32
-    assert field.shape == (60, 64, 68)
-    assert field.min() >= 0
-    assert field.max() <= 1
-    np.testing.assert_array_equal(field, noise_field(0, 0, 3.0, 4.0, (60, 64, 68)))
-
-
-def test_texture_crops_come_from_one_field_made_once() -> None:
-    fields = TextureFields(0, ((2.0, 2.0), (3.0, 2.0)), (24, 24, 24))
-    crop = fields.crop((0.6, 0.5, 0.0, 0.99), (8, 8, 8))
-    whole = noise_field(0, 1, 3.0, 2.0, (24, 24, 24))
-    np.testing.assert_array_equal(crop.numpy(), whole[8:16, 0:8, 16:24])
-    assert fields.crop((0.0, 0.5, 0.5, 0.5), (30, 8, 8)).shape == (
-        30,
-        8,
-        8,
-    )  # a patch larger than the field makes it larger
 
 
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
