@@ -16,10 +16,10 @@ if __name__ != "ftengine.kernels":
 
 from ftengine.kernels.gaussian_blur import gaussian_blur
 from ftengine.kernels.masked_blend import masked_blend
-from ftengine.kernels.tumor_mask import tumor_mask
+from ftengine.kernels.tumor_mask import tumor_mask, tumor_mask_and_box
 from ftengine.kernels.tumor_proportion import tumor_proportion
 from ftengine.vml import settle
 
-__all__ = ["gaussian_blur", "masked_blend", "tumor_mask", "tumor_proportion"]
+__all__ = ["gaussian_blur", "masked_blend", "tumor_mask", "tumor_mask_and_box", "tumor_proportion"]
 
 settle()  # the CPU paths use torch from several threads

@@ -181,13 +181,32 @@ static std::string signature(void (*)(Parameters...)) {
 
 }  // namespace cuda_cpu
 
+template <typename T>
+static inline T atomicMin(T* address, T value) {
+    const T before = *address;
+    if (value < before) *address = value;
+    return before;
+}
+
+static inline int min(int a, int b) { return a < b ? a : b; }
+static inline int max(int a, int b) { return a > b ? a : b; }
+
+static inline void __threadfence() {}
+
 static inline void __syncthreads() { cuda_cpu::wait_at_barrier(); }
 
-// Threads never run at the same time here, so a plain addition is atomic.
+// Threads never run at the same time here, so a plain addition is atomic, and so is a comparison.
 template <typename T>
 static inline T atomicAdd(T* address, T value) {
     const T before = *address;
     *address += value;
+    return before;
+}
+
+template <typename T>
+static inline T atomicMax(T* address, T value) {
+    const T before = *address;
+    if (value > before) *address = value;
     return before;
 }
 
