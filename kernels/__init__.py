@@ -17,10 +17,17 @@ if __name__ != "ftengine.kernels":
 from ftengine.kernels.gaussian_blur import gaussian_blur
 from ftengine.kernels.masked_blend import masked_blend
 from ftengine.kernels.texture_field import texture_field
-from ftengine.kernels.tumor_mask import tumor_mask
+from ftengine.kernels.tumor_mask import tumor_mask, tumor_mask_and_box
 from ftengine.kernels.tumor_proportion import tumor_proportion
 from ftengine.vml import settle
 
-__all__ = ["gaussian_blur", "masked_blend", "texture_field", "tumor_mask", "tumor_proportion"]
+__all__ = [
+    "gaussian_blur",
+    "masked_blend",
+    "texture_field",
+    "tumor_mask",
+    "tumor_mask_and_box",
+    "tumor_proportion",
+]
 
 settle()  # the CPU paths use torch from several threads

@@ -170,6 +170,37 @@ def host_integers(where: str, name: str, value: Any) -> NDArray[np.int64]:
     return array.astype(np.int64)
 
 
+def small_table(where: str, name: str, value: Any, dtype: torch.dtype, device: torch.device | None) -> Tensor:
+    """A small table as a tensor without a gradient, of int64 or float64: what an operator takes.
+
+    From nested sequences, arrays or CPU tensors; or, where ``device`` names the result's, from a tensor there (integers
+    then as int64). Values of tensors are not looked at: that is the operator's business.
+    """
+    if not isinstance(value, Tensor):
+        return torch.from_numpy((host_integers if dtype == torch.int64 else host_floats)(where, name, value))
+    if value.device.type != "cpu":
+        if device is None:
+            raise KernelInputError(
+                f"{where}: {name} is on {value.device}; want it on the host, where it decides the launch (reading it "
+                "back would stall the device). Draw it on the CPU, or move it once with .cpu()."
+            )
+        if value.device != device:
+            raise KernelInputError(
+                f"{where}: {name} is on {value.device}; want {device}, as the result, or the host. Draw it there."
+            )
+    if dtype == torch.int64:
+        if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+            raise KernelInputError(
+                f"{where}: {name} holds {dtype_name(value.dtype)}; want integers. Round it before the call."
+            )
+    elif value.is_complex() or value.dtype == torch.bool:
+        raise KernelInputError(
+            f"{where}: {name} holds {dtype_name(value.dtype)}; want real numbers. Convert it before the call."
+        )
+    value = value.detach() if value.requires_grad else value
+    return value if value.dtype == dtype else value.to(dtype)
+
+
 def _host_array(where: str, name: str, value: Any) -> NDArray[Any]:
     if isinstance(value, Tensor):
         if value.device.type != "cpu":

@@ -7,7 +7,8 @@ up at the nearest voxel; outside the box there is nothing. The warped box is pas
 and kept where the organ is.
 
 Nearest-neighbour lookups compose, so a voxel is decided on its own: look back through the warps in reverse order,
-then test the ellipsoid. Both paths do that; neither keeps a canvas.
+then test the ellipsoid. Both paths do that; neither keeps a canvas. A warp is constant along an axis, so each lookup is
+worked out once for its plane, as a table, and not once for every voxel.
 
 Rounding band: positions are float64, off by less than 1e-13 of the largest displacement or box length. The CPU path
 and the CUDA kernel do the same IEEE operations in the same order and agree in every voxel. An evaluation in another
@@ -17,26 +18,27 @@ itself follows the released rounding for whole radii, so that voxels exactly on 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ftengine.errors import KernelInputError
-from ftengine.geometry import Box, int_zyx
 from ftengine.kernels import _launch
 from ftengine.kernels._checks import (
     MASK_DTYPES,
-    host_floats,
-    host_integers,
+    require_apart,
+    require_buffer,
     require_device,
-    require_output,
     require_shape_zyx,
     require_tensor,
+    small_table,
 )
+from ftengine.kernels._ops import register
+from ftengine.kernels._threads import for_each
 
 MAX_RADIUS_VOX = 4096.0  # more is a unit error, and its tables would not be small any more
 
@@ -44,7 +46,11 @@ _NAME = "tumor_mask"
 _FILE = "tumor_mask.cu"
 COMPILE_OPTIONS = ("--fmad=false",)  # the same rounding as on the CPU: see the module's docstring
 _THREADS = 256
-_MAX_BLOCKS_PER_TUMOR = 1 << 20
+_VOXELS_PER_THREAD = 4  # each block that paints ends with atomics on its sample's box
+_MAX_BLOCKS = 1 << 20
+_MAX_TABLE_BYTES = 16 << 20  # of one tumour; a larger one looks up each voxel by itself
+_NOTHING = np.empty((0, 0, 3, 2, 3, 3))
+_FAR = 1 << 40  # voxels: a centre beyond is moved there, where it paints nothing either
 
 
 def tumor_mask(
@@ -56,294 +62,491 @@ def tumor_mask(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Rasterise one warped ellipsoid per sample: [B] tumours -> [B, z, y, x].
+    """Rasterise warped ellipsoids: one tumour a sample, or the union of several -> [B, z, y, x].
 
-    center_zyx: [B, 3] integers, the voxel of each tumour's centre; it may lie outside the volume.
-    radii_zyx: [B, 3] voxels, > 0. The box of an axis has n = 2 ceil(2 r) voxels with the centre at index n / 2; for
-        whole radii these are the released 4 r and 2 r. A voxel is inside where 1 - sum(((i - n/2) / r)**2) > 0.
-    warp: [B, 3, 2, 3, 3] displacements in voxels, already scaled by their sigma: sample; plane (0,1), (1,2), (0,2);
-        component; node on the plane's first axis; node on its second. Axes and components in the order x, y, z.
-        Zeros leave the ellipsoid as it is.
+    center_zyx: [B, 3] or [B, N, 3] integers, the voxel of each tumour's centre; it may lie outside the volume. On the
+        host, or int64 on the result's device.
+    radii_zyx: as center_zyx, voxels, > 0; on the host: they decide the launch. Three zeros: no tumour, to fill up a batch. The
+        box of an axis has n = 2 ceil(2 r) voxels with the centre at index n / 2; for whole radii these are the
+        released 4 r and 2 r. A voxel is inside where 1 - sum(((i - n/2) / r)**2) > 0.
+    warp: [B, 3, 2, 3, 3] or [B, N, 3, 2, 3, 3] displacements in voxels, already scaled by their sigma: sample; tumour;
+        plane (0,1), (1,2), (0,2); component; node on the plane's first axis; node on its second. Axes and components
+        in the order x, y, z. Zeros leave the ellipsoid as it is. On the host, or float32 or float64 on the result's
+        device (NaN in it finds no voxel).
     shape_zyx: of the volume, the same for all samples.
-    organ: [B, z, y, x] uint8 or bool, or None; the mask is the ellipsoid AND organ > 0.
+    organ: [B, z, y, x] uint8 or bool, or None; the mask is the ellipsoids AND organ > 0.
     out: uint8 [B, z, y, x], or None; overwritten completely; memory of its own, not ``organ``'s.
 
-    Centre and radii are nested sequences, NumPy arrays or CPU tensors: they decide the launch, so they must be on the
-    host. So may the warp be, or a float32 or float64 tensor on the result's device (NaN in it finds no voxel).
-    Returns uint8 of 0 and 1, on the device of ``organ``, else of ``out``, else of ``warp`` where that is a tensor,
-    else on the CPU. Only the tumours' boxes are computed. Not differentiable.
+    What is on the host may be nested sequences, NumPy arrays or CPU tensors. Returns uint8 of 0 and 1, on the device of
+    ``organ``, else of ``out``, else of ``warp`` or ``center_zyx`` where one is on a GPU, else on the CPU. Only the
+    tumours' boxes are computed. Not differentiable.
+    CUDA takes scratch memory from torch's allocator: 24 bytes for each voxel of a plane of a tumour's box (0.4 MB for a
+    radius of 32), at most 16 MB a tumour. Not for capture in a CUDA graph: each call copies its tables anew.
     Raises KernelInputError, before any launch, for wrong types, dtypes, shapes, devices or memory order, for radii
-    that are not positive, and for numbers that are not finite.
-    Source: FreeTumor's released mask simulation; golden masks in tests/kernels/test_tumor_mask.py.
+    that are negative or too large, and for numbers on the host that are not finite.
+    Source: FreeTumor's released mask simulation; golden masks in tests/kernels/test_tumor_mask.py. The released code
+    draws one tumour a patch; the union is the engine's own.
     """
+    return _drawn(center_zyx, radii_zyx, warp, shape_zyx, organ, out, None)[0]
+
+
+def tumor_mask_and_box(
+    center_zyx: Any,
+    radii_zyx: Any,
+    warp: Any,
+    shape_zyx: Sequence[int],
+    organ: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+    box_out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``tumor_mask``, and the tight box of each sample's mask.
+
+    The box is int64 [B, 2, 3] on the result's device: z y x of the first voxel and of the one behind the last, exact;
+    all 0 where the mask is empty. box_out: int64 [B, 2, 3], or None; it decides the device after ``out``. Everything
+    else as ``tumor_mask``.
+    """
+    return _drawn(center_zyx, radii_zyx, warp, shape_zyx, organ, out, box_out)
+
+
+def _drawn(
+    center_zyx: Any,
+    radii_zyx: Any,
+    warp: Any,
+    shape_zyx: Sequence[int],
+    organ: Tensor | None,
+    out: Tensor | None,
+    box_out: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Check what the arguments look like and call the operator, with an axis of tumours."""
     shape = require_shape_zyx(_NAME, shape_zyx)
-    center, radii = _checked_geometry(_NAME, center_zyx, radii_zyx)
-    batch_shape = (len(center), *shape)
-    device = _result_device(organ, out, warp)
-    if organ is not None:
-        require_tensor(_NAME, "organ", organ, MASK_DTYPES, shape=batch_shape)
-    boxes = [_whole_box(c, r) for c, r in zip(center, radii, strict=True)]
-    checked_warp = _checked_warp(warp, len(center), device)
-    out = require_output(
-        _NAME, out, torch.uint8, batch_shape, device, apart_from=[] if organ is None else [("organ", organ)]
-    )
-    out.zero_()
-    if _launch.uses_kernel(out):
-        _mask_by_kernel(boxes, radii, checked_warp, organ, out)
-        return out
-    rows = checked_warp.numpy() if isinstance(checked_warp, Tensor) else checked_warp
-    for b, box in enumerate(boxes):
-        _mask_sample(box, radii[b], rows[b], None if organ is None else organ[b].numpy(), out[b].numpy())
-    return out
-
-
-def tumor_boxes(center_zyx: Any, radii_zyx: Any, shape_zyx: Sequence[int]) -> list[Box]:
-    """The part of the volume that each tumour's mask can touch, whatever its warp: its box, cut to the volume.
-
-    An axis on which the box lies outside the volume has length 0. Arguments and errors as of ``tumor_mask``.
-    """
-    shape = require_shape_zyx("tumor_boxes", shape_zyx)
-    center, radii = _checked_geometry("tumor_boxes", center_zyx, radii_zyx)
-    return [_whole_box(c, r).inside(shape) for c, r in zip(center, radii, strict=True)]
-
-
-def _checked_geometry(where: str, center_zyx: Any, radii_zyx: Any) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    center = host_integers(where, "center_zyx", center_zyx)
-    radii = host_floats(where, "radii_zyx", radii_zyx)
-    if center.ndim != 2 or center.shape[1] != 3:
+    device = _result_device(organ, out, box_out, warp, center_zyx)
+    center = small_table(_NAME, "center_zyx", center_zyx, torch.int64, device)
+    radii = small_table(_NAME, "radii_zyx", radii_zyx, torch.float64, None)
+    warp = small_table(_NAME, "warp", warp, torch.float64, device)
+    if center.ndim not in {2, 3} or center.shape[-1] != 3:
         raise KernelInputError(
-            f"{where}: center_zyx has shape {center.shape}; want (B, 3), a voxel z y x per sample. "
+            f"{_NAME}: center_zyx has shape {tuple(center.shape)}; want (B, 3) or (B, N, 3), a voxel z y x per tumour. "
             "Wrap a single centre in a list."
         )
     if radii.shape != center.shape:
         raise KernelInputError(
-            f"{where}: radii_zyx has shape {radii.shape}; want {center.shape}, as center_zyx. "
-            "Give three radii per sample."
+            f"{_NAME}: radii_zyx has shape {tuple(radii.shape)}; want {tuple(center.shape)}, as center_zyx. "
+            "Give three radii per tumour."
         )
-    if radii.size and radii.min() <= 0:
+    if tuple(warp.shape) != (*center.shape[:-1], 3, 2, 3, 3):
         raise KernelInputError(
-            f"{where}: radii_zyx holds {radii.min()}; want more than 0 voxels. Leave the tumour out instead."
+            f"{_NAME}: warp has shape {tuple(warp.shape)}; want {(*center.shape[:-1], 3, 2, 3, 3)}: sample, tumour where "
+            "there are several, plane, component, 3 x 3 nodes. Zeros mean no warp."
         )
-    if radii.size and radii.max() > MAX_RADIUS_VOX:
-        raise KernelInputError(
-            f"{where}: radii_zyx holds {radii.max()}; want at most {MAX_RADIUS_VOX} voxels. "
-            "Give radii in voxels, not micrometres."
-        )
-    return center, radii
+    if center.ndim == 2:
+        center, radii, warp = center.unsqueeze(1), radii.unsqueeze(1), warp.unsqueeze(1)
+    batch_shape = (center.shape[0], *shape)
+    if organ is not None:
+        require_tensor(_NAME, "organ", organ, MASK_DTYPES, shape=batch_shape)
+        organ = organ.view(torch.uint8) if organ.dtype == torch.bool else organ
+    if out is None and box_out is None:
+        mask, box = _mask(center, radii, warp, shape, organ)
+        return mask, box
+    if out is None:
+        out = torch.empty(batch_shape, dtype=torch.uint8, device=device)
+    else:
+        require_buffer(_NAME, out, torch.uint8, batch_shape, device)
+    if box_out is None:
+        box_out = torch.empty((batch_shape[0], 2, 3), dtype=torch.int64, device=device)
+    else:
+        _check_box_buffer(box_out, batch_shape[0], device)
+    _mask_out(center, radii, warp, organ, out, box_out)
+    return out, box_out
 
 
-def _result_device(organ: Tensor | None, out: Tensor | None, warp: Any) -> torch.device:
-    for name, tensor in (("organ", organ), ("out", out), ("warp", warp)):
+def _result_device(
+    organ: Tensor | None, out: Tensor | None, box_out: Tensor | None, warp: Any, center: Any
+) -> torch.device:
+    for name, tensor in (("organ", organ), ("out", out), ("box_out", box_out)):
         if isinstance(tensor, Tensor):
             require_device(_NAME, name, tensor.device)
             return tensor.device
+    for name, table in (("warp", warp), ("center_zyx", center)):
+        if isinstance(table, Tensor) and table.device.type != "cpu":
+            require_device(_NAME, name, table.device)
+            return table.device
     return torch.device("cpu")
 
 
-def _checked_warp(warp: Any, batch: int, device: torch.device) -> NDArray[np.float64] | Tensor:
-    """The warp as a float64 array on the host, or as a float64 tensor where it lies on the device already."""
-    if isinstance(warp, Tensor) and warp.device.type != "cpu":
-        if warp.dtype not in {torch.float32, torch.float64}:
-            raise KernelInputError(
-                f"{_NAME}: warp is {warp.dtype}; want float64 or float32. Convert it: warp.double()."
-            )
-        if warp.device != device:
-            raise KernelInputError(
-                f"{_NAME}: warp is on {warp.device}; want {device}, where organ or out is, or the host. Draw it there."
-            )
-        checked: NDArray[np.float64] | Tensor = warp.detach().to(torch.float64)
-    else:
-        checked = host_floats(_NAME, "warp", warp)
-    if tuple(checked.shape) != (batch, 3, 2, 3, 3):
+def _check_box_buffer(box: Tensor, batch: int, device: torch.device) -> None:
+    if box.dtype != torch.int64 or tuple(box.shape) != (batch, 2, 3) or box.device != device:
         raise KernelInputError(
-            f"{_NAME}: warp has shape {tuple(checked.shape)}; want {(batch, 3, 2, 3, 3)}: sample, plane, component, "
-            "3 x 3 nodes. Zeros mean no warp."
+            f"{_NAME}: box_out is {box.dtype} of shape {tuple(box.shape)} on {box.device}; want torch.int64 of shape "
+            f"{(batch, 2, 3)} on {device}. Pass a new buffer, or none."
         )
-    return checked
+    if not box.is_contiguous():
+        raise KernelInputError(
+            f"{_NAME}: box_out has strides {box.stride()}; want memory order. Call box_out.contiguous()."
+        )
 
 
-def _whole_box(center_zyx: NDArray[np.int64], radii_zyx: NDArray[np.float64]) -> Box:
-    """The box that the warps act on: 2 ceil(2 r) voxels on each axis, the centre at half; not cut to the volume."""
-    half = np.ceil(2 * radii_zyx).astype(np.int64)
-    return Box(int_zyx(center_zyx - half), int_zyx(2 * half))
+def _run(
+    center: Tensor, radii: Tensor, warp: Tensor, shape: Sequence[int], organ: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    out, box = _fake(center, radii, warp, shape, organ)
+    _run_checked(center, radii, warp, organ, out, box)
+    return out, box
+
+
+def _run_out(center: Tensor, radii: Tensor, warp: Tensor, organ: Tensor | None, out: Tensor, box_out: Tensor) -> None:
+    require_apart(
+        _NAME, out, apart_from=[("box_out", box_out)] if organ is None else [("organ", organ), ("box_out", box_out)]
+    )
+    _run_checked(center, radii, warp, organ, out, box_out)
+
+
+def _fake(
+    center: Tensor, radii: Tensor, warp: Tensor, shape: Sequence[int], organ: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    like = organ if organ is not None else warp if warp.device.type != "cpu" else center
+    batch = radii.shape[0]
+    return (
+        torch.empty((batch, *shape), dtype=torch.uint8, device=like.device),
+        torch.empty((batch, 2, 3), dtype=torch.int64, device=like.device),
+    )
+
+
+def _run_checked(center: Tensor, radii: Tensor, warp: Tensor, organ: Tensor | None, out: Tensor, box: Tensor) -> None:
+    radii_zyx = radii.contiguous().numpy()
+    center, warp = center.contiguous(), warp.contiguous()
+    _check_values(radii_zyx, warp.numpy() if _on_host(warp) else _NOTHING)
+    if _launch.uses_kernel(out):
+        _mask_by_kernel(center, radii_zyx, warp, organ, out, box)
+        return
+    masks, boxes, centers, warps = out.numpy(), box.numpy(), center.numpy(), warp.numpy()
+    organs = masks if organ is None else organ.numpy()
+    for_each(
+        len(masks),
+        lambda b: _mask_sample(masks[b], boxes[b], centers[b], radii_zyx[b], warps[b], organs[b], organ is not None),
+    )
+
+
+def _check_values(radii_zyx: NDArray[np.float64], warp: NDArray[np.float64]) -> None:
+    match _fault(radii_zyx, warp):
+        case 1:
+            raise KernelInputError(f"{_NAME}: warp holds NaN or infinity; want finite numbers. Check how it was drawn.")
+        case 2:
+            raise KernelInputError(
+                f"{_NAME}: radii_zyx holds NaN or infinity; want finite numbers. Check how it was drawn."
+            )
+        case 3:
+            raise KernelInputError(
+                f"{_NAME}: radii_zyx holds {radii_zyx.min()}; want more than 0 voxels, or three zeros for no tumour. "
+                "Leave the tumour out instead."
+            )
+        case 4:
+            raise KernelInputError(
+                f"{_NAME}: radii_zyx holds {radii_zyx.max()}; want at most {MAX_RADIUS_VOX} voxels. "
+                "Give radii in voxels, not micrometres."
+            )
+
+
+@numba.njit(nogil=True, cache=True)
+def _fault(radii_zyx: Any, warp: Any) -> Any:
+    """What is wrong with the values, 0 for nothing; NumPy would take longer than painting a small tumour."""
+    for value in warp.reshape(warp.size):
+        if not np.isfinite(value):
+            return 1
+    for z, y, x in radii_zyx.reshape((radii_zyx.size // 3, 3)):
+        if not (np.isfinite(z) and np.isfinite(y) and np.isfinite(x)):
+            return 2
+        if min(z, y, x) <= 0 and not z == y == x == 0:
+            return 3
+        if max(z, y, x) > MAX_RADIUS_VOX:
+            return 4
+    return 0
 
 
 def _mask_by_kernel(
-    boxes: list[Box],
+    center: Tensor,
     radii_zyx: NDArray[np.float64],
-    warp: NDArray[np.float64] | Tensor,
+    warp: Tensor,
     organ: Tensor | None,
     out: Tensor,
+    box: Tensor,
 ) -> None:
-    largest = max(
-        (int(np.prod(box.inside(int_zyx(out.shape[1:])).shape_zyx, dtype=np.int64)) for box in boxes), default=0
-    )
-    if largest == 0:
+    """Two launches: clear and tabulate, then paint."""
+    batch, num_tumors = radii_zyx.shape[:2]
+    radii = radii_zyx.reshape(-1, 3)
+    if not radii.any():
+        out.zero_()
+        box.zero_()
         return
-    lengths = np.array(
-        [(*box.origin_zyx[::-1], *box.shape_zyx[::-1], *r[::-1]) for box, r in zip(boxes, radii_zyx, strict=True)],
-        dtype=np.float64,
-    )
-    if isinstance(warp, Tensor):
-        tumors = torch.cat((_launch.to_device(lengths, out.device), warp.reshape(len(boxes), -1)), dim=1)
-    else:
-        tumors = _launch.to_device(np.concatenate((lengths, warp.reshape(len(boxes), -1)), axis=1), out.device)
+    size_zyx = 2 * np.ceil(2 * radii).astype(np.int64)
+    z, y, x = size_zyx.T
+    num_entries = z * x + y * z + y * x
+    words = y * z + y * x + (z * x + y * z) // 2  # of 8 bytes: see the .cu; sizes are even
+    words[words > _MAX_TABLE_BYTES // 8] = 0
+    tables = batch + np.concatenate(([0], np.cumsum(words)))  # the samples' counters lie in front
+    scratch = torch.empty(int(tables[-1]), dtype=torch.int64, device=out.device)
+    starts = np.where(words > 0, tables[:-1], -1)
+    most_entries = int(num_entries[words > 0].max(initial=0))
+    most_voxels = int(np.minimum(size_zyx, out.shape[1:]).prod(axis=1).max())
+
+    host = [starts, radii.view(np.int64).ravel()]
+    host += [t.numpy().view(np.int64).ravel() for t in (center, warp) if _on_host(t)]
+    uploaded = _launch.to_device(np.concatenate(host), out.device)
+    at = np.cumsum([0, *(len(part) for part in host)])[:-1].tolist()
+    pointers = [np.uint64(uploaded.data_ptr() + 8 * offset) for offset in at]
+    starts_at, radii_at = pointers[:2]
+    rest = iter(pointers[2:])
+    center_at, warp_at = (next(rest) if _on_host(t) else _launch.pointer(t) for t in (center, warp))
+
+    clearing = min(-(-out.numel() // (8 * _THREADS)), 4096)
+    tabulating = -(-most_entries // _THREADS)
+    shape = [np.int64(n) for n in out.shape]
     _launch.launch(
         _FILE,
-        "tumor_mask",
-        (min(-(-largest // _THREADS), _MAX_BLOCKS_PER_TUMOR), min(len(boxes), _launch.MAX_BLOCKS_YZ)),
+        "clear_and_tabulate",
+        (min(clearing + tabulating * len(radii), _launch.MAX_BLOCKS_X),),
         (_THREADS,),
-        (_launch.pointer(out), _launch.pointer(tumors), _launch.pointer(organ), *(np.int64(n) for n in out.shape)),
+        (
+            *(_launch.pointer(t) for t in (out, box, scratch)),
+            starts_at,
+            radii_at,
+            warp_at,
+            *shape,
+            np.int64(len(radii)),
+            np.int32(clearing),
+            np.int32(max(1, tabulating)),
+        ),
+        out.device,
+        options=COMPILE_OPTIONS,
+    )
+    _launch.launch(
+        _FILE,
+        "paint",
+        (
+            min(-(-most_voxels // (_THREADS * _VOXELS_PER_THREAD)), _MAX_BLOCKS),
+            min(len(radii), _launch.MAX_BLOCKS_YZ),
+        ),
+        (_THREADS,),
+        (
+            *(_launch.pointer(t) for t in (out, box, scratch, organ)),
+            starts_at,
+            center_at,
+            radii_at,
+            warp_at,
+            *shape,
+            np.int64(num_tumors),
+        ),
         out.device,
         options=COMPILE_OPTIONS,
     )
 
 
-# ---- CPU path: the same lookups as tables, in NumPy on the tensors' own memory ----
+def _on_host(table: Tensor) -> bool:
+    return table.device.type == "cpu"
 
 
-@dataclass(frozen=True)
-class _Lookup:
-    """One warp over a rectangle of its plane: for each voxel (a, b) the voxel whose value it takes.
+# ---- CPU path: the same lookups as tables; the same operations in the same order as the CUDA kernel ----
 
-    ``found`` is False where that lies outside the box; ``a`` and ``b`` are 0 there.
+
+@numba.njit(nogil=True, cache=True)
+def _mask_sample(out: Any, box: Any, center_zyx: Any, radii_zyx: Any, warp: Any, organ: Any, has_organ: Any) -> None:
+    """One sample. out, organ: uint8 [z, y, x]; box: int64 [2, 3]; the rest [N, ...] as the operator has it."""
+    out.reshape(out.size)[:] = 0
+    for axis in range(3):
+        box[0, axis] = out.shape[axis]
+        box[1, axis] = 0
+    for k in range(len(radii_zyx)):
+        if radii_zyx[k, 0] > 0:
+            _add_tumor(out, box, center_zyx[k], radii_zyx[k], warp[k], organ, has_organ)
+    if box[1, 0] == 0:
+        box[:] = 0
+
+
+@numba.njit(nogil=True, cache=True)
+def _add_tumor(out: Any, box: Any, center_zyx: Any, radii_zyx: Any, warp: Any, organ: Any, has_organ: Any) -> None:
+    """Set the tumour's voxels to 1 and widen the box by them.
+
+    The last warp mixes x and z and leaves y alone, so the voxels of a row along y move together: the row comes from one
+    column (x, y) and one of (z, y) of the box before that warp.
     """
+    size, start = np.empty(3, np.int64), np.empty(3, np.int64)  # of the box
+    first, count = np.empty(3, np.int64), np.empty(3, np.int64)  # of its part in the volume, seen from the box
+    for axis in range(3):
+        half = np.int64(np.ceil(2.0 * radii_zyx[axis]))
+        size[axis] = 2 * half
+        start[axis] = min(max(center_zyx[axis], -_FAR), _FAR) - half
+        first[axis] = max(0, -start[axis])
+        count[axis] = min(size[axis], out.shape[axis] - start[axis]) - first[axis]
+        if count[axis] <= 0:
+            return
+    weights_z, weights_y, weights_x = _spline_weights(size[0]), _spline_weights(size[1]), _spline_weights(size[2])
+    square_z = _squared_coordinates(size[0], radii_zyx[0])
+    square_y = _squared_coordinates(size[1], radii_zyx[1])
+    square_x = _squared_coordinates(size[2], radii_zyx[2])
 
-    found: NDArray[np.bool_]
-    a: NDArray[np.int64]
-    b: NDArray[np.int64]
-
-
-def _mask_sample(
-    box: Box,
-    radii_zyx: NDArray[np.float64],
-    warp: NDArray[np.float64],
-    organ: NDArray[Any] | None,
-    out: NDArray[np.uint8],
-) -> None:
-    """Write one tumour into ``out``, which is all 0.
-
-    The last warp mixes x and z and leaves y alone, so the voxels of a row along y move together. The rows' values,
-    before that warp, are worked out once, for the rows that are asked for and can hold something; then whole rows are
-    picked.
-    """
-    nz, ny, nx = box.shape_zyx
-    inside = box.inside(int_zyx(out.shape))
-    if 0 in inside.shape_zyx:
-        return
-    z, y, x = (
-        np.arange(i - o, i - o + n) for i, o, n in zip(inside.origin_zyx, box.origin_zyx, inside.shape_zyx, strict=True)
-    )
-    weights_z, weights_y, weights_x = (_spline_weights(n) for n in (nz, ny, nx))
-    square_z, square_y, square_x = (
-        _squared_coordinates(n, float(r)) for n, r in zip((nz, ny, nx), radii_zyx, strict=True)
-    )
-
-    last = _look_through(warp[2], weights_x, weights_z, x, z)  # [x, z]
-    if not last.found.any():
-        return
-    rows_x, rows_z = _range(last.a[last.found]), _range(last.b[last.found])
-    middle = _look_through(warp[1], weights_y, weights_z, y, rows_z)  # [y, rows_z]
-    level_z = np.where(middle.found, square_z[middle.b], np.inf)
-    if not (level_z < 1).any():
-        return
-    columns_y = _range(middle.a[middle.found])
-    first = _look_through(warp[0], weights_x, weights_y, rows_x, columns_y)  # [rows_x, columns_y]
-    level_xy = np.where(first.found, square_x[first.a] + square_y[first.b], np.inf)
-    if not (level_xy < 1).any():
+    last_x, last_z = _look_through(warp[2], weights_x, weights_z, first[2], count[2], first[0], count[0])  # [z, x]
+    low_x, num_x = _range(last_x)
+    low_z, num_z = _range(last_z)
+    if num_x == 0:
         return
 
-    # what can be inside at all: about half of each axis, so an eighth of the work remains
-    keep_x = _span(level_xy < 1, axis=0)
-    keep_y, keep_z = (_span(level_z < 1, axis=axis) for axis in (0, 1))
-    level_z = level_z[keep_y, keep_z].T
-    source_y = np.maximum(middle.a[keep_y, keep_z].T - columns_y[0], 0)
-    level = np.take(level_xy[keep_x], source_y, axis=1)  # [rows_x, rows_z, y]
-    level += level_z
-    rows = level < 1
-
-    row_x, row_z = last.a.T - rows_x[keep_x][0], last.b.T - rows_z[keep_z][0]  # [z, x]
-    found = last.found.T & (row_x >= 0) & (row_x < rows.shape[0]) & (row_z >= 0) & (row_z < rows.shape[1])
-    if not found.any():
+    # rows along y of the planes (z, y) and (x, y) before the last warp: what they add to the level, which is < 1 inside
+    middle_y, middle_z = _look_through(warp[1], weights_y, weights_z, first[1], count[1], low_z, num_z)  # [z, y]
+    level_z = np.full((num_z, count[1]), np.inf)
+    span_y = np.zeros((num_z, 2), np.int64)  # where a row of z can be inside
+    least_z = np.full(num_z, np.inf)
+    low_y, high_y = size[1], -1
+    for z in range(num_z):
+        for y in range(count[1]):
+            if middle_z[z, y] >= 0 and square_z[middle_z[z, y]] < 1.0:
+                level_z[z, y] = square_z[middle_z[z, y]]
+                least_z[z] = min(least_z[z], level_z[z, y])
+                low_y = min(low_y, middle_y[z, y])
+                high_y = max(high_y, middle_y[z, y])
+                if span_y[z, 1] == 0:
+                    span_y[z, 0] = y
+                span_y[z, 1] = y + 1
+            else:
+                middle_y[z, y] = -1
+    if high_y < 0:
         return
-    out_z, out_x = (_span(found, axis=axis) for axis in (0, 1))
-    found = found[out_z, out_x]
-    mask = rows[np.where(found, row_x[out_z, out_x], 0), np.where(found, row_z[out_z, out_x], 0)]  # [z, x, y]
-    mask &= found[:, :, None]
+    first_x, first_y = _look_through(warp[0], weights_x, weights_y, low_x, num_x, low_y, high_y + 1 - low_y)  # [y, x]
+    level_xy = np.full((num_x, high_y + 1 - low_y), np.inf)
+    least_xy = np.full(num_x, np.inf)
+    for x in range(num_x):
+        for y in range(level_xy.shape[1]):
+            if first_x[y, x] >= 0:
+                level_xy[x, y] = square_x[first_x[y, x]] + square_y[first_y[y, x]]
+                least_xy[x] = min(least_xy[x], level_xy[x, y])
 
-    oz, oy, ox = inside.origin_zyx
-    target = (_shifted(out_z, oz), _shifted(keep_y, oy), _shifted(out_x, ox))
-    out[target] = mask.transpose(0, 2, 1)
-    if organ is not None:
-        out[target] &= organ[target] != 0
+    z0, y0, x0 = start[0] + first[0], start[1] + first[1], start[2] + first[2]
+    for z in range(count[0]):
+        for x in range(count[2]):
+            if last_x[z, x] < 0:
+                continue
+            from_x, from_z = last_x[z, x] - low_x, last_z[z, x] - low_z
+            if not least_xy[from_x] + least_z[from_z] < 1.0:  # rounding is monotonic: no sum in this row is less
+                continue
+            lowest, highest = -1, -1
+            for y in range(span_y[from_z, 0], span_y[from_z, 1]):
+                source = max(middle_y[from_z, y] - low_y, 0)  # where it is -1 the level is infinite
+                if level_xy[from_x, source] + level_z[from_z, y] < 1.0 and (
+                    not has_organ or organ[z0 + z, y0 + y, x0 + x] != 0
+                ):
+                    out[z0 + z, y0 + y, x0 + x] = 1
+                    highest = y
+                    if lowest < 0:
+                        lowest = y
+            if lowest >= 0:
+                box[0, 0] = min(box[0, 0], z0 + z)
+                box[0, 1] = min(box[0, 1], y0 + lowest)
+                box[0, 2] = min(box[0, 2], x0 + x)
+                box[1, 0] = max(box[1, 0], z0 + z + 1)
+                box[1, 1] = max(box[1, 1], y0 + highest + 1)
+                box[1, 2] = max(box[1, 2], x0 + x + 1)
 
 
-def _spline_weights(size: int) -> NDArray[np.float64]:
-    """[size, 3]: at each voxel of an axis the weights of the three nodes in the cubic spline through them.
+@numba.njit(nogil=True, cache=True)
+def _spline_weights(size: Any) -> Any:
+    """[3, size]: at each voxel of an axis the weights of the three nodes in the cubic spline through them.
 
     The nodes lie at 0, 1 and 2 and the voxels spread evenly over that range. Mirrored ends mean slope 0 there, and
     the slope at the middle node is then 3/4 (third - first): the rest is Hermite interpolation on each half.
     """
-    position = 2.0 * np.arange(size) / (size - 1.0)
-    first_half = position <= 1.0
-    s = np.where(first_half, position, position - 1.0)
-    square = s * s
-    cube = square * s
-    rise = 3.0 * square - 2.0 * cube
-    fall = 1.0 - rise
-    slope_first = 0.75 * (cube - square)
-    slope_second = 0.75 * (cube - 2.0 * square + s)
-    weights = np.empty((size, 3))
-    weights[:, 0] = np.where(first_half, fall - slope_first, -slope_second)
-    weights[:, 1] = np.where(first_half, rise, fall)
-    weights[:, 2] = np.where(first_half, slope_first, rise + slope_second)
+    weights = np.empty((3, size))
+    for i in range(size):
+        position = 2.0 * i / (size - 1.0)
+        first_half = position <= 1.0
+        s = position if first_half else position - 1.0
+        square = s * s
+        cube = square * s
+        rise = 3.0 * square - 2.0 * cube
+        fall = 1.0 - rise
+        if first_half:
+            slope = 0.75 * (cube - square)
+            weights[0, i] = fall - slope
+            weights[1, i] = rise
+            weights[2, i] = slope
+        else:
+            slope = 0.75 * (cube - 2.0 * square + s)
+            weights[0, i] = -slope
+            weights[1, i] = fall
+            weights[2, i] = rise + slope
     return weights
 
 
-def _look_through(
-    warp: NDArray[np.float64],
-    weights_a: NDArray[np.float64],
-    weights_b: NDArray[np.float64],
-    a: NDArray[np.int64],
-    b: NDArray[np.int64],
-) -> _Lookup:
-    """The warp of one plane at the voxels a x b; operation by operation what the CUDA kernel does."""
-    size_a, size_b = len(weights_a), len(weights_b)
-    on_a, on_b = weights_a[a], weights_b[b]
-    source = []
-    for nodes in warp:
-        column = [on_a[:, 0] * nodes[0, j] + on_a[:, 1] * nodes[1, j] + on_a[:, 2] * nodes[2, j] for j in range(3)]
-        source.append(
-            column[0][:, None] * on_b[:, 0] + column[1][:, None] * on_b[:, 1] + column[2][:, None] * on_b[:, 2]
-        )
-    source_a, source_b = source[0] + a[:, None], source[1] + b
-    found = (source_a >= 0) & (source_a <= size_a - 1) & (source_b >= 0) & (source_b <= size_b - 1)
-    nearest_a, nearest_b = (np.where(found, np.floor(s + 0.5), 0).astype(np.int64) for s in (source_a, source_b))
-    return _Lookup(found, nearest_a, nearest_b)
-
-
-def _squared_coordinates(size: int, radius: float) -> NDArray[np.float64]:
+@numba.njit(nogil=True, cache=True)
+def _squared_coordinates(size: Any, radius: Any) -> Any:
     """((i - size / 2) / radius)**2 for each voxel of an axis, rounded as released.
 
     The coordinate counts steps of 1 / r from the radius rounded up (from -1 for a whole radius). That is not always the
     rounded quotient, and it decides which of the voxels exactly on the surface are inside.
     """
     reach = np.ceil(radius)
-    coordinate = (np.arange(size) - size / 2.0 + reach) * (1.0 / radius) - reach / radius
-    squared: NDArray[np.float64] = coordinate * coordinate
+    squared = np.empty(size)
+    for i in range(size):
+        coordinate = (i - size / 2.0 + reach) * (1.0 / radius) - reach / radius
+        squared[i] = coordinate * coordinate
     return squared
 
 
-def _range(indices: NDArray[np.int64]) -> NDArray[np.int64]:
-    """All indices from the smallest to the largest."""
-    return np.arange(int(indices.min()), int(indices.max()) + 1)
+@numba.njit(nogil=True, cache=True)
+def _look_through(warp: Any, weights_a: Any, weights_b: Any, start_a: Any, num_a: Any, start_b: Any, num_b: Any) -> Any:
+    """One warp over a rectangle of its plane: for each voxel the voxel whose value it takes, as two tables [b, a].
+
+    Both hold -1 where that lies outside the box.
+    """
+    to_a = _columns(warp[0], weights_a, start_a, num_a)
+    to_b = _columns(warp[1], weights_a, start_a, num_a)
+    end_a, end_b = weights_a.shape[1] - 1.0, weights_b.shape[1] - 1.0
+    source_a, source_b = np.empty((num_b, num_a), np.int32), np.empty((num_b, num_a), np.int32)
+    for b in range(num_b):
+        w0, w1, w2 = weights_b[0, start_b + b], weights_b[1, start_b + b], weights_b[2, start_b + b]
+        place_b = float(start_b + b)
+        for a in range(num_a):
+            at_a = to_a[0, a] * w0 + to_a[1, a] * w1 + to_a[2, a] * w2 + (start_a + a)
+            at_b = to_b[0, a] * w0 + to_b[1, a] * w1 + to_b[2, a] * w2 + place_b
+            found = (at_a >= 0.0) & (at_a <= end_a) & (at_b >= 0.0) & (at_b <= end_b)
+            source_a[b, a] = np.int32(at_a + 0.5) if found else np.int32(-1)
+            source_b[b, a] = np.int32(at_b + 0.5) if found else np.int32(-1)
+    return source_a, source_b
 
 
-def _span(flags: NDArray[np.bool_], *, axis: int) -> slice:
-    """Along one axis of a table: from the first to behind the last line that holds a True; there is at least one."""
-    lines = np.flatnonzero(np.moveaxis(flags, axis, 0).any(axis=1))
-    return slice(int(lines[0]), int(lines[-1]) + 1)
+@numba.njit(nogil=True, cache=True)
+def _columns(nodes: Any, weights: Any, start: Any, count: Any) -> Any:
+    """[3, count]: for each node of the second axis the displacement at the voxels of the first."""
+    columns = np.empty((3, count))
+    for j in range(3):
+        for i in range(count):
+            columns[j, i] = (
+                weights[0, start + i] * nodes[0, j]
+                + weights[1, start + i] * nodes[1, j]
+                + weights[2, start + i] * nodes[2, j]
+            )
+    return columns
 
 
-def _shifted(span: slice, by: int) -> slice:
-    return slice(span.start + by, span.stop + by)
+@numba.njit(nogil=True, cache=True)
+def _range(table: Any) -> Any:
+    """The smallest index found in a table and the number of indices from there to the largest: (0, 0) for none."""
+    low, high = np.int64(1 << 62), np.int64(-1)
+    for row in range(table.shape[0]):
+        for column in range(table.shape[1]):
+            if table[row, column] >= 0:
+                low = min(low, table[row, column])
+                high = max(high, table[row, column])
+    if high < 0:
+        return 0, 0
+    return low, high + 1 - low
+
+
+_mask = register(
+    "tumor_mask(Tensor center, Tensor radii, Tensor warp, SymInt[] shape, Tensor? organ) -> (Tensor, Tensor)",
+    _run,
+    _fake,
+)
+_mask_out = register(
+    "tumor_mask_out(Tensor center, Tensor radii, Tensor warp, Tensor? organ, Tensor(a!) out, Tensor(b!) box_out) -> ()",
+    _run_out,
+    lambda _center, _radii, _warp, _organ, _out, _box_out: None,
+)

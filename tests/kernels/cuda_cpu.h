@@ -181,6 +181,18 @@ static std::string signature(void (*)(Parameters...)) {
 
 }  // namespace cuda_cpu
 
+template <typename T>
+static inline T atomicMin(T* address, T value) {
+    const T before = *address;
+    if (value < before) *address = value;
+    return before;
+}
+
+static inline int min(int a, int b) { return a < b ? a : b; }
+static inline int max(int a, int b) { return a > b ? a : b; }
+
+static inline void __threadfence() {}
+
 static inline void __syncthreads() { cuda_cpu::wait_at_barrier(); }
 
 // Threads never run at the same time here, so a plain addition is atomic, and so is a comparison.

@@ -1,5 +1,8 @@
 """tumor_mask: the released code's golden masks, both paths against the reference, and what holds for any draw."""
 
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,15 +14,17 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from ftengine.errors import KernelInputError
-from ftengine.geometry import Box
-from ftengine.kernels import tumor_mask
-from ftengine.kernels.tumor_mask import tumor_boxes
+from ftengine.geometry import mm_to_vox
+from ftengine.kernels import tumor_mask, tumor_mask_and_box
 from ftengine.kernels.tumor_mask_ref import tumor_mask_ref
 from tests.kernels.cuda_cpu import THREAD_ORDERS
 from tests.kernels.support import (
+    FEW,
     PROPERTY,
     Guarded,
     KernelsOnCpu,
+    check_operator,
+    compiled,
     missing,
     past_2_to_31_voxels,
     run_behind_a_late_copy,
@@ -29,6 +34,7 @@ from tests.kernels.support import (
 
 NUM_GOLDEN = 16
 NO_WARP = np.zeros((3, 2, 3, 3))
+MODULE = sys.modules["ftengine.kernels.tumor_mask"]  # the package's name of it is the function
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,29 @@ def golden_tumor(k: int) -> Tumor:
         return Tumor(
             (z, y, x), (rz, ry, rx), file[f"warp_{k}"], (shape_xyz[2], shape_xyz[1], shape_xyz[0]), organ, mask
         )
+
+
+def union_of(tumors: Sequence[Tumor], *, device: torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mask and box of one sample that holds all these tumours, in the volume and organ of the first."""
+    organ = None if tumors[0].organ is None else torch.from_numpy(tumors[0].organ)[None].to(device or "cpu")
+    return tumor_mask_and_box(
+        [[t.center_zyx for t in tumors]],
+        [[t.radii_zyx for t in tumors]],
+        np.stack([t.warp for t in tumors])[None],
+        tumors[0].shape_zyx,
+        organ,
+        out=torch.full((1, *tumors[0].shape_zyx), 7, dtype=torch.uint8, device=device),
+    )
+
+
+def box_of(mask: torch.Tensor) -> NDArray[np.int64]:
+    """By NumPy: for each sample the first voxel and the one behind the last; zeros where there is none."""
+    boxes = np.zeros((len(mask), 2, 3), dtype=np.int64)
+    for sample, box in zip(mask.cpu().numpy(), boxes, strict=True):
+        found = np.stack(np.nonzero(sample))
+        if found.size:
+            box[0], box[1] = found.min(axis=1), found.max(axis=1) + 1
+    return boxes
 
 
 def num_different(mask: NDArray[np.uint8], wanted: NDArray[np.uint8] | None) -> int:
@@ -168,9 +197,91 @@ def test_mask_lies_in_the_organ_and_in_its_box(tumor: Tumor) -> None:
     if tumor.organ is not None:
         assert np.all(tumor.organ[mask == 1] > 0)
         assert np.array_equal(mask, replace(tumor, organ=None).drawn() & (tumor.organ > 0))
-    (box,) = tumor_boxes([tumor.center_zyx], [tumor.radii_zyx], tumor.shape_zyx)
-    mask[box.slices()] = 0
+    half = np.ceil(2 * np.array(tumor.radii_zyx)).astype(int)
+    mask[tuple(slice(max(0, c - h), max(0, c + h)) for c, h in zip(tumor.center_zyx, half, strict=True))] = 0
     assert not mask.any()
+
+
+@st.composite
+def several_tumors(draw: st.DrawFn) -> list[Tumor]:
+    """Up to five tumours in one volume and organ, some of them left out by radii of 0."""
+    first = draw(tumors())
+    others = draw(st.lists(tumors() | awkward_tumors(), max_size=4))
+    nothing = st.sampled_from([False, False, True])
+    return [
+        replace(
+            t, shape_zyx=first.shape_zyx, organ=first.organ, radii_zyx=(0.0, 0.0, 0.0) if draw(nothing) else t.radii_zyx
+        )
+        for t in [first, *others]
+    ]
+
+
+def check_union(together: list[Tumor], device: torch.device) -> None:
+    mask, box = union_of(together, device=device)
+    assert (box.dtype, box.device, mask.device) == (torch.int64, device, device)
+    wanted = np.zeros(together[0].shape_zyx, dtype=np.uint8)
+    for tumor in together:
+        if tumor.radii_zyx != (0, 0, 0):
+            wanted |= tumor.drawn()
+    assert num_different(mask[0].cpu().numpy(), wanted) == 0
+    assert np.array_equal(box.cpu().numpy(), box_of(mask))
+
+
+@PROPERTY
+@given(together=several_tumors())
+def test_union_is_any_of_the_tumours_and_the_box_is_tight(together: list[Tumor]) -> None:
+    check_union(together, torch.device("cpu"))
+
+
+@FEW
+@given(together=several_tumors(), by_voxel=st.booleans())
+def test_union_and_box_by_the_kernel(on_cpu: KernelsOnCpu, together: list[Tumor], by_voxel: bool) -> None:
+    """``by_voxel``: without tables, as a tumour too large for them."""
+    wanted_mask, wanted_box = union_of(together)
+    for order in THREAD_ORDERS:
+        with on_cpu(order), pytest.MonkeyPatch.context() as patch:
+            if by_voxel:
+                patch.setattr(MODULE, "_MAX_TABLE_BYTES", 0)
+            mask, box = union_of(together)
+        assert torch.equal(mask, wanted_mask)
+        assert torch.equal(box, wanted_box)
+
+
+def test_a_tumour_too_large_for_tables_is_drawn_beside_a_small_one(on_cpu: KernelsOnCpu) -> None:
+    """Its surface crosses the volume; the small one lies outside it."""
+    rng = np.random.default_rng(8)
+    shape = (9, 12, 70)
+    giant = Tumor((4, 6, -560), (500.0, 610.0, 603.0), 5 * rng.standard_normal((3, 2, 3, 3)), shape)
+    small = Tumor((4, 6, 60), (3.0, 4.0, 5.0), rng.standard_normal((3, 2, 3, 3)), shape)
+    mask, box = union_of([giant, small])
+    assert 0 < int(giant.drawn().sum()) < int(mask.sum()) < mask.numel()
+    assert num_different(mask[0].numpy(), giant.drawn() | small.drawn()) == 0
+    with on_cpu("shuffled"):
+        same, same_box = union_of([giant, small])
+    assert torch.equal(mask, same)
+    assert torch.equal(box, same_box)
+
+
+@PROPERTY
+@given(
+    radii_mm=st.tuples(*[st.floats(1.0, 9.0)] * 3),
+    spacing_mm=st.tuples(*[st.sampled_from([1, 2, 3])] * 3),
+    center=st.tuples(*[st.integers(0, 4)] * 3),
+)
+def test_an_anisotropic_grid_holds_the_same_shape_in_millimetres(
+    radii_mm: tuple[float, float, float], spacing_mm: tuple[int, int, int], center: tuple[int, int, int]
+) -> None:
+    """Every voxel of the coarse grid is one of the 1 mm grid; on the surface, within 1e-12, rounding decides."""
+    sz, sy, sx = spacing_mm
+    spacing = (float(sz), float(sy), float(sx))
+    shape_mm = (15, 15, 15)
+    cz, cy, cx = center
+    fine = Tumor((cz * sz, cy * sy, cx * sx), radii_mm, NO_WARP, shape_mm)
+    coarse = Tumor(center, mm_to_vox(radii_mm, spacing), NO_WARP, (-(-15 // sz), -(-15 // sy), -(-15 // sx)))
+    grids = np.indices(shape_mm)
+    level = sum(((i - c) / r) ** 2 for i, c, r in zip(grids, fine.center_zyx, radii_mm, strict=True))
+    clear = (np.abs(level - 1) > 1e-12 * level)[::sz, ::sy, ::sx]
+    assert np.array_equal(coarse.drawn()[clear], fine.drawn()[::sz, ::sy, ::sx][clear])
 
 
 # An axis (z y x), the warp that moves a lookup along it first, and the one that moves it next, as (plane, component).
@@ -201,11 +312,6 @@ def test_what_leaves_the_box_on_the_way_is_lost(
         assert num_different(warped.drawn(), by_cpu_path) == 0
 
 
-def test_box_of_a_tumour_is_cut_to_the_volume() -> None:
-    boxes = tumor_boxes([(5, 5, 5), (0, 9, 30)], [(1, 2, 1.2), (1, 1, 1)], (10, 10, 10))
-    assert boxes == [Box((3, 1, 2), (4, 8, 6)), Box((0, 7, 10), (2, 3, 0))]
-
-
 def batch(device: torch.device | None = None, **changes: Any) -> dict[str, Any]:
     """Arguments for three tumours in volumes of one size, inside, at a corner and outside; the organ on ``device``."""
     rng = np.random.default_rng(11)
@@ -221,8 +327,9 @@ def batch(device: torch.device | None = None, **changes: Any) -> dict[str, Any]:
 
 def check_batch_equals_its_samples(device: torch.device) -> None:
     args = batch(device)
-    together = tumor_mask(**args)
+    together, boxes = tumor_mask_and_box(**args)
     assert together.device == device
+    assert np.array_equal(boxes.cpu().numpy(), box_of(together))
     assert together[0].any()
     assert together[1].any()
     assert not together[2].any()
@@ -271,9 +378,99 @@ def test_arguments_may_come_in_many_forms(on_cpu: KernelsOnCpu) -> None:
         check_forms_of_arguments(torch.device("cpu"))
 
 
-def test_empty_batch_is_returned_empty() -> None:
+def test_tables_on_the_device_are_read_there(on_cpu: KernelsOnCpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors that the launch takes as they lie, far centres and NaN among them: those paint nothing."""
+    args = batch()
+    far = np.iinfo(np.int64)
+    args["center_zyx"] = torch.tensor([[10, 9, 14], [far.max, 17, 1], [-20, 5, far.min]])
+    args["warp"] = torch.from_numpy(args["warp"])
+    by_cpu_path, box = tumor_mask_and_box(**args)
+    assert by_cpu_path[0].any()
+    assert not by_cpu_path[1:].any()
+    monkeypatch.setattr(MODULE, "_on_host", lambda _table: False)
+    with on_cpu("forward"):
+        for mask, same_box in (tumor_mask_and_box(**args), tumor_mask_and_box(**args, box_out=torch.full_like(box, 5))):
+            assert torch.equal(mask, by_cpu_path)
+            assert torch.equal(same_box, box)
+        args["warp"][0, 0, 1, 2, 0] = torch.nan
+        mask, same_box = tumor_mask_and_box(**args)
+        assert not mask.any()
+        assert not same_box.any()
+
+
+def test_empty_batch_and_no_tumour_at_all(on_cpu: KernelsOnCpu) -> None:
     nothing = np.empty((0, 3))
-    assert tumor_mask(nothing.astype(int), nothing, np.empty((0, 3, 2, 3, 3)), (4, 5, 6)).shape == (0, 4, 5, 6)
+    nowhere = np.zeros((2, 1, 3))
+    for context in (None, "forward"):
+        with nullcontext() if context is None else on_cpu(context):
+            mask, box = tumor_mask_and_box(nothing.astype(int), nothing, np.empty((0, 3, 2, 3, 3)), (4, 5, 6))
+            assert (mask.shape, box.shape) == ((0, 4, 5, 6), (0, 2, 3))
+            for num_tumors in (0, 1):  # none in the batch at all, and none but fillers
+                table = nowhere[:, :num_tumors]
+                mask, box = tumor_mask_and_box(
+                    table.astype(int),
+                    table,
+                    np.zeros((2, num_tumors, 3, 2, 3, 3)),
+                    (4, 5, 6),
+                    out=torch.ones(2, 4, 5, 6, dtype=torch.uint8),
+                    box_out=torch.ones(2, 2, 3, dtype=torch.int64),
+                )
+                assert not mask.any()
+                assert not box.any()
+
+
+@pytest.mark.parametrize("offset", range(9))
+def test_every_byte_is_cleared_wherever_memory_begins(on_cpu: KernelsOnCpu, offset: int) -> None:
+    for shape in ((1, 1, 3), (3, 1, 5), (3, 7, 11)):
+        buffer = torch.full((300,), 9, dtype=torch.uint8)
+        out = buffer[offset : offset + int(np.prod(shape))].view(1, *shape)
+        with on_cpu("reverse"):
+            tumor_mask([(0, 0, 0)], [(1, 1, 1)], NO_WARP[None], shape, out=out)
+        assert int(out[0, 0, 0, 0]) == 1
+        assert int(out.sum()) == 1
+        assert int((buffer != 9).sum()) == out.numel()
+
+
+def operator_arguments(with_organ: bool) -> list[Any]:
+    args = batch()
+    center, radii, warp = (torch.from_numpy(args[k])[:, None] for k in ("center_zyx", "radii_zyx", "warp"))
+    return [center, radii, warp, args["organ"] if with_organ else None]
+
+
+@pytest.mark.parametrize("with_organ", [False, True])
+def test_operator_keeps_torchs_rules(with_organ: bool) -> None:
+    center, radii, warp, organ = operator_arguments(with_organ)
+    check_operator(torch.ops.ftengine.tumor_mask.default, (center, radii, warp, [20, 18, 30], organ))
+    buffers = torch.empty(3, 20, 18, 30, dtype=torch.uint8), torch.empty(3, 2, 3, dtype=torch.int64)
+    check_operator(torch.ops.ftengine.tumor_mask_out.default, (center, radii, warp, organ, *buffers))
+
+
+def test_compiled_in_one_graph_it_gives_the_same() -> None:
+    center, radii, warp, organ = operator_arguments(with_organ=True)
+    wanted, wanted_box = tumor_mask_and_box(center, radii, warp, (20, 18, 30), organ)
+    function = compiled(lambda c, r, w, o, **k: tumor_mask_and_box(c + 0, r * 1, w * 1, (20, 18, 30), o > 0, **k))
+    mask, box = function(center, radii, warp, organ)
+    assert torch.equal(mask, wanted)
+    assert torch.equal(box, wanted_box)
+    out, box_out = torch.ones_like(wanted), torch.ones_like(wanted_box)
+    function(center, radii, warp, organ, out=out, box_out=box_out)
+    assert torch.equal(out, wanted)
+    assert torch.equal(box_out, wanted_box)
+    with pytest.raises(KernelInputError, match="radii_zyx holds -2"):
+        function(center, radii - 4, warp, organ)
+
+
+def test_threads_change_no_bit() -> None:
+    args = batch()
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(tumor_mask_and_box(**args))
+    torch.set_num_threads(threads)
+    for mask, box in results[1:]:
+        assert torch.equal(mask, results[0][0])
+        assert torch.equal(box, results[0][1])
 
 
 GOOD: dict[str, Any] = {
@@ -283,13 +480,46 @@ GOOD: dict[str, Any] = {
     "shape_zyx": (4, 5, 6),
 }
 ORGAN = torch.ones(1, 4, 5, 6, dtype=torch.uint8)
+MEMORY = torch.zeros(128, dtype=torch.uint8)
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("fractional centre", {"center_zyx": [(1.0, 1, 1)]}, r"tumor_mask: center_zyx holds float64; want integers"),
-    ("centre without a batch", {"center_zyx": (1, 1, 1)}, r"center_zyx has shape \(3,\); want \(B, 3\)"),
+    ("centre without a batch", {"center_zyx": (1, 1, 1)}, r"center_zyx has shape \(3,\); want \(B, 3\) or \(B, N, 3\)"),
     (
         "centre elsewhere",
         {"center_zyx": torch.ones(1, 3, device="meta")},
-        r"center_zyx is on meta; want it on the host",
+        r"center_zyx is on meta; want cpu or cuda",
+    ),
+    ("radii elsewhere", {"radii_zyx": torch.ones(1, 3, device="meta")}, r"radii_zyx is on meta; want it on the host"),
+    (
+        "centre not where organ is",
+        {"center_zyx": torch.ones(1, 3, device="meta"), "organ": ORGAN},
+        r"center_zyx is on meta; want cpu, as",
+    ),
+    ("centre of floats in a tensor", {"center_zyx": torch.ones(1, 3)}, r"center_zyx holds float32; want integers"),
+    ("radii in a tensor of booleans", {"radii_zyx": torch.ones(1, 3) > 0}, r"radii_zyx holds bool; want real numbers"),
+    ("radii NaN in a tensor", {"radii_zyx": torch.full((1, 3), torch.nan)}, r"radii_zyx holds NaN or infinity"),
+    ("warp NaN in a tensor", {"warp": torch.full((1, 3, 2, 3, 3), torch.nan)}, r"warp holds NaN or infinity"),
+    (
+        "warp of one tumour for several",
+        {"center_zyx": [[(1, 1, 1)]], "radii_zyx": [[(1, 1, 1)]]},
+        r"want \(1, 1, 3, 2, 3, 3\)",
+    ),
+    ("negative radius", {"radii_zyx": [(1, -2, 1)]}, r"radii_zyx holds -2\.0; want more than 0 voxels, or three zeros"),
+    (
+        "box of another shape",
+        {"box_out": torch.zeros(1, 3, 2, dtype=torch.int64)},
+        r"box_out is torch\.int64 of shape \(1, 3, 2\) on cpu; want",
+    ),
+    ("box of another dtype", {"box_out": torch.zeros(1, 2, 3)}, r"box_out is torch\.float32"),
+    (
+        "box out of order",
+        {"box_out": torch.zeros(1, 3, 2, dtype=torch.int64).transpose(1, 2)},
+        r"Call box_out\.contiguous\(\)",
+    ),
+    (
+        "box in out's memory",
+        {"out": MEMORY[:120].view(1, 4, 5, 6), "box_out": MEMORY[80:128].view(torch.int64).view(1, 2, 3)},
+        r"out shares memory with box_out",
     ),
     ("radii of another batch", {"radii_zyx": np.ones((2, 3))}, r"radii_zyx has shape \(2, 3\); want \(1, 3\)"),
     ("zero radius", {"radii_zyx": [(1, 0, 1)]}, r"radii_zyx holds 0\.0; want more than 0 voxels"),
@@ -317,12 +547,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 @pytest.mark.parametrize(("change", "message"), [pytest.param(*row[1:], id=row[0]) for row in REFUSED])
 def test_wrong_input_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(KernelInputError, match=message):
-        tumor_mask(**(GOOD | change))
-
-
-def test_boxes_name_themselves_in_errors() -> None:
-    with pytest.raises(KernelInputError, match=r"^tumor_boxes: radii_zyx holds"):
-        tumor_boxes([(1, 1, 1)], [(1, -1, 1)], (4, 5, 6))
+        tumor_mask_and_box(**(GOOD | change))
 
 
 @pytest.mark.gpu
@@ -358,16 +583,39 @@ def test_gpu_keeps_the_promises(cuda: torch.device) -> None:
     check_forms_of_arguments(cuda)
     warp = torch.full((3, 3, 2, 3, 3), torch.nan, dtype=torch.float64, device=cuda)
     assert not tumor_mask(**batch(organ=None, warp=warp)).any(), "a warp that is not a number finds no voxel"
-    with pytest.raises(KernelInputError, match="center_zyx is on cuda:0; want it on the host"):
-        tumor_mask(**batch(cuda, center_zyx=torch.zeros(3, 3, dtype=torch.int64, device=cuda)))
+    with pytest.raises(KernelInputError, match="radii_zyx is on cuda:0; want it on the host"):
+        tumor_mask(**batch(cuda, radii_zyx=torch.ones(3, 3, device=cuda)))
     with pytest.raises(KernelInputError, match="warp is on cuda:0; want cpu"):
         tumor_mask(**batch(warp=warp))
+
+
+@pytest.mark.gpu
+def test_gpu_takes_centres_from_the_device(cuda: torch.device) -> None:
+    args = batch(cuda)
+    wanted, wanted_box = tumor_mask_and_box(**args)
+    center = torch.from_numpy(args["center_zyx"]).to(cuda)
+    mask, box = tumor_mask_and_box(**batch(cuda, center_zyx=center))
+    assert same_bits(mask, wanted)
+    assert same_bits(box, wanted_box)
+    assert tumor_mask(**batch(organ=None, center_zyx=center)).device == cuda
+    center[0, 0], center[1, 2] = 2**63 - 1, -(2**63)
+    assert not tumor_mask(**batch(cuda, center_zyx=center)).any()
+
+
+@pytest.mark.gpu
+@FEW
+@given(together=several_tumors())
+def test_gpu_unites_tumours_and_finds_the_box(cuda: torch.device, together: list[Tumor]) -> None:
+    check_union(together, cuda)
 
 
 @pytest.mark.gpu
 def test_gpu_works_on_the_current_stream_without_a_sync(cuda: torch.device) -> None:
     expected = tumor_mask(**batch(cuda))
     late = run_behind_a_late_copy(batch(cuda)["organ"], lambda organ: tumor_mask(**batch(organ=organ)))
+    assert same_bits(late, expected)
+    center = torch.from_numpy(batch()["center_zyx"]).to(cuda)
+    late = run_behind_a_late_copy(center, lambda c: tumor_mask(**batch(cuda, center_zyx=c)))
     assert same_bits(late, expected)
 
 
