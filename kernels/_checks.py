@@ -16,6 +16,8 @@ from ftengine.errors import KernelInputError
 from ftengine.geometry import IntZYX, int_zyx
 
 MASK_DTYPES = (torch.uint8, torch.bool)
+_BATCH_AXES = "batch z y x"
+_NUMERALS = {1: "one axis", 2: "two axes", 3: "three axes", 4: "four axes", 5: "five axes"}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -32,10 +34,11 @@ def require_tensor(
     like: tuple[str, Tensor] | None = None,
     shape: tuple[int, ...] | None = None,
     device: torch.device | None = None,
+    axes: str = _BATCH_AXES,
 ) -> None:
     """Check one batch [B, z, y, x]: type, dtype, axes, memory order, device.
 
-    ``like`` names the tensor whose shape and device are wanted; ``shape`` and ``device`` say the same without a tensor.
+    ``axes`` names the axes of a tensor that is no such batch. ``like`` names the tensor whose shape and device are wanted; ``shape`` and ``device`` say the same without a tensor.
     """
     if not isinstance(tensor, Tensor):
         raise KernelInputError(
@@ -47,14 +50,15 @@ def require_tensor(
             f"{where}: {name} is {dtype_name(tensor.dtype)}; want {wanted}. "
             f"Convert it: {name}.to(torch.{dtype_name(dtypes[0])})."
         )
-    if tensor.ndim != 4:
+    if tensor.ndim != len(axes.split()):
+        example = f" (a channel axis of 1: {name}[:, 0])" if axes == _BATCH_AXES else ""
         raise KernelInputError(
-            f"{where}: {name} has shape {tuple(tensor.shape)}; want four axes, batch z y x. "
-            f"Add or drop an axis (a channel axis of 1: {name}[:, 0])."
+            f"{where}: {name} has shape {tuple(tensor.shape)}; want {_NUMERALS[len(axes.split())]}, {axes}. "
+            f"Add or drop an axis{example}."
         )
     if like is not None:
         shape, device = tuple(like[1].shape), like[1].device
-    origin = f"that of {like[0]}" if like is not None else "batch z y x"
+    origin = f"that of {like[0]}" if like is not None else axes
     if shape is not None and tuple(tensor.shape) != shape:
         raise KernelInputError(
             f"{where}: {name} has shape {tuple(tensor.shape)}; want {shape}, {origin}. "
@@ -78,11 +82,22 @@ def require_device(where: str, name: str, device: torch.device) -> None:
         raise KernelInputError(f"{where}: {name} is on {device}; want cpu or cuda. Move it: {name}.to('cpu').")
 
 
-def require_buffer(where: str, out: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
+def require_buffer(
+    where: str,
+    out: Tensor,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    device: torch.device,
+    *,
+    name: str = "out",
+    axes: str = _BATCH_AXES,
+) -> None:
     """Check the looks of an ``out`` tensor; ``require_apart`` looks at its memory, where addresses are known."""
-    require_tensor(where, "out", out, (dtype,), shape=shape, device=device)
+    require_tensor(where, name, out, (dtype,), shape=shape, device=device, axes=axes)
     if out.requires_grad:
-        raise KernelInputError(f"{where}: out requires a gradient; want a plain buffer. Pass out.detach(), or no out.")
+        raise KernelInputError(
+            f"{where}: {name} requires a gradient; want a plain buffer. Pass {name}.detach(), or no out."
+        )
 
 
 def require_apart(

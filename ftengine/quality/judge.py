@@ -23,7 +23,9 @@ class SegmenterJudge:
         any_tumor: bool = False,
         strict: bool = False,
     ) -> None:
-        """segmenter: float32 [B, 1, z, y, x] -> logits [B, classes, z, y, x], in eval mode. Threshold None keeps every patch."""
+        """segmenter: float32 [B, 1, z, y, x] -> logits [B, classes, z, y, x], float of any width, in eval mode; its classes are
+        the region's values. Threshold None keeps every patch.
+        """
         self._segmenter = segmenter
         self._threshold = config.threshold
         self._tumor_values = region.tumor_values
@@ -35,12 +37,9 @@ class SegmenterJudge:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Judge painted patches: (P float32 [B], passed bool [B]). image: [B, 1, z, y, x]; mask: uint8 [B, z, y, x]."""
         with torch.no_grad():
-            classes = self._segmenter(image).argmax(1)
-        if self._any_tumor:
-            predicted = torch.isin(classes, torch.tensor(self._tumor_values, device=classes.device))
-        else:
-            predicted = classes == torch.tensor(tumor_values, device=classes.device).view(-1, 1, 1, 1)
-        proportion = tumor_proportion(predicted, mask)
+            logits = self._segmenter(image).contiguous()
+        classes = self._tumor_values if self._any_tumor else torch.tensor(tumor_values, dtype=torch.int64)
+        proportion = tumor_proportion(logits, mask, tumor_classes=classes)
         if self._threshold is None:
             return proportion, torch.ones_like(proportion, dtype=torch.bool)
         passed = proportion > self._threshold if self._strict else proportion >= self._threshold

@@ -55,6 +55,24 @@ def test_the_threshold_is_inclusive(threshold: float | None, expected: bool) -> 
     assert judge(torch.zeros(1, 1, 1, 2, 2), mask, [2])[1].tolist() == [expected]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("any_tumor", [False, True])
+def test_judge_says_what_argmax_and_a_comparison_say(dtype: torch.dtype, *, any_tumor: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn((4, 7, 5, 6, 7), generator=generator).round(decimals=1).to(dtype)  # with ties
+    mask = (torch.rand((4, 5, 6, 7), generator=generator) < 0.4).to(torch.uint8)
+    mask[3] = 0
+    own = torch.tensor([2, 6, 4, 2])
+    classes = logits.argmax(1)
+    seen = torch.isin(classes, torch.tensor(REGION.tumor_values)) if any_tumor else classes == own.view(-1, 1, 1, 1)
+    hits, voxels = ((m & (mask == 1)).flatten(1).sum(1) for m in (seen, torch.ones_like(seen)))
+    wanted = (hits.double() / voxels.clamp(min=1)).float()
+    judge = SegmenterJudge(lambda _image: logits, QualityConfig(threshold=0.2), REGION, any_tumor=any_tumor)
+    proportion, passed = judge(torch.zeros(4, 1, 5, 6, 7), mask, own.tolist())
+    assert torch.equal(proportion, wanted)
+    assert torch.equal(passed, wanted >= 0.2)
+
+
 def _painted(*, passed: bool, organ: str = "liver", size: str = "tiny", draws: int = 1) -> Painted:
     return Painted(organ, size, ((0, 0, 0),), ((1.0, 1.0, 1.0),), 10, 0.9 if passed else 0.1, passed, draws)
 
