@@ -52,6 +52,7 @@ class Inputs:
     warp: Tensor
     texture_sigma: Tensor
     edge_sigma: Tensor
+    edge_reach: Tensor  # int64 [2, 3], what the edge's window adds to a box
     margin: IntZYX
     logits: Tensor
     raw_image: Tensor  # a padded read: int16 HU
@@ -70,6 +71,8 @@ def make_inputs(size_class: str, batch: int, patch_zyx: IntZYX, device: torch.de
     drawn = [draw_patch(["liver"], config.synthesis, spacing, seed=0, epoch=0, index=i) for i in range(batch)]
     patches = [d for d in drawn if d is not None]
     rng = np.random.default_rng(0)
+    edge_sigma = mm_to_vox(EDGE_SIGMA_MM, spacing)
+    reach = [int(4 * sigma + 0.5) for sigma in edge_sigma]
     tensor = torch.from_numpy
     shape = (batch, *patch_zyx)
     padded = (batch, *(n + 8 for n in patch_zyx))
@@ -81,7 +84,8 @@ def make_inputs(size_class: str, batch: int, patch_zyx: IntZYX, device: torch.de
         radii=torch.tensor([p.tumors[0].radii_vox_zyx for p in patches], dtype=torch.float64),
         warp=tensor(np.stack([p.tumors[0].warp for p in patches])),
         texture_sigma=torch.tensor([mm_to_vox(p.texture_sigma_mm, spacing) for p in patches], dtype=torch.float64),
-        edge_sigma=torch.tensor(mm_to_vox(EDGE_SIGMA_MM, spacing), dtype=torch.float64),
+        edge_sigma=torch.tensor(edge_sigma, dtype=torch.float64),
+        edge_reach=torch.tensor([[-n for n in reach], reach], dtype=torch.int64).to(device),
         margin=tuple(int(n) for n in mm_to_vox(config.synthesis.center_margin_mm, spacing)),  # type: ignore[arg-type]  # three
         logits=tensor(rng.standard_normal((batch, _CLASSES, *patch_zyx), dtype=np.float32)).to(device),
         raw_image=tensor(rng.integers(-1000, 1000, padded, dtype=np.int16)).to(device),
@@ -98,8 +102,8 @@ def hard_chain(inputs: Inputs, center: Tensor) -> Tensor:
 
 def soft_chain(inputs: Inputs, center: Tensor) -> Tensor:
     """The same with a soft edge that fades inside the organ: two blurs, as in the released code."""
-    reach = tuple(int(4 * sigma + 0.5) for sigma in inputs.edge_sigma.tolist())
-    mask, box = tumor_mask_and_box(center, inputs.radii, inputs.warp, inputs.shape, inputs.organ, margin_zyx=reach)
+    mask, box = tumor_mask_and_box(center, inputs.radii, inputs.warp, inputs.shape, inputs.organ)
+    box = box + inputs.edge_reach
     soft = gaussian_blur(mask.to(torch.float32), inputs.edge_sigma, box=box)
     texture = gaussian_blur(inputs.x, inputs.texture_sigma, box=box)
     return masked_blend(inputs.x, inputs.g, texture, soft)
@@ -257,16 +261,14 @@ def _mixed(batch: int, patch_zyx: IntZYX, device: torch.device) -> Inputs:
 
 
 def _run_on_gpu(patch_zyx: IntZYX, batches: Sequence[int], rounds: int) -> dict[str, Any]:
-    """Each kernel on a mixed batch, the chains launched one by one and as a CUDA graph; host syncs are errors throughout."""
+    """Each kernel and the chains on a mixed batch, launched one by one; a host sync is an error throughout."""
     device = torch.device("cuda", torch.cuda.current_device())
     copy_s, copied = _copy_samples(device, rounds)
     document: dict[str, Any] = {"copy_bytes": copied, "copy_s": copy_s, "batches": {}}
     for batch in batches:
         inputs = _mixed(batch, patch_zyx, device)
         cases = make_cases(inputs)
-        center = choose_center(inputs.organ, inputs.margin, inputs.draws)
         calls: dict[str, Callable[[], object]] = {case.name: case.call for case in cases}
-        calls["mask, texture, blend; CUDA graph"] = _graph_of(lambda i=inputs, c=center: hard_chain(i, c))
         samples = _gpu_samples(calls, rounds)
         document["batches"][str(batch)] = {
             name: {
@@ -306,19 +308,6 @@ def _gpu_samples(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict
             ended.synchronize()
             samples[name].append(started.elapsed_time(ended) / 1e3 / _WARM_LAUNCHES)
     return samples
-
-
-def _graph_of(call: Callable[[], object]) -> Callable[[], object]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 # ---- what is printed ----
