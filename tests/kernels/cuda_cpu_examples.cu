@@ -15,6 +15,13 @@ extern "C" __global__ void mirror_without_barrier(int* out, const int* in) {
     out[threadIdx.x] = values[blockDim.x - 1 - threadIdx.x];
 }
 
+// The largest value that is not negative, by its bits; every thread brings one.
+extern "C" __global__ void largest(float* out, unsigned* bits, const float* values) {
+    atomicMax(bits, __float_as_uint(values[threadIdx.x]));
+    __syncthreads();
+    if (threadIdx.x == 0) out[0] = __uint_as_float(*bits);
+}
+
 // A barrier that half of the block never meets.
 extern "C" __global__ void divergent_barrier(int* out) {
     if (threadIdx.x < blockDim.x / 2) __syncthreads();
@@ -44,11 +51,4 @@ extern "C" __global__ void sum_of_places(unsigned long long* out) {
 
 extern "C" __global__ void scale(double* values, double factor, float offset, int count, long long stride) {
     for (int i = 0; i < count; ++i) values[i * stride] = values[i * stride] * factor + offset;
-}
-
-// The largest value that is not negative, by its bits; every thread brings one.
-extern "C" __global__ void largest(float* out, unsigned* bits, const float* values) {
-    atomicMax(bits, __float_as_uint(values[threadIdx.x]));
-    __syncthreads();
-    if (threadIdx.x == 0) out[0] = __uint_as_float(*bits);
 }
