@@ -14,12 +14,13 @@ for the device.
 if __name__ != "ftengine.kernels":
     raise ImportError(f"import ftengine.kernels, not {__name__}: the folder is part of the package ftengine")
 
+from ftengine.kernels.choose_center import choose_center
 from ftengine.kernels.gaussian_blur import gaussian_blur
 from ftengine.kernels.masked_blend import masked_blend
 from ftengine.kernels.tumor_mask import tumor_mask, tumor_mask_and_box
 from ftengine.kernels.tumor_proportion import tumor_proportion
 from ftengine.vml import settle
 
-__all__ = ["gaussian_blur", "masked_blend", "tumor_mask", "tumor_mask_and_box", "tumor_proportion"]
+__all__ = ["choose_center", "gaussian_blur", "masked_blend", "tumor_mask", "tumor_mask_and_box", "tumor_proportion"]
 
 settle()  # the CPU paths use torch from several threads

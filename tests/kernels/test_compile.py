@@ -28,7 +28,13 @@ def nvrtc_library() -> Path:
 
 
 def test_there_is_a_source_for_each_kernel() -> None:
-    assert SOURCES == ["gaussian_blur.cu", "masked_blend.cu", "tumor_mask.cu", "tumor_proportion.cu"]
+    assert SOURCES == [
+        "choose_center.cu",
+        "gaussian_blur.cu",
+        "masked_blend.cu",
+        "tumor_mask.cu",
+        "tumor_proportion.cu",
+    ]
     assert all(_compile.source(file).is_file() for file in SOURCES)
 
 
