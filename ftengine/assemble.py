@@ -13,6 +13,7 @@ from torch import nn
 from ftengine.config import Config
 from ftengine.errors import ConfigError
 from ftengine.geometry import Box, FloatZYX, int_zyx
+from ftengine.kernels import choose_center
 from ftengine.loader.loader import Loader
 from ftengine.loader.pipeline import PatchPipeline
 from ftengine.loader.plan import Mix, Plan
@@ -20,7 +21,7 @@ from ftengine.loader.stages import Stage
 from ftengine.quality.gate import QualityGate, Tally
 from ftengine.quality.judge import SegmenterJudge
 from ftengine.store.reader import Store, open_store
-from ftengine.synthesis.center import choose_center
+from ftengine.synthesis.center import margin_vox
 from ftengine.synthesis.engine import Address, Generator, Judge, Synthesizer
 from ftengine.training.checkpoint import load_generator, load_segmenter
 from ftengine.training.run import Progress, TrainingResult
@@ -351,9 +352,9 @@ def _working_box(config: Config, inside: NDArray[np.bool_], seed: int, spacing: 
     patch = config.region.patch_zyx
     if all(n <= p for n, p in zip(shape, patch, strict=True)):
         return Box((0, 0, 0), shape)
-    center = choose_center(
-        inside, config.synthesis.center_margin_mm, spacing, float(np.random.default_rng(seed).random())
-    )
+    margin = margin_vox(config.synthesis.center_margin_mm, spacing)
+    organ = torch.from_numpy(np.ascontiguousarray(inside))[None]
+    center = int_zyx(choose_center(organ, margin, [np.random.default_rng(seed).random()])[0, 0].tolist())
     size = int_zyx(min(n, p) for n, p in zip(shape, patch, strict=True))
     origin = int_zyx(min(max(c - s // 2, 0), n - s) for c, s, n in zip(center, size, shape, strict=True))
     return Box(origin, size)

@@ -14,6 +14,7 @@ for the device. ``texture_field`` alone is made from numbers, once, and takes th
 if __name__ != "ftengine.kernels":
     raise ImportError(f"import ftengine.kernels, not {__name__}: the folder is part of the package ftengine")
 
+from ftengine.kernels.choose_center import choose_center
 from ftengine.kernels.gaussian_blur import gaussian_blur
 from ftengine.kernels.masked_blend import masked_blend
 from ftengine.kernels.texture_field import texture_field
@@ -22,6 +23,7 @@ from ftengine.kernels.tumor_proportion import tumor_proportion
 from ftengine.vml import settle
 
 __all__ = [
+    "choose_center",
     "gaussian_blur",
     "masked_blend",
     "texture_field",

@@ -1,4 +1,4 @@
-"""Where a tumour's centre goes: a voxel of the eroded organ, drawn uniformly; an organ too thin to erode uses its own voxels."""
+"""Where a tumour's centre goes: the margin of ``kernels.choose_center`` in voxels, and the law of the released code."""
 
 import numpy as np
 import scipy.ndimage as ndi
@@ -7,44 +7,9 @@ from numpy.typing import NDArray
 from ftengine.geometry import FloatZYX, IntZYX, int_zyx, mm_to_vox
 
 
-def choose_center(organ: NDArray[np.bool_], margin_mm: float, spacing_mm_zyx: FloatZYX, draw: float) -> IntZYX:
-    """A voxel of ``organ`` at least ``margin_mm`` from its border along every axis, or any of its voxels where there is none.
-
-    organ: bool [z, y, x] with at least one voxel. The patch's border counts as organ, since the organ goes on behind it.
-    ``draw`` in [0, 1) picks the voxel in C order. Source: design of the engine; the released code erodes one slice by 5 x 5 voxels
-    and falls back to the point (0, 0, 0), which wastes the patch (reference 1.4).
-    """
-    box = ndi.find_objects(organ.astype(np.uint8))[0]
-    inner = organ[box]
-    margin = [int(m) for m in mm_to_vox(margin_mm, spacing_mm_zyx)]
-    for axis, steps in enumerate(margin):
-        inner = _eroded(inner, organ, box, axis, steps)
-    flat = np.flatnonzero(inner)
-    if not len(flat):
-        inner = organ[box]
-        flat = np.flatnonzero(inner)
-    picked = np.unravel_index(flat[int(draw * len(flat))], inner.shape)
-    return int_zyx(int(p) + s.start for p, s in zip(picked, box, strict=True))
-
-
-def _eroded(
-    inner: NDArray[np.bool_], organ: NDArray[np.bool_], box: tuple[slice, ...], axis: int, steps: int
-) -> NDArray[np.bool_]:
-    """Erosion along one axis by ``steps`` voxels; beyond the organ's box lies background, beyond the patch lies organ."""
-    if steps < 1:
-        return inner
-    before = box[axis].start == 0
-    after = box[axis].stop == organ.shape[axis]
-    padding = [(0, 0)] * 3
-    padding[axis] = (steps, steps)
-    padded = np.pad(inner, padding)
-    first, last = [slice(None)] * 3, [slice(None)] * 3
-    first[axis], last[axis] = slice(0, steps), slice(padded.shape[axis] - steps, None)
-    padded[tuple(first)], padded[tuple(last)] = before, after
-    kept = ndi.minimum_filter1d(padded.view(np.uint8), 2 * steps + 1, axis=axis)
-    middle = [slice(None)] * 3
-    middle[axis] = slice(steps, padded.shape[axis] - steps)
-    return kept[tuple(middle)].astype(bool)
+def margin_vox(margin_mm: float, spacing_mm_zyx: FloatZYX) -> IntZYX:
+    """The whole voxels in ``margin_mm`` along each axis, as ``kernels.choose_center`` takes them."""
+    return int_zyx(mm_to_vox(margin_mm, spacing_mm_zyx))
 
 
 def choose_center_released(organ: NDArray[np.bool_], draw: tuple[float, float]) -> IntZYX:

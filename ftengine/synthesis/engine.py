@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 
 from ftengine.config import RegionConfig, SynthesisConfig
-from ftengine.geometry import FloatZYX, IntZYX, mm_to_vox
-from ftengine.kernels import gaussian_blur, masked_blend, tumor_mask
-from ftengine.synthesis.center import choose_center, choose_center_released
+from ftengine.geometry import FloatZYX, IntZYX, int_zyx, mm_to_vox
+from ftengine.kernels import choose_center, gaussian_blur, masked_blend, tumor_mask
+from ftengine.synthesis.center import choose_center_released, margin_vox
 from ftengine.synthesis.released import ABDOMEN_SIGMAS, CHEST_SIGMAS, TextureFields, released_blend
 from ftengine.synthesis.shape import PatchDraw, draw_patch, organs_in_patch
 from ftengine.types import Painted
@@ -218,7 +218,8 @@ class Synthesizer:
     def _center(self, organ: NDArray[np.bool_], draw: tuple[float, float]) -> IntZYX:
         if self.config.variant == "released":
             return choose_center_released(organ, draw)
-        return choose_center(organ, self.config.center_margin_mm, self._spacing, draw[0])
+        margin = margin_vox(self.config.center_margin_mm, self._spacing)
+        return int_zyx(choose_center(torch.from_numpy(organ)[None], margin, [draw[0]])[0, 0].tolist())
 
     def _blend_released(self, x: torch.Tensor, g: torch.Tensor, placement: Placement) -> torch.Tensor:
         shape = (x.shape[1], x.shape[2], x.shape[3])

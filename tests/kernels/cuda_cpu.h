@@ -5,7 +5,7 @@
 // they are resumed in the same order. Between two barriers the threads therefore run strictly in turn: a kernel that
 // lacks a barrier gives results that depend on the order, which a test finds by running two orders.
 //
-// Not here: warps (no shuffle, no __syncwarp), several blocks at once, speed. A static __shared__ array keeps the
+// Not here: warps (no shuffle, no __syncwarp; a ballot waits for the whole block), several blocks at once, speed. A static __shared__ array keeps the
 // values of the block before; dynamic shared memory is filled with NaN for each block and watched at its end.
 
 #pragma once
@@ -192,6 +192,26 @@ static inline int min(int a, int b) { return a < b ? a : b; }
 static inline int max(int a, int b) { return a > b ? a : b; }
 
 static inline void __threadfence() {}
+
+static inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+static inline int __ffs(int bits) { return __builtin_ffs(bits); }
+
+// Bit i: whether lane i of the warp brings a number that is not 0. Waits for the whole block, so all its threads must
+// call it, and all lanes must be named.
+static inline unsigned __ballot_sync(unsigned mask, int predicate) {
+    static bool votes[1024 + 32];
+    const unsigned thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
+    if (mask != 0xffffffffu) __builtin_trap();
+    votes[thread] = predicate != 0;
+    cuda_cpu::wait_at_barrier();
+    unsigned ballot = 0;
+    for (unsigned lane = 0; lane < 32; ++lane) {
+        const unsigned other = thread / 32 * 32 + lane;
+        if (other < cuda_cpu::order.size() && votes[other]) ballot |= 1u << lane;
+    }
+    cuda_cpu::wait_at_barrier();  // before the next vote
+    return ballot;
+}
 
 static inline void __syncthreads() { cuda_cpu::wait_at_barrier(); }
 

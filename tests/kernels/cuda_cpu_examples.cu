@@ -52,3 +52,15 @@ extern "C" __global__ void sum_of_places(unsigned long long* out) {
 extern "C" __global__ void scale(double* values, double factor, float offset, int count, long long stride) {
     for (int i = 0; i < count; ++i) values[i * stride] = values[i * stride] * factor + offset;
 }
+
+// Each warp's vote on odd values, and over a block of any size the range of its values, by atomics.
+extern "C" __global__ void vote_and_range(unsigned* ballots, long long* range, const int* values) {
+    const int value = values[threadIdx.x];
+    const unsigned odd = __ballot_sync(0xffffffffu, value % 2 != 0), large = __ballot_sync(0xffffffffu, value >= 50);
+    ballots[2 * threadIdx.x] = odd;
+    ballots[2 * threadIdx.x + 1] = large;
+    atomicMin(&range[0], (long long)value);
+    atomicMax(&range[1], (long long)value);
+    __threadfence();
+    if (atomicAdd(&range[2], 1LL) == blockDim.x - 1) range[3] = min(__popc(odd), 1000) + max(__ffs(8), 0);
+}

@@ -30,6 +30,7 @@ def nvrtc_library() -> Path:
 
 def test_there_is_a_source_for_each_kernel() -> None:
     assert SOURCES == [
+        "choose_center.cu",
         "gaussian_blur.cu",
         "masked_blend.cu",
         "texture_field.cu",

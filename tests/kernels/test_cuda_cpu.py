@@ -79,6 +79,24 @@ def test_largest_value_is_found_by_its_bits(folder: Path, order: str) -> None:
     assert bits[0] == values.view(np.uint32).max()
 
 
+@pytest.mark.parametrize("order", THREAD_ORDERS)
+def test_warps_vote_and_atomics_find_the_range(folder: Path, order: str) -> None:
+    """Two whole warps and a part of one; the thread that comes last knows it."""
+    values = np.random.default_rng(0).integers(0, 100, 80, dtype=np.int32)
+    ballots, ends = np.zeros((80, 2), dtype=np.uint32), np.array([1000, -1, 0, 0])
+    CpuModule(EXAMPLES, folder, order=order).get_function("vote_and_range")(
+        (1,), (80,), (pointer(ballots), pointer(ends), pointer(values))
+    )
+    lanes = np.arange(80) % 32
+    for column, flags in enumerate((values % 2 != 0, values >= 50)):
+        for start in (0, 32, 64):
+            warp = slice(start, start + 32)
+            assert (ballots[warp, column] == np.sum(flags[warp].astype(np.int64) << lanes[warp])).all()
+    last = {"forward": 79, "reverse": 0, "shuffled": int(np.random.default_rng(0).permutation(80)[-1])}[order]
+    odd_in_warp = int((values[last // 32 * 32 : last // 32 * 32 + 32] % 2).sum())
+    assert ends.tolist() == [values.min(), values.max(), 80, odd_in_warp + 4]
+
+
 def test_scalars_arrive_in_the_parameters_types(folder: Path) -> None:
     values = np.array([1.0, 0.0, 2.0, 0.0, 3.0])
     CpuModule(EXAMPLES, folder).get_function("scale")(
