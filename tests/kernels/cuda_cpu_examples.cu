@@ -45,3 +45,15 @@ extern "C" __global__ void sum_of_places(unsigned long long* out) {
 extern "C" __global__ void scale(double* values, double factor, float offset, int count, long long stride) {
     for (int i = 0; i < count; ++i) values[i * stride] = values[i * stride] * factor + offset;
 }
+
+struct Weights {
+    int count;
+    double of[3];
+};
+
+// A struct by value, and a bound on registers.
+extern "C" __global__ __launch_bounds__(32, 2) void weigh(double* out, const __grid_constant__ Weights weights) {
+    double sum = 0;
+    for (int i = 0; i < weights.count; ++i) sum += weights.of[i];
+    out[0] = sum;
+}
