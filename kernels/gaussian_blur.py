@@ -4,8 +4,10 @@ The boundary is half-sample symmetric, so the blur of one axis is a symmetric ma
 the backward pass is the forward pass on the gradient.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
+import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -13,201 +15,570 @@ from torch import Tensor
 
 from ftengine.errors import KernelInputError
 from ftengine.kernels import _launch
-from ftengine.kernels._checks import host_floats, require_output, require_tensor
+from ftengine.kernels._checks import (
+    dtype_name,
+    host_floats,
+    host_integers,
+    refuse_gradient,
+    require_apart,
+    require_buffer,
+    require_tensor,
+)
+from ftengine.kernels._ops import register
+from ftengine.kernels._threads import for_each
 
 TRUNCATE = 4.0  # the window ends at this many sigmas: SciPy's default, and what the released code uses
 MAX_LINE_VOX = 12_288  # an axis and its window at both ends must fit the 48 KiB of shared memory of every device
+MAX_LINE_VOX_FLOAT64 = MAX_LINE_VOX // 2
+COMPILE_OPTIONS = ("--fmad=false",)  # the CPU path rounds each product, so the kernels must
 
 _NAME = "gaussian_blur"
 _FILE = "gaussian_blur.cu"
-_THREADS = 256
-_SHARED_FLOATS = MAX_LINE_VOX
-_ROWS_PER_PRODUCT = 96
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_THREADS = 256  # of every block
+
+# The kernel that does all axes in one pass; constants of the .cu file.
+_MAX_RADIUS = 8
+_TILE_X = 32
+_TILE_Y = {torch.float32: 32, torch.float64: 16}
+_SAMPLES = {torch.float32: 16, torch.float64: 8}  # of one launch
+_BLOCKS_PER_MULTIPROCESSOR = 2
+_MOST_CHUNKS = 32
+
+Regions: TypeAlias = NDArray[np.int64]  # [B, 2, 3]: first voxel z y x, and the one behind the last
 
 
-def gaussian_blur(x: Tensor, sigma_vox_zyx: Any, *, out: Tensor | None = None) -> Tensor:
+def gaussian_blur(x: Tensor, sigma_vox_zyx: Any, *, box: Any = None, out: Tensor | None = None) -> Tensor:
     """Blur each sample as ``scipy.ndimage.gaussian_filter(sample, sigma, mode="reflect", truncate=4)`` does.
 
-    x: [B, z, y, x] float32, C-contiguous, cpu or cuda; finite (a NaN spreads over its window, on the CPU further).
+    x: [B, z, y, x] float32, float64, float16 or bfloat16, C-contiguous, cpu or cuda. A NaN or an infinity spreads over
+        the voxels whose windows hold it and no further.
     sigma_vox_zyx: standard deviation in voxels, z y x, finite and >= 0: one triple for all samples or [B, 3]; nested
         sequence, NumPy array or CPU tensor (it decides the launch, so it must be on the host). An axis with 0, or
-        with less than 1/8 voxel, where the window is one voxel, is left untouched bit for bit.
-    out: float32 of x's shape and device, or None; may be x itself. Only where no gradient is required.
+        with less than 1/8 voxel, where the window is one voxel, is left untouched bit for bit (a NaN stays a NaN).
+    box: the voxels to compute, integers [B, 2, 3]: first voxel z y x, and the one behind the last. None for all. From
+        the host (nested sequence, array, CPU tensor) a box must lie in the volume, and may be empty. An int64 tensor on
+        x's device is not looked at: the kernel clamps it to the volume, and first >= last is empty.
+    out: of x's dtype, shape and device, or None; may be x itself. Only where no gradient is required.
 
-    Returns ``out`` or a new tensor. Differentiable in x. A sample's result does not depend on its batch-mates.
-    Accuracy: the CPU path sums in float64 and rounds once. The CUDA kernel sums in float32 and stores float32 between
-    the axes: off by at most (2 r + 4) 2**-24 max|x| for each axis, r the radius of its window.
+    Returns ``out`` or a new tensor. Inside the box are the bits of the whole blur; outside, ``out`` keeps what it held,
+    and a new tensor is 0. Differentiable in x as often as wanted: the gradient is the blur of the incoming one, which
+    counts as 0 outside the box. Not in sigma. A sample's result does not depend on its batch-mates.
+    Accuracy: x is summed first, then y, then z; each product and each sum is rounded once, in float64 for float64 and
+    in float32 for the others, from weights computed in float64. With N = the sum of 2 r + 2 over the axes with a
+    radius r = int(4 sigma + 0.5) > 0 a result is off by at most N u / (1 - N u) max|x|, u = 2**-24 or 2**-53 (and
+    underflow); float16 and bfloat16 results are rounded once more, at the end. CPU and CUDA give the same bits.
+    Memory on CUDA: none besides the result, but a copy of x where ``out`` is x, and, where a radius exceeds 8, one
+    tensor of float32 (float64) like x if there is a box or x is float16 or bfloat16. Up to radius 8 and with sigma and
+    host boxes fixed, a call can be captured in a CUDA graph; a box on the device may change between replays.
     Raises KernelInputError, before any launch, for a wrong type, dtype, shape, device or memory order, a sigma that
-    is negative or not finite, and an axis that with its window exceeds 12,288 voxels.
+    is negative, not finite or requires a gradient, a host box that leaves the volume, an axis that with its window
+    exceeds 12,288 voxels (float64: 6,144), and a graph capture with a radius above 8.
     Source: FreeTumor, Eq. 1 (g, "the Gaussian filter to blur the textures"); truncation and boundary are those of
     the released code's blurs.
     """
-    require_tensor(_NAME, "x", x, (torch.float32,))
-    sigma = _sigma_rows(sigma_vox_zyx, x)
-    if torch.is_grad_enabled() and x.requires_grad:
-        if out is not None:
-            raise KernelInputError(
-                f"{_NAME}: out was given but x requires a gradient; want a new tensor. "
-                "Drop out, or call under torch.no_grad()."
-            )
-        blurred: Tensor = _Blur.apply(x, sigma)
+    require_tensor(_NAME, "x", x, _DTYPES)
+    sigma = _sigma_table(sigma_vox_zyx, x)
+    boxes = None if box is None else _box_table(box, x)
+    if out is None:
+        blurred: Tensor = _blur(x, sigma, boxes, None)
         return blurred
-    out = require_output(_NAME, out, torch.float32, tuple(x.shape), x.device, may_be=[("x", x)])
-    _blur(x, sigma, out)
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise KernelInputError(
+            f"{_NAME}: out was given but x requires a gradient; want a new tensor. "
+            "Drop out, or call under torch.no_grad()."
+        )
+    require_buffer(_NAME, out, x.dtype, tuple(x.shape), x.device)
+    _blur_out(x, sigma, boxes, out)
     return out
 
 
-def window(sigma_vox: float) -> NDArray[np.float64]:
-    """Weights of the 2 r + 1 taps for one sigma, summing to 1, with SciPy's radius r = int(4 sigma + 0.5)."""
-    radius = int(TRUNCATE * sigma_vox + 0.5)
-    if radius == 0:
-        return np.ones(1)
-    weights: NDArray[np.float64] = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma_vox) ** 2)
-    return weights / weights.sum()
-
-
-class _Blur(torch.autograd.Function):
-    """The blur with its gradient; applied to the gradient again, so that higher derivatives exist too."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sigma: NDArray[np.float64]) -> Tensor:
-        ctx.sigma = sigma
-        out = torch.empty_like(x)
-        _blur(x.detach(), sigma, out)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gaussian_blur(gradients[0].contiguous(), ctx.sigma), None
-
-
-def _sigma_rows(sigma_vox_zyx: Any, x: Tensor) -> NDArray[np.float64]:
-    """Sigma as [B, 3], checked."""
-    sigma = host_floats(_NAME, "sigma_vox_zyx", sigma_vox_zyx)
-    if sigma.shape not in {(3,), (x.shape[0], 3)}:
+def _sigma_table(sigma_vox_zyx: Any, x: Tensor) -> Tensor:
+    """Sigma as a float64 tensor on the host, [3] or [B, 3]; its values are looked at where they are known."""
+    if isinstance(sigma_vox_zyx, Tensor):
+        refuse_gradient(_NAME, "sigma_vox_zyx", sigma_vox_zyx, "the blur is differentiated in x only")
+        if sigma_vox_zyx.device.type != "cpu" or sigma_vox_zyx.is_complex() or sigma_vox_zyx.dtype == torch.bool:
+            host_floats(_NAME, "sigma_vox_zyx", sigma_vox_zyx)  # says what is wrong with it
+        sigma = sigma_vox_zyx.to(torch.float64)
+    elif torch.compiler.is_compiling():  # constants of the graph
+        sigma = torch.tensor(sigma_vox_zyx, dtype=torch.float64)
+    else:
+        sigma = torch.from_numpy(host_floats(_NAME, "sigma_vox_zyx", sigma_vox_zyx))
+    if tuple(sigma.shape) not in {(3,), (x.shape[0], 3)}:
         raise KernelInputError(
-            f"{_NAME}: sigma_vox_zyx has shape {sigma.shape}; want (3,) or ({x.shape[0]}, 3): z, y, x in voxels. "
+            f"{_NAME}: sigma_vox_zyx has shape {tuple(sigma.shape)}; want (3,) or ({x.shape[0]}, 3): z, y, x in voxels. "
             "Repeat one value for each axis."
         )
-    if sigma.size and sigma.min() < 0:
-        raise KernelInputError(
-            f"{_NAME}: sigma_vox_zyx holds {sigma.min()}; want 0 or more voxels. "
-            "Check the spacing it was computed with."
-        )
-    padded = np.array(x.shape[1:]) + 2 * np.floor(TRUNCATE * sigma + 0.5)
-    if padded.size and padded.max() > MAX_LINE_VOX:
-        raise KernelInputError(
-            f"{_NAME}: an axis with its window takes {int(padded.max())} voxels (shape_zyx={tuple(x.shape[1:])}, "
-            f"largest sigma {sigma.max()}); want at most {MAX_LINE_VOX}. Give sigma in voxels, not micrometres."
-        )
-    return np.broadcast_to(sigma, (x.shape[0], 3)).astype(np.float64)
+    return sigma
 
 
-def _blur(x: Tensor, sigma: NDArray[np.float64], out: Tensor) -> None:
-    if x.numel() == 0:
-        return
-    if _launch.uses_kernel(x):
-        _blur_by_kernel(x, sigma, out)
+def _box_table(box: Any, x: Tensor) -> Tensor:
+    """Boxes as an int64 tensor [B, 2, 3], on the host or on x's device."""
+    if not isinstance(box, Tensor):
+        if torch.compiler.is_compiling():
+            boxes = torch.tensor(box, dtype=torch.int64)
+        else:
+            boxes = torch.from_numpy(host_integers(_NAME, "box", box))
+    elif box.device.type == "cpu":
+        if box.is_floating_point() or box.is_complex() or box.dtype == torch.bool:
+            host_integers(_NAME, "box", box)  # says what is wrong with it
+        boxes = box.to(torch.int64).contiguous()
+    elif box.device != x.device or box.dtype != torch.int64 or not box.is_contiguous():
+        raise KernelInputError(
+            f"{_NAME}: box is {dtype_name(box.dtype)} on {box.device} with strides {box.stride()}; want int64 in memory "
+            f"order, on the host or on {x.device} like x. Convert it: box.to('{x.device}', torch.int64).contiguous()."
+        )
     else:
-        for sample, result, row in zip(x, out, sigma, strict=True):
-            result.copy_(_blur_sample(sample, row))
+        boxes = box
+    if tuple(boxes.shape) != (x.shape[0], 2, 3):
+        raise KernelInputError(
+            f"{_NAME}: box has shape {tuple(boxes.shape)}; want {(x.shape[0], 2, 3)}: for each sample the first voxel "
+            "z y x and the one behind the last. Repeat one box for each sample."
+        )
+    return boxes
 
 
-def _blur_sample(sample: Tensor, sigma_zyx: NDArray[np.float64]) -> Tensor:
-    """One volume, axis by axis, as matrix products: five times faster here than a weighted sum of shifted copies.
-
-    In float64, which neither autocast nor torch's float32 precision switches touch, and sample by sample, so that
-    nothing but the sample decides its bits.
-    """
-    nz, ny, nx = sample.shape
-    z, y, x = (window(sigma) for sigma in sigma_zyx)
-    if len(z) == len(y) == len(x) == 1:
-        return sample
-    result = sample.to(torch.float64)
-    if len(z) > 1:
-        result = _blur_rows(z, result.view(1, nz, ny * nx)).view(nz, ny, nx)
-    if len(y) > 1:
-        result = _blur_rows(y, result)
-    if len(x) > 1:
-        result = _blur_rows(x, result.view(1, nz * ny, nx).transpose(1, 2)).transpose(1, 2).view(nz, ny, nx)
-    return result
+# ---- the operators ----
 
 
-def _blur_rows(weights: NDArray[np.float64], stack: Tensor) -> Tensor:
-    """Blur [n, rows, columns] along the rows; the result has the strides of ``stack``.
+@dataclass(frozen=True)
+class _Work:
+    """What a call has to do, on the host."""
 
-    Block by block: the rows of one product need only the voxels that their windows reach, so that the cost of a long
-    axis grows with its window, not with the square of its length.
-    """
-    count, num_rows, _ = stack.shape
-    radius = len(weights) // 2
-    out = torch.empty_like(stack)
-    for start in range(0, num_rows, _ROWS_PER_PRODUCT):
-        stop = min(start + _ROWS_PER_PRODUCT, num_rows)
-        first, last = max(0, start - radius), min(num_rows, stop + radius)
-        matrix = _folded_windows(weights, num_rows, start, stop)[:, first:last]
-        torch.bmm(matrix.expand(count, *matrix.shape), stack[:, first:last], out=out[:, start:stop])
+    radii: NDArray[np.int64]  # [B, 3]
+    half_windows: NDArray[np.float64]  # [B, 3, largest radius + 1], by distance from the middle
+    target: Regions  # voxels to write; the whole volume where the device knows better
+    source: Regions  # voxels that do not count as 0; likewise
+
+
+def _run(x: Tensor, sigma: Tensor, box: Tensor | None, source: Tensor | None) -> Tensor:
+    """The blur inside ``box``, 0 outside; x counts as 0 outside ``source``. Each is the other's in the adjoint."""
+    out = torch.empty_like(x) if box is None and source is None else torch.zeros_like(x)
+    _fill(out, x, sigma, box, source)
     return out
 
 
-def _folded_windows(weights: NDArray[np.float64], length: int, start: int, stop: int) -> Tensor:
-    """Rows start..stop of an axis' blur as a matrix: every voxel's weight for the row's, windows folded at the ends."""
-    radius = len(weights) // 2
-    voxels, rows = np.arange(start, stop), np.arange(stop - start)
-    matrix = np.zeros((stop - start, length))
-    for tap, weight in zip(range(-radius, radius + 1), weights, strict=True):
-        inside = (voxels + tap) % (2 * length)
-        matrix[rows, np.where(inside < length, inside, 2 * length - 1 - inside)] += weight
-    return torch.from_numpy(matrix)
+def _run_out(x: Tensor, sigma: Tensor, box: Tensor | None, out: Tensor) -> None:
+    require_apart(_NAME, out, may_be=[("x", x)])
+    _fill(out, x, sigma, box, None)
 
 
-def _blur_by_kernel(x: Tensor, sigma: NDArray[np.float64], out: Tensor) -> None:
-    """One launch an axis; the second and third work in place on ``out``."""
-    batch, *shape = x.shape
-    windows = [[window(sigma[b, axis]) for b in range(batch)] for axis in range(3)]
-    radii = np.array([[len(w) // 2 for w in row] for row in windows], dtype=np.int32)
-    weights = np.zeros((3, batch, 2 * int(radii.max()) + 1), dtype=np.float32)
-    for axis, row in enumerate(windows):
-        for b, w in enumerate(row):
-            weights[axis, b, : len(w)] = w
-    weights_on_device = _launch.to_device(weights, x.device)
-    radii_on_device = _launch.to_device(radii, x.device)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, sigma, box, source = inputs
+    ctx.save_for_backward(sigma, box, source)
 
-    source = x
-    for axis in range(3):
-        largest = int(radii[axis].max())
-        if largest == 0:
+
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    sigma, box, source = ctx.saved_tensors
+    return _blur(grad_out.contiguous(), sigma, source, box), None, None, None
+
+
+def _fill(out: Tensor, x: Tensor, sigma: Tensor, box: Tensor | None, source: Tensor | None) -> None:
+    """Check the values of the tables and blur."""
+    rows = _checked_sigma(sigma, x)
+    target, counted = _checked_regions(box, x), _checked_regions(source, x)
+    if x.numel() == 0:
+        return
+    radii, half_windows = _half_windows(rows)
+    work = _Work(radii, half_windows, _reached(target, counted, radii), counted)
+    if not _launch.uses_kernel(x):
+        for_each(len(x), lambda b: _blur_sample(out[b], x[b], work, b, cut=source is not None))
+        return
+    blur = _blur_at_once if radii.max() <= _MAX_RADIUS else _blur_by_axes
+    blur(out, x, work, box, source)
+
+
+def _is_on_device(table: Tensor) -> bool:
+    return table.is_cuda
+
+
+def _checked_sigma(sigma: Tensor, x: Tensor) -> NDArray[np.float64]:
+    """Sigma as [B, 3]."""
+    rows = host_floats(_NAME, "sigma_vox_zyx", sigma)
+    if rows.size and rows.min() < 0:
+        raise KernelInputError(
+            f"{_NAME}: sigma_vox_zyx holds {rows.min()}; want 0 or more voxels. Check the spacing it was computed with."
+        )
+    padded = np.array(x.shape[1:]) + 2 * np.floor(TRUNCATE * rows + 0.5)
+    most = MAX_LINE_VOX_FLOAT64 if x.dtype == torch.float64 else MAX_LINE_VOX
+    if padded.size and padded.max() > most:
+        raise KernelInputError(
+            f"{_NAME}: an axis with its window takes {int(padded.max())} voxels (shape_zyx={tuple(x.shape[1:])}, "
+            f"largest sigma {rows.max()}); want at most {most}. Give sigma in voxels, not micrometres."
+        )
+    return np.broadcast_to(rows, (x.shape[0], 3))
+
+
+def _checked_regions(table: Tensor | None, x: Tensor) -> Regions:
+    """Boxes on the host, checked; the whole volume for none, and for those that only the device knows."""
+    shape = np.array(x.shape[1:], dtype=np.int64)
+    if table is None or _is_on_device(table):
+        return np.broadcast_to(np.stack([np.zeros_like(shape), shape]), (x.shape[0], 2, 3))
+    boxes = host_integers(_NAME, "box", table)
+    wrong = (boxes[:, 0] < 0) | (boxes[:, 1] < boxes[:, 0]) | (boxes[:, 1] > shape)
+    if wrong.any():
+        b = int(np.flatnonzero(wrong.any(axis=1))[0])
+        raise KernelInputError(
+            f"{_NAME}: box of sample {b} is {boxes[b].tolist()}; want 0 <= first <= last <= {tuple(x.shape[1:])}, z y x. "
+            "Clip it to the volume."
+        )
+    return boxes
+
+
+def _half_windows(sigma: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Radii int(4 sigma + 0.5) as SciPy's, and weights by distance from the middle, one row for each sigma.
+
+    A window's weights sum to 1, the two sides counted; each row is computed as if it were alone.
+    """
+    radii = (TRUNCATE * sigma + 0.5).astype(np.int64)
+    distance = np.arange(int(radii.max()) + 1)
+    inside = distance <= radii[..., None]
+    scaled = distance / np.where(radii > 0, sigma, 1.0)[..., None]
+    weights = np.where(inside, np.exp(-0.5 * scaled**2), 0.0)
+    one_side = np.cumsum(weights[..., 1:], axis=-1)[..., -1:] if distance.size > 1 else 0.0  # term after term
+    return radii, weights / (weights[..., :1] + 2 * one_side)
+
+
+def _window(work: _Work, sample: int, axis: int) -> NDArray[np.float64]:
+    """The 2 r + 1 weights of one window."""
+    half = work.half_windows[sample, axis, : work.radii[sample, axis] + 1]
+    return np.concatenate([half[:0:-1], half])
+
+
+def _reached(target: Regions, source: Regions, radii: NDArray[np.int64]) -> Regions:
+    """What the windows reach of the target from the source: beyond it the blur is 0."""
+    first = np.maximum(target[:, 0], source[:, 0] - radii)
+    last = np.minimum(target[:, 1], source[:, 1] + radii)
+    empty = (source[:, 0] >= source[:, 1]).any(axis=1, keepdims=True)
+    return np.stack([first, np.where(empty, first, last)], axis=1)
+
+
+def _real(x: Tensor) -> torch.dtype:
+    """What is summed in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+# ---- CUDA path ----
+
+
+def _blur_at_once(out: Tensor, x: Tensor, work: _Work, box: Tensor | None, source: Tensor | None) -> None:
+    """All axes in one pass, for windows up to _MAX_RADIUS. Blocks read their neighbours' voxels, so never in place."""
+    boxes, sources = (table if table is not None and _is_on_device(table) else None for table in (box, source))
+    real = _real(x)
+    given = x.clone() if out.data_ptr() == x.data_ptr() else x
+    samples = np.dtype(
+        [
+            ("radius", np.int32, 3),
+            ("target", np.int32, (2, 3)),
+            ("source", np.int32, (2, 3)),
+            ("weight", np.float64 if real == torch.float64 else np.float32, (3, _MAX_RADIUS + 1)),
+        ],
+        align=True,
+    )
+    for start in range(0, len(x), _SAMPLES[real]):
+        part = slice(start, min(start + _SAMPLES[real], len(x)))
+        nz, ny, nx = (int(n) for n in (work.target[part, 1] - work.target[part, 0]).max(axis=0))
+        if min(nz, ny, nx) <= 0:
             continue
-        length = shape[axis]
-        lines = shape[0] * shape[1] * shape[2] // length
-        lines_per_block = _lines_per_block(length + 2 * largest)
+        table = np.zeros(1, np.dtype([("of", samples, _SAMPLES[real])]))
+        rows = table["of"][0, : part.stop - start]
+        rows["radius"], rows["target"], rows["source"] = work.radii[part], work.target[part], work.source[part]
+        rows["weight"][..., : work.half_windows.shape[2]] = work.half_windows[part]
+        tiles_y, tiles_x = -(-ny // _TILE_Y[real]), -(-nx // _TILE_X)
+        tiles = (part.stop - start) * tiles_y * tiles_x
+        chunks = _chunks(tiles, nz, int(work.radii[part, 0].max()), _blocks_at_once(x.device))
+        depth = -(-nz // chunks)
+        chunks = -(-nz // depth)
         _launch.launch(
             _FILE,
-            "blur_axis",
-            (batch * -(-lines // lines_per_block),),
+            f"blur_{dtype_name(x.dtype)}",
+            (tiles * chunks,),
             (_THREADS,),
             (
                 _launch.pointer(out),
-                _launch.pointer(source),
-                _launch.pointer(weights_on_device[axis]),
-                _launch.pointer(radii_on_device[axis]),
-                np.int32(weights.shape[2]),
-                np.int32(length),
-                np.int32(np.prod(shape[axis + 1 :], dtype=np.int64)),
-                np.int32(lines),
-                np.int32(lines_per_block),
+                _launch.pointer(given),
+                table[0],
+                _launch.pointer(boxes),
+                _launch.pointer(sources),
+                *(np.int32(n) for n in (start, *x.shape[1:], tiles_x, tiles_y, chunks, depth)),
             ),
             x.device,
-            shared_bytes=4 * (length + 2 * largest) * (lines_per_block | 1),
+            options=COMPILE_OPTIONS,
         )
-        source = out
-    if source is x and out.data_ptr() != x.data_ptr():
-        out.copy_(x)
 
 
-def _lines_per_block(padded: int) -> int:
+def _chunks(tiles: int, num_planes: int, radius: int, at_once: int) -> int:
+    """Into how many pieces along z the blocks' columns are cut.
+
+    A block marches through its planes and those of its windows, and blocks come in waves of as many as run at once:
+    the fewest planes one after another win.
+    """
+
+    def planes_in_turn(chunks: int) -> int:
+        return -(-tiles * chunks // at_once) * (-(-num_planes // chunks) + 2 * radius)
+
+    return min(range(1, min(num_planes, _MOST_CHUNKS) + 1), key=planes_in_turn)
+
+
+def _blocks_at_once(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1  # a CPU tensor that poses as a CUDA tensor
+    return _BLOCKS_PER_MULTIPROCESSOR * int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _blur_by_axes(out: Tensor, x: Tensor, work: _Work, box: Tensor | None, source: Tensor | None) -> None:
+    """One launch an axis, for windows of any radius; from the first to the last in float32 (float64)."""
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise KernelInputError(
+            f"{_NAME}: a graph is being captured and a window has radius {work.radii.max()}; want at most "
+            f"{_MAX_RADIUS}, since wider ones copy a table from the host. Blur outside the graph, or by smaller sigmas."
+        )
+    real, batch = _real(x), len(x)
+    width = 2 * int(work.radii.max()) + 1
+    windows = np.zeros((3, batch, width), dtype=np.float64 if real == torch.float64 else np.float32)
+    for axis in range(3):
+        for b in range(batch):
+            weights = _window(work, b, axis)
+            windows[axis, b, : len(weights)] = weights
+    windows_on_device = _launch.to_device(windows, x.device)
+    radii_on_device = _launch.to_device(work.radii.T.astype(np.int32), x.device)
+    boxes, sources = (
+        table if table is None or _is_on_device(table) else _launch.to_device(table.numpy(), x.device)
+        for table in (box, source)
+    )
+
+    axes = [axis for axis in (2, 1, 0) if work.radii[:, axis].any()]
+    between = out
+    if len(axes) > 1 and (box is not None or source is not None or x.dtype != real):
+        between = torch.empty_like(x, dtype=real)  # a box keeps what lies around it
+    given = x
+    for axis in axes:
+        result = out if axis == axes[-1] else between
+        largest = int(work.radii[:, axis].max())
+        lines = x[0].numel() // x.shape[axis + 1]
+        lines_per_block = _lines_per_block(x.shape[axis + 1] + 2 * largest, real)
+        _launch.launch(
+            _FILE,
+            f"blur_axis_{dtype_name(given.dtype)}_{dtype_name(result.dtype)}",
+            (batch * -(-lines // lines_per_block),),
+            (_THREADS,),
+            (
+                *(_launch.pointer(t) for t in (result, given, windows_on_device[axis], radii_on_device)),
+                *(_launch.pointer(t) for t in (boxes, sources)),
+                np.int32(source is not None and axis == axes[0]),
+                *(np.int32(n) for n in (axis, batch, width, *x.shape[1:], x.stride(axis + 1), lines, lines_per_block)),
+            ),
+            x.device,
+            options=COMPILE_OPTIONS,
+            shared_bytes=real.itemsize * (x.shape[axis + 1] + 2 * largest) * (lines_per_block | 1),
+        )
+        given = result
+
+
+def _lines_per_block(padded: int, real: torch.dtype) -> int:
     """Most lines, a power of two up to a warp's width, that fit shared memory with their windows; one always does."""
     lines = 32
-    while lines > 1 and padded * (lines | 1) > _SHARED_FLOATS:
+    while lines > 1 and padded * (lines | 1) * real.itemsize > MAX_LINE_VOX * torch.float32.itemsize:
         lines //= 2
     return lines
+
+
+# ---- CPU path ----
+
+
+def _blur_sample(out: Tensor, x: Tensor, work: _Work, b: int, *, cut: bool) -> None:
+    """One volume; x counts as 0 outside the source where it is to be cut."""
+    first, last = work.target[b]
+    if (first >= last).any():
+        return
+    inside = _slices(first, last)
+    radii = work.radii[b]
+    if not cut and not radii.any():
+        out[inside] = x[inside]
+        return
+    real = _real(x)
+    low, high = np.maximum(first - radii, 0), np.minimum(last + radii, x.shape)  # mirrored, windows stay within these
+    if cut:
+        from_, to = np.maximum(work.source[b, 0], low), np.minimum(work.source[b, 1], high)
+        given = torch.zeros(tuple(high - low), dtype=real)
+        given[_slices(from_ - low, to - low)] = x[_slices(from_, to)]
+    elif x.dtype != real:
+        given = x[_slices(low, high)].to(real, memory_format=torch.contiguous_format)
+    else:
+        given, low = x, np.zeros(3, dtype=np.int64)
+    direct = out.dtype == real
+    result = out if direct else torch.empty(tuple(last - first), dtype=real)
+    windows = [_window(work, b, axis).astype(np.float64 if real == torch.float64 else np.float32) for axis in range(3)]
+    _blur_box(
+        result.numpy(),
+        np.zeros(3, dtype=np.int64) if direct else first,
+        given.detach().numpy(),
+        low,
+        np.array(x.shape, dtype=np.int64),
+        first,
+        last,
+        *windows,
+    )
+    if not direct:
+        out[inside] = result.to(out.dtype)
+
+
+def _slices(first: NDArray[np.int64], last: NDArray[np.int64]) -> tuple[slice, ...]:
+    return tuple(slice(int(a), int(b)) for a, b in zip(first, last, strict=True))
+
+
+@numba.njit(nogil=True, cache=True)
+def _blur_box(  # pragma: no cover
+    out: NDArray[Any],
+    out_start: NDArray[np.int64],
+    x: NDArray[Any],
+    x_start: NDArray[np.int64],
+    shape: NDArray[np.int64],
+    first: NDArray[np.int64],
+    last: NDArray[np.int64],
+    window_z: NDArray[Any],
+    window_y: NDArray[Any],
+    window_x: NDArray[Any],
+) -> None:
+    """Blur the voxels first <= i < last of a volume of ``shape``; ``out`` and ``x`` hold the parts from their starts on.
+
+    Plane by plane: along x, along y, into a ring of the planes that a window along z needs; the scratch stays in the
+    core's cache. A plane of ``out`` is written when no window needs that plane of ``x`` any more: they may be the same.
+    """
+    nz, ny, nx = shape
+    z0, y0, x0 = first
+    z1, y1, x1 = last
+    rz, ry, rx = len(window_z) // 2, len(window_y) // 2, len(window_x) // 2
+    height, width = y1 - y0, x1 - x0
+    low_z, low_y, high_y = max(0, z0 - rz), max(0, y0 - ry), min(ny, y1 + ry)
+    pitch = width + 2 * rx
+    size = height * width
+    num_slots = min(2 * rz + 1, min(nz, z1 + rz) - low_z)
+
+    mirrored = np.empty((high_y - low_y) * pitch, x.dtype)
+    along_x = np.empty_like(mirrored)
+    stacked = np.empty((height + 2 * ry) * width, x.dtype)
+    ring = np.empty(num_slots * size, x.dtype)
+    plane = np.empty(size, x.dtype)
+    flat_out = out.reshape(out.size)
+    left, right = np.empty(rx, np.int64), np.empty(rx, np.int64)  # where the mirrored ends of a row come from
+    for i in range(rx):
+        left[i] = _reflected(x0 - rx + i, nx) - x_start[2]
+        right[i] = _reflected(x1 + i, nx) - x_start[2]
+    starts_x = np.arange(2 * rx + 1)
+    starts_y = np.arange(2 * ry + 1) * width
+    starts_z = np.empty(2 * rz + 1, np.int64)
+
+    next_z = low_z
+    for z in range(z0, z1):
+        for arriving in range(next_z, min(nz, z + rz + 1)):
+            for y in range(low_y, high_y):
+                row = x[arriving - x_start[0], y - x_start[1]]
+                line = mirrored[(y - low_y) * pitch : (y - low_y + 1) * pitch]
+                for i in range(rx):
+                    line[i] = row[left[i]]
+                    line[rx + width + i] = row[right[i]]
+                middle, voxels = line[rx : rx + width], row[x0 - x_start[2] : x1 - x_start[2]]
+                for i in range(width):
+                    middle[i] = voxels[i]
+            # one run over all rows: what straddles two of them is not used
+            _sum_taps(along_x, mirrored, starts_x, window_x, len(mirrored) - 2 * rx)
+            for k in range(height + 2 * ry):
+                y = _reflected(y0 - ry + k, ny) - low_y
+                line, voxels = stacked[k * width : (k + 1) * width], along_x[y * pitch : y * pitch + width]
+                for i in range(width):
+                    line[i] = voxels[i]
+            _sum_taps(ring[(arriving - low_z) % num_slots * size :], stacked, starts_y, window_y, size)
+        next_z = max(next_z, min(nz, z + rz + 1))
+        for tap in range(2 * rz + 1):
+            starts_z[tap] = (_reflected(z - rz + tap, nz) - low_z) % num_slots * size
+        whole_rows = width == out.shape[2]
+        start = ((z - out_start[0]) * out.shape[1] + y0 - out_start[1]) * width
+        sums = flat_out[start:] if whole_rows else plane
+        _sum_taps(sums, ring, starts_z, window_z, size)
+        if not whole_rows:
+            for y in range(height):
+                line = out[z - out_start[0], y0 - out_start[1] + y, x0 - out_start[2] : x1 - out_start[2]]
+                voxels = plane[y * width : (y + 1) * width]
+                for i in range(width):
+                    line[i] = voxels[i]
+
+
+@numba.njit(nogil=True, cache=True)
+def _sum_taps(  # pragma: no cover
+    sums: NDArray[Any], values: NDArray[Any], starts: NDArray[np.int64], window: NDArray[Any], count: int
+) -> None:
+    """``sums[i]`` = the sum of ``window[t] * values[starts[t] + i]`` over t, in ascending order, each step rounded.
+
+    Up to eight taps in one sweep: the inner loop becomes vectors, and sums are loaded an eighth as often.
+    """
+    lead = (len(window) - 1) % 8 + 1  # odd, as a window's length is
+    v0, w0 = values[starts[0] :], window[0]
+    if lead == 1:
+        for i in range(count):
+            sums[i] = w0 * v0[i]
+    elif lead == 3:
+        v1, v2 = values[starts[1] :], values[starts[2] :]
+        w1, w2 = window[1], window[2]
+        for i in range(count):
+            sums[i] = w0 * v0[i] + w1 * v1[i] + w2 * v2[i]
+    elif lead == 5:
+        v1, v2, v3, v4 = values[starts[1] :], values[starts[2] :], values[starts[3] :], values[starts[4] :]
+        w1, w2, w3, w4 = window[1], window[2], window[3], window[4]
+        for i in range(count):
+            sums[i] = w0 * v0[i] + w1 * v1[i] + w2 * v2[i] + w3 * v3[i] + w4 * v4[i]
+    else:
+        v1, v2, v3, v4, v5, v6 = (
+            values[starts[1] :],
+            values[starts[2] :],
+            values[starts[3] :],
+            values[starts[4] :],
+            values[starts[5] :],
+            values[starts[6] :],
+        )
+        w1, w2, w3, w4, w5, w6 = window[1], window[2], window[3], window[4], window[5], window[6]
+        for i in range(count):
+            sums[i] = w0 * v0[i] + w1 * v1[i] + w2 * v2[i] + w3 * v3[i] + w4 * v4[i] + w5 * v5[i] + w6 * v6[i]
+    for t in range(lead, len(window), 8):
+        v0, v1, v2, v3 = values[starts[t] :], values[starts[t + 1] :], values[starts[t + 2] :], values[starts[t + 3] :]
+        v4, v5, v6, v7 = (
+            values[starts[t + 4] :],
+            values[starts[t + 5] :],
+            values[starts[t + 6] :],
+            values[starts[t + 7] :],
+        )
+        w0, w1, w2, w3 = window[t], window[t + 1], window[t + 2], window[t + 3]
+        w4, w5, w6, w7 = window[t + 4], window[t + 5], window[t + 6], window[t + 7]
+        for i in range(count):
+            sums[i] = (
+                sums[i]
+                + w0 * v0[i]
+                + w1 * v1[i]
+                + w2 * v2[i]
+                + w3 * v3[i]
+                + w4 * v4[i]
+                + w5 * v5[i]
+                + w6 * v6[i]
+                + w7 * v7[i]
+            )
+
+
+@numba.njit(nogil=True, cache=True)
+def _reflected(i: int, n: int) -> int:  # pragma: no cover
+    """Index of position i on an axis of n voxels, mirrored at the outer faces of its end voxels; any distance."""
+    inside = i % (2 * n)
+    return inside if inside < n else 2 * n - 1 - inside
+
+
+_blur = register(
+    "gaussian_blur(Tensor x, Tensor sigma_vox_zyx, Tensor? box, Tensor? source) -> Tensor",
+    _run,
+    lambda x, _sigma, _box, _source: torch.empty_like(x),
+    backward=_backward,
+    save=_save,
+)
+_blur_out = register(
+    "gaussian_blur_out(Tensor x, Tensor sigma_vox_zyx, Tensor? box, Tensor(a!) out) -> ()",
+    _run_out,
+    lambda _x, _sigma, _box, _out: None,
+)

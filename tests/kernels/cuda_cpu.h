@@ -25,6 +25,8 @@
 #define __global__
 #define __device__
 #define __shared__ static
+#define __grid_constant__
+#define __launch_bounds__(...)
 
 struct uint3 {
     unsigned x, y, z;
@@ -165,11 +167,11 @@ static const char* launch(void (*kernel)(Parameters...), uint3 grid, uint3 block
     return nullptr;
 }
 
-// A parameter's type as NumPy writes it, kind and bytes ("i4", "f8"); "P8" for any pointer.
+// A parameter's type as NumPy writes it, kind and bytes ("i4", "f8", "V96" for a struct); "P8" for any pointer.
 template <typename T>
 static std::string type_code() {
     const char* const number = std::is_floating_point_v<T> ? "f" : std::is_signed_v<T> ? "i" : "u";
-    return (std::is_pointer_v<T> ? "P" : number) + std::to_string(sizeof(T));
+    return (std::is_pointer_v<T> ? "P" : std::is_class_v<T> ? "V" : number) + std::to_string(sizeof(T));
 }
 
 template <typename... Parameters>

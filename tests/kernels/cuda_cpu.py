@@ -16,7 +16,7 @@ Launcher: TypeAlias = Callable[..., None]
 THREAD_ORDERS = ("forward", "reverse", "shuffled")
 
 _HEADER = Path(__file__).with_name("cuda_cpu.h")
-_KERNEL = re.compile(r'extern\s+"C"\s+__global__\s+void\s+(\w+)\s*\(')
+_KERNEL = re.compile(r'extern\s+"C"\s+__global__\s+(?:__launch_bounds__\([^)]*\)\s+)?void\s+(\w+)\s*\(')
 _DYNAMIC_SHARED = re.compile(r"extern\s+__shared__\s+(\w+)\s+(\w+)\[\];")
 _FLAGS = (
     "-std=c++17",
@@ -27,6 +27,7 @@ _FLAGS = (
     "-Wall",
     "-Wno-sign-compare",  # threadIdx.x is unsigned, our counts are not
     "-Wno-unused-function",
+    "-Wno-unknown-pragmas",  # unroll
     "-Werror",
     "-shared",
     "-fPIC",
@@ -48,7 +49,8 @@ class CpuModule:
     """The kernels of one file, compiled into ``folder``; used as a RawModule is.
 
     ``get_function(name)(grid, block, args, shared_mem=0)``: args are NumPy scalars of the parameters' own types,
-    pointers as uint64 addresses. The threads of each block run in ``order``, one of THREAD_ORDERS.
+    pointers as uint64 addresses, structs as structured scalars. The threads of each block run in ``order``, one of
+    THREAD_ORDERS.
     """
 
     def __init__(self, source: Path, folder: Path, *, order: str = "forward") -> None:

@@ -64,3 +64,15 @@ extern "C" __global__ void vote_and_range(unsigned* ballots, long long* range, c
     __threadfence();
     if (atomicAdd(&range[2], 1LL) == blockDim.x - 1) range[3] = min(__popc(odd), 1000) + max(__ffs(8), 0);
 }
+
+struct Weights {
+    int count;
+    double of[3];
+};
+
+// A struct by value, and a bound on registers.
+extern "C" __global__ __launch_bounds__(32, 2) void weigh(double* out, const __grid_constant__ Weights weights) {
+    double sum = 0;
+    for (int i = 0; i < weights.count; ++i) sum += weights.of[i];
+    out[0] = sum;
+}

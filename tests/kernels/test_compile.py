@@ -8,13 +8,18 @@ import pytest
 
 from ftengine.errors import ConfigError
 from ftengine.kernels import _compile, _launch
+from ftengine.kernels.gaussian_blur import COMPILE_OPTIONS as BLUR_OPTIONS
 from ftengine.kernels.texture_field import COMPILE_OPTIONS as TEXTURE_OPTIONS
 from ftengine.kernels.tumor_mask import COMPILE_OPTIONS
 from tests.kernels import nvrtc
 from tests.kernels.support import REPOSITORY, missing
 
 SOURCES = sorted(path.name for path in (REPOSITORY / "kernels").glob("*.cu"))
-OPTIONS = {"texture_field.cu": TEXTURE_OPTIONS, "tumor_mask.cu": COMPILE_OPTIONS}
+OPTIONS = {
+    "gaussian_blur.cu": BLUR_OPTIONS,
+    "texture_field.cu": TEXTURE_OPTIONS,
+    "tumor_mask.cu": COMPILE_OPTIONS,
+}
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_120")  # CUDA 13's oldest, A100, H100, consumer Blackwell
 
 

@@ -105,6 +105,18 @@ def test_scalars_arrive_in_the_parameters_types(folder: Path) -> None:
     assert np.array_equal(values, [1 * 0.1 + 0.5, 0, 2 * 0.1 + 0.5, 0, 3 * 0.1 + 0.5])
 
 
+def test_a_struct_arrives_by_value_and_by_its_size(folder: Path) -> None:
+    weights = np.zeros((), np.dtype([("count", np.int32), ("of", np.float64, 3)], align=True))
+    weights["count"], weights["of"] = 2, [0.5, 0.25, 7]
+    out = np.zeros(1)
+    weigh = CpuModule(EXAMPLES, folder).get_function("weigh")
+    weigh((1,), (1,), (pointer(out), weights[()]))
+    assert out[0] == 0.75
+    packed = np.zeros((), np.dtype([("count", np.int32), ("of", np.float64, 3)]))
+    with pytest.raises(LaunchError, match="argument 1 is V28, the parameter V32"):
+        weigh((1,), (1,), (pointer(out), packed[()]))
+
+
 @pytest.mark.parametrize(
     ("args", "complaint"),
     [

@@ -1,6 +1,9 @@
-"""gaussian_blur: the reference equals SciPy, both paths equal the reference, and the promises of the docstring hold."""
+"""gaussian_blur: the reference equals SciPy, all paths equal the reference and each other, the docstring's promises hold."""
 
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,11 +26,19 @@ from tests.kernels.support import (
     Guarded,
     KernelsOnCpu,
     as_array,
+    check_operator,
+    compiled,
     past_2_to_31_voxels,
     random_volumes,
     run_behind_a_late_copy,
     same_bits,
 )
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+MODULE = sys.modules[gaussian_blur.__module__]  # its name is taken by the function
+
+# Relative and absolute error of one rounding to storage; the latter is half the smallest subnormal.
+STORED = {torch.float16: (2.0**-11, 2.0**-25), torch.bfloat16: (2.0**-8, 2.0**-134)}
 
 
 @dataclass(frozen=True)
@@ -37,19 +48,28 @@ class Case:
     x: torch.Tensor
     sigma: NDArray[np.float64]
 
-    @property
-    def rounding_steps(self) -> int:
-        """Roundings on the way to one voxel when all is done in one precision.
-
-        Per axis: a product and a sum for each of the 2 r + 1 taps, of which every term meets at most 2 r + 1, the
-        rounding of the weights (1) and of the stored result (1), and one to spare for second-order terms.
-        """
-        return int(sum(2 * int(4 * s + 0.5) + 4 for s in self.sigma.max(axis=0)))
+    def to(self, to: torch.device | torch.dtype) -> "Case":
+        return replace(self, x=self.x.to(to))
 
     @property
     def largest(self) -> float:
         """No blurred value exceeds it: the weights are positive and sum to 1."""
         return float(self.x.abs().max())
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """The docstring's bound.
+
+        An axis with a window of 2 r + 1 taps rounds each weight, each product, and each of the 2 r sums: at most
+        2 r + 2 factors (1 + u) stand at any term, whose sizes sum to at most max|x|. Axes multiply their factors.
+        """
+        radii = (4 * self.sigma + 0.5).astype(int)
+        n_u = int(np.where(radii > 0, 2 * radii + 2, 0).sum(axis=1).max()) * (
+            EPS64 if dtype == torch.float64 else EPS32
+        )
+        error = n_u / (1 - n_u) * self.largest
+        relative, absolute = STORED.get(dtype, (0.0, 0.0))
+        of_the_reference = 2 * int((2 * radii + 4).sum(axis=1).max()) * EPS64 * self.largest  # sums, then divides
+        return error + relative * (self.largest + error) + absolute + of_the_reference
 
 
 @st.composite
@@ -60,9 +80,70 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(random_volumes(draw(st.integers(0, 2**32 - 1)), *shape), np.reshape(sigma, (shape[0], 3)))
 
 
-LONG = Case(
-    random_volumes(1, 1, 2, 110, 400), np.array([[0.6, 3.0, 2.0]])
-)  # several products an axis; fewer lines a block
+def case_of(seed: int, shape: tuple[int, ...], *sigma: tuple[float, ...]) -> Case:
+    return Case(random_volumes(seed, *shape), np.array(sigma))
+
+
+# Odd, thin and long: every radius of the one-pass kernel, several tiles along each axis, wide windows, a large batch.
+LARGE = [
+    case_of(1, (1, 2, 33, 400), (0.6, 3.0, 2.0)),
+    case_of(2, (1, 37, 65, 70), (1.5, 1.5, 1.5)),
+    case_of(3, (1, 130, 1, 3), (2.0, 1.0, 0.0)),
+    case_of(4, (2, 1, 130, 5), (0.5, 2.1, 0.25), (0.0, 0.13, 2.12)),
+    case_of(5, (1, 3, 2, 130), (0.0, 5.0, 7.5)),
+    case_of(6, (9, 3, 4, 5), *[(0.25 * k, 0.25 * (8 - k), 0.25 * ((k + 4) % 9)) for k in range(9)]),
+    case_of(7, (20, 2, 2, 3), *[(0.1 * k, 1.0, 0.2) for k in range(20)]),
+]
+
+
+@contextmanager
+def patched(**values: Any) -> Iterator[None]:
+    """The kernel's module with other values for some of its names."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in values.items():
+            patch.setattr(MODULE, name, value)
+        yield
+
+
+@contextmanager
+def by_axes(on_cpu: KernelsOnCpu, order: str) -> Iterator[None]:
+    """The kernel for wide windows, whatever the windows; it is never asked to blur nothing."""
+    at_once = MODULE._blur_at_once
+
+    def blur(out: torch.Tensor, x: torch.Tensor, work: Any, *tables: torch.Tensor | None) -> None:
+        (MODULE._blur_by_axes if work.radii.any() else at_once)(out, x, work, *tables)
+
+    with on_cpu(order), patched(_blur_at_once=blur):
+        yield
+
+
+@contextmanager
+def in_chunks(on_cpu: KernelsOnCpu, order: str) -> Iterator[None]:
+    """The one-pass kernel as a large GPU runs it: columns cut into pieces along z."""
+    with on_cpu(order), patched(_blocks_at_once=lambda _device: 12):
+        yield
+
+
+@contextmanager
+def box_on_device(on_cpu: KernelsOnCpu, order: str) -> Iterator[None]:
+    """Boxes as the kernel meets them in device memory, unchecked."""
+    with on_cpu(order), patched(_is_on_device=lambda _table: True):
+        yield
+
+
+@contextmanager
+def box_on_device_by_axes(on_cpu: KernelsOnCpu, order: str) -> Iterator[None]:
+    with by_axes(on_cpu, order), patched(_is_on_device=lambda _table: True):
+        yield
+
+
+def everywhere(on_cpu: KernelsOnCpu, order: str) -> list[AbstractContextManager[None]]:
+    """The CPU path, and the kernels with boxes of the host and of the device."""
+    return [nullcontext(), *(path(on_cpu, order) for path in BOX_PATHS)]
+
+
+KERNEL_PATHS = (in_chunks, by_axes)
+BOX_PATHS = (in_chunks, by_axes, box_on_device, box_on_device_by_axes)
 
 
 @PROPERTY
@@ -72,48 +153,91 @@ def test_reference_equals_scipy(case: Case) -> None:
     by_scipy = [
         scipy.ndimage.gaussian_filter(v, s, mode="reflect", truncate=4.0) for v, s in zip(x, case.sigma, strict=True)
     ]
-    tolerance = 2 * case.rounding_steps * EPS64 * case.largest  # both sum in float64, in their own order
-    np.testing.assert_allclose(gaussian_blur_ref(x, case.sigma), by_scipy, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(gaussian_blur_ref(x, case.sigma), by_scipy, rtol=0, atol=case.tolerance(torch.float64))
 
 
-def assert_cpu_path_equals_reference(case: Case) -> None:
-    tolerance = (EPS32 + 2 * case.rounding_steps * EPS64) * case.largest  # float64 throughout, rounded once
+def assert_equals_reference(case: Case) -> torch.Tensor:
+    """The blur, after checks."""
+    out = Guarded(tuple(case.x.shape), case.x.dtype, device=case.x.device)
+    assert gaussian_blur(case.x, case.sigma, out=out.tensor) is out.tensor
+    assert out.is_intact()
     np.testing.assert_allclose(
-        as_array(gaussian_blur(case.x, case.sigma)), gaussian_blur_ref(case.x, case.sigma), rtol=0, atol=tolerance
+        as_array(out.tensor),
+        gaussian_blur_ref(as_array(case.x), case.sigma),
+        rtol=0,
+        atol=case.tolerance(case.x.dtype),
     )
+    return out.tensor
 
 
 @PROPERTY
-@given(case=cases())
-def test_cpu_path_equals_reference(case: Case) -> None:
-    assert_cpu_path_equals_reference(case)
+@given(case=cases(), dtype=st.sampled_from(DTYPES))
+def test_cpu_path_equals_reference(case: Case, dtype: torch.dtype) -> None:
+    assert_equals_reference(case.to(dtype))
 
 
-def test_cpu_path_equals_reference_on_a_long_axis() -> None:
-    assert_cpu_path_equals_reference(LONG)
-
-
-def assert_kernel_equals_reference(case: Case) -> None:
-    out = Guarded(tuple(case.x.shape), torch.float32, device=case.x.device)
-    assert gaussian_blur(case.x, case.sigma, out=out.tensor) is out.tensor
-    tolerance = case.rounding_steps * EPS32 * case.largest  # float32 throughout
-    np.testing.assert_allclose(
-        as_array(out.tensor), gaussian_blur_ref(case.x.cpu(), case.sigma), rtol=0, atol=tolerance
-    )
-    assert out.is_intact()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cpu_path_equals_reference_on_large_volumes(dtype: torch.dtype) -> None:
+    for case in LARGE:
+        assert_equals_reference(case.to(dtype))
 
 
 @FEW
-@given(case=cases())
-def test_kernel_equals_reference_in_every_thread_order(on_cpu: KernelsOnCpu, case: Case) -> None:
-    for order in THREAD_ORDERS:
-        with on_cpu(order):
-            assert_kernel_equals_reference(case)
+@given(case=cases(), dtype=st.sampled_from(DTYPES))
+def test_kernels_give_the_bits_of_the_cpu_path_in_every_thread_order(
+    on_cpu: KernelsOnCpu, case: Case, dtype: torch.dtype
+) -> None:
+    case = case.to(dtype)
+    expected = gaussian_blur(case.x, case.sigma)
+    for path in KERNEL_PATHS:
+        for order in THREAD_ORDERS:
+            with path(on_cpu, order):
+                assert same_bits(assert_equals_reference(case), expected)
 
 
-def test_kernel_equals_reference_on_a_long_axis(on_cpu: KernelsOnCpu) -> None:
-    with on_cpu("reverse"):
-        assert_kernel_equals_reference(LONG)
+@pytest.mark.parametrize("index", range(len(LARGE)))
+def test_kernels_give_the_bits_of_the_cpu_path_on_large_volumes(on_cpu: KernelsOnCpu, index: int) -> None:
+    for dtype in (torch.float32, torch.float64):
+        case = LARGE[index].to(dtype)
+        expected = gaussian_blur(case.x, case.sigma)
+        for path in (on_cpu("reverse"), *(path(on_cpu, "reverse") for path in KERNEL_PATHS)):
+            with path:
+                assert same_bits(assert_equals_reference(case), expected)
+
+
+@pytest.mark.parametrize("radius", range(10))
+def test_kernels_give_the_same_bits_at_each_radius(on_cpu: KernelsOnCpu, radius: int) -> None:
+    """The one-pass kernel is unrolled for each; the window of 9 is the first that it does not take."""
+    case = case_of(radius, (1, 11, 34, 33), (radius / 4,) * 3)
+    expected = gaussian_blur(case.x, case.sigma)
+    np.testing.assert_allclose(
+        as_array(expected), gaussian_blur_ref(case.x, case.sigma), rtol=0, atol=case.tolerance(torch.float32)
+    )
+    with on_cpu("shuffled"):
+        assert same_bits(gaussian_blur(case.x, case.sigma), expected)
+
+
+def awkward_floats(dtype: torch.dtype) -> torch.Tensor:
+    """Every bit pattern of 16 bits in one volume, NaN and infinities as 0."""
+    x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).view(1, 16, 64, 64)
+    return torch.where(torch.isfinite(x), x, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_storage_is_rounded_as_torch_does(on_cpu: KernelsOnCpu, dtype: torch.dtype) -> None:
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).view(1, 4, 128, 128)
+    x = awkward_floats(dtype)
+    small = torch.rand(1, 16, 64, 64, generator=torch.Generator().manual_seed(0)) * 2e-5  # subnormal in float16
+    volumes = (x, small.to(dtype), x.abs().clamp(min=6e4))
+    expected = [gaussian_blur(volume, (0.5, 0.3, 0.4)) for volume in volumes]
+    for path in KERNEL_PATHS:
+        with path(on_cpu, "forward"):
+            kept = gaussian_blur(every, (0, 0, 0.2)) if path is by_axes else gaussian_blur(every, (0, 0, 0))
+            if path is in_chunks:
+                assert torch.equal(kept.isnan(), every.isnan())
+                assert same_bits(kept[~every.isnan()], every[~every.isnan()])
+            for volume, wanted in zip(volumes, expected, strict=True):
+                assert same_bits(gaussian_blur(volume, (0.5, 0.3, 0.4)), wanted)
 
 
 @PROPERTY
@@ -121,7 +245,7 @@ def test_kernel_equals_reference_on_a_long_axis(on_cpu: KernelsOnCpu) -> None:
 def test_blur_keeps_the_sum_and_the_range(case: Case) -> None:
     """With a mirrored boundary every voxel gives away as much as it gets."""
     x, blurred = as_array(case.x), as_array(gaussian_blur(case.x, case.sigma))
-    tolerance = (EPS32 + 2 * case.rounding_steps * EPS64) * case.largest
+    tolerance = case.tolerance(torch.float32)
     assert np.abs(blurred.sum(axis=(1, 2, 3)) - x.sum(axis=(1, 2, 3))).max() <= tolerance * x[0].size
     assert x.min() - tolerance <= blurred.min()
     assert blurred.max() <= x.max() + tolerance
@@ -133,11 +257,10 @@ def check_untouched_axes() -> None:
     sigma = np.array([[0.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
     blurred = gaussian_blur(x, sigma)
     assert same_bits(blurred[0], x[0])
-    alone = torch.stack(
-        [gaussian_blur(x[1:, z : z + 1, :, i : i + 1].contiguous(), (0, 1, 0)) for z in range(5) for i in range(7)]
-    )
-    lines = alone.view(5, 7, 6).permute(0, 2, 1)  # each line along y blurred by itself: nothing came in from beside it
-    assert float((blurred[1] - lines).abs().max()) <= 2 * Case(x, sigma).rounding_steps * EPS32 * float(x.abs().max())
+    for z in range(5):
+        for i in range(7):  # each line along y blurred by itself: nothing came in from beside it
+            line = x[1:, z : z + 1, :, i : i + 1].contiguous()
+            assert same_bits(blurred[1:, z : z + 1, :, i : i + 1], gaussian_blur(line, (0, 1, 0)))
     assert same_bits(gaussian_blur(x, (0.0, 0.1, 0.124)), x)
 
 
@@ -147,12 +270,36 @@ def test_axis_with_sigma_zero_is_untouched(on_cpu: KernelsOnCpu) -> None:
         check_untouched_axes()
 
 
+def check_nan_stays_in_its_window() -> None:
+    x, sigma = random_volumes(3, 1, 20, 21, 22), (0.5, 0.7, 1.0)  # radii 2, 3, 4
+    expected = gaussian_blur(x, sigma)
+    for value in (float("nan"), float("inf")):
+        x[0, 10, 10, 10] = value
+        blurred = gaussian_blur(x, sigma)
+        reached = torch.zeros(1, 20, 21, 22, dtype=torch.bool)
+        reached[0, 8:13, 7:14, 6:15] = True
+        assert torch.equal(~blurred.isfinite(), reached)
+        assert same_bits(blurred[~reached], expected[~reached])
+
+
+def test_nan_and_infinity_stay_in_their_windows(on_cpu: KernelsOnCpu) -> None:
+    check_nan_stays_in_its_window()
+    for path in KERNEL_PATHS:
+        with path(on_cpu, "forward"):
+            check_nan_stays_in_its_window()
+
+
 def check_out_may_be_x(device: torch.device) -> None:
-    case = Case(random_volumes(3, 2, 6, 9, 40).to(device), np.array([[1.0, 0.7, 2.0], [0.0, 1.5, 0.3]]))
-    expected, x = gaussian_blur(case.x, case.sigma), case.x.clone()
-    assert gaussian_blur(x, case.sigma, out=x) is x
-    assert same_bits(x, expected)
-    assert same_bits(gaussian_blur(x, (0, 0, 0), out=x), expected)
+    for dtype in DTYPES:
+        for sigma in ([[1.0, 0.7, 2.0], [0.0, 1.5, 0.3]], [[3.0, 0.7, 2.0], [0.0, 1.5, 0.3]], [[0, 2.5, 0]] * 2):
+            x = random_volumes(3, 2, 6, 9, 40).to(device, dtype)
+            expected = gaussian_blur(x, sigma)
+            assert gaussian_blur(x, sigma, out=x) is x
+            assert same_bits(x, expected)
+            assert same_bits(gaussian_blur(x, (0, 0, 0), out=x), expected)
+            boxes = [[[1, 2, 3], [5, 7, 33]], [[0, 0, 10], [6, 3, 40]]]
+            expected = gaussian_blur(x, sigma, box=boxes, out=x.clone())
+            assert same_bits(gaussian_blur(x, sigma, box=boxes, out=x), expected)
 
 
 def test_out_may_be_x(on_cpu: KernelsOnCpu) -> None:
@@ -163,7 +310,7 @@ def test_out_may_be_x(on_cpu: KernelsOnCpu) -> None:
 
 
 def check_batch_mates_do_not_matter(device: torch.device) -> None:
-    x, sigma = random_volumes(4, 3, 8, 9, 10).to(device), np.array([[1.0, 2.0, 3.0], [0.0, 0.5, 9.0], [0.3, 0.0, 1.0]])
+    x, sigma = random_volumes(4, 3, 8, 9, 10).to(device), np.array([[1.0, 2.0, 2.0], [0.0, 0.5, 9.0], [0.3, 0.0, 1.0]])
     together = gaussian_blur(x, sigma)
     for b in range(3):
         assert same_bits(together[b], gaussian_blur(x[b : b + 1], sigma[b])[0])
@@ -173,6 +320,230 @@ def test_batch_mates_do_not_matter(on_cpu: KernelsOnCpu) -> None:
     check_batch_mates_do_not_matter(torch.device("cpu"))
     with on_cpu("forward"):
         check_batch_mates_do_not_matter(torch.device("cpu"))
+
+
+def test_threads_change_no_bit() -> None:
+    case = case_of(12, (5, 20, 21, 22), *[(1.0 + 0.1 * k, 0.7, 0.2 * k) for k in range(5)])
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(gaussian_blur(case.x, case.sigma))
+    torch.set_num_threads(threads)
+    assert same_bits(results[0], results[1])
+    assert same_bits(results[0], results[2])
+
+
+# ---- boxes ----
+
+
+@st.composite
+def boxed_cases(draw: st.DrawFn) -> tuple[Case, NDArray[np.int64]]:
+    case = draw(cases())
+    boxes = [
+        [sorted((draw(st.integers(0, n)), draw(st.integers(0, n)))) for n in case.x.shape[1:]]
+        for _ in range(len(case.x))
+    ]
+    return case, np.array(boxes).transpose(0, 2, 1).copy()
+
+
+def inside(boxes: NDArray[np.int64], like: torch.Tensor) -> torch.Tensor:
+    """The boxes' voxels."""
+    mask = torch.zeros(like.shape, dtype=torch.bool)
+    for b, (first, last) in enumerate(boxes):
+        mask[b, first[0] : last[0], first[1] : last[1], first[2] : last[2]] = True
+    return mask
+
+
+def check_boxes(case: Case, boxes: Any, mask: torch.Tensor) -> None:
+    """``mask`` are the voxels that the boxes mean."""
+    whole = gaussian_blur(case.x, case.sigma)
+    kept = random_volumes(99, *case.x.shape).to(case.x)
+    out = Guarded(tuple(case.x.shape), case.x.dtype, device=case.x.device)
+    out.tensor.copy_(kept)
+    gaussian_blur(case.x, case.sigma, box=boxes, out=out.tensor)
+    mask = mask.to(case.x.device)
+    assert out.is_intact()
+    assert same_bits(out.tensor, torch.where(mask, whole, kept))
+    alone = gaussian_blur(case.x, case.sigma, box=boxes)
+    assert same_bits(alone, torch.where(mask, whole, torch.zeros_like(whole)))
+
+
+@PROPERTY
+@given(boxed=boxed_cases(), dtype=st.sampled_from(DTYPES))
+def test_box_holds_the_bits_of_the_whole_blur(boxed: tuple[Case, NDArray[np.int64]], dtype: torch.dtype) -> None:
+    case, boxes = boxed
+    check_boxes(case.to(dtype), boxes, inside(boxes, case.x))
+
+
+@FEW
+@given(boxed=boxed_cases(), dtype=st.sampled_from(DTYPES))
+def test_box_of_the_kernels_holds_the_bits_of_the_whole_blur(
+    on_cpu: KernelsOnCpu, boxed: tuple[Case, NDArray[np.int64]], dtype: torch.dtype
+) -> None:
+    case, boxes = boxed
+    for path in BOX_PATHS:
+        for order in ("forward", "shuffled"):
+            with path(on_cpu, order):
+                check_boxes(case.to(dtype), torch.from_numpy(boxes), inside(boxes, case.x))
+
+
+LARGE_BOXES = [
+    (case_of(1, (1, 40, 70, 80), (1.5, 0.8, 1.1)), [[[10, 30, 5], [25, 70, 75]]]),
+    (
+        case_of(2, (2, 10, 12, 100), (0.5, 2.0, 4.0), (3.0, 0.0, 0.5)),
+        [[[0, 0, 0], [10, 12, 100]], [[9, 1, 30], [10, 2, 31]]],
+    ),
+    (
+        case_of(3, (18, 3, 4, 40), *[(0.5, 0.5, 0.1 * k) for k in range(18)]),
+        [[[k % 3, k % 4, k], [3, 4, 40 - k]] for k in range(18)],
+    ),
+]
+
+
+@pytest.mark.parametrize("index", range(len(LARGE_BOXES)))
+def test_large_boxes_hold_the_bits_of_the_whole_blur(on_cpu: KernelsOnCpu, index: int) -> None:
+    case, boxes = LARGE_BOXES[index]
+    mask = inside(np.array(boxes), case.x)
+    check_boxes(case, boxes, mask)
+    for path in BOX_PATHS:
+        with path(on_cpu, "reverse"):
+            check_boxes(case, torch.tensor(boxes), mask)
+
+
+def test_box_on_the_device_is_clamped(on_cpu: KernelsOnCpu) -> None:
+    case = case_of(8, (4, 5, 6, 7), *[(0.5, 1.0, 0.7)] * 4)
+    far = 2**40
+    boxes = torch.tensor(
+        [[[-far, -1, 2], [far, 6, 5]], [[3, 3, 3], [3, 9, 9]], [[4, 5, 6], [1, 2, 3]], [[far, 0, 0], [far + 1, 6, 7]]]
+    )
+    mask = torch.zeros(case.x.shape, dtype=torch.bool)
+    mask[0, :, :, 2:5] = True
+    for path in (box_on_device, box_on_device_by_axes):
+        with path(on_cpu, "forward"):
+            check_boxes(case, boxes, mask)
+
+
+# ---- gradients ----
+
+
+GRADIENT_SIGMA = np.array([[1.0, 0.0, 2.0], [0.4, 3.0, 0.5]])
+
+
+def cut_to(boxes: Any, w: torch.Tensor) -> torch.Tensor:
+    """0 outside the boxes; everything without boxes."""
+    if boxes is None:
+        return w
+    mask = inside(torch.as_tensor(boxes).cpu().numpy(), w).to(w.device)
+    return torch.where(mask, w, torch.zeros_like(w))
+
+
+def check_gradient(device: torch.device, boxes: Any = None) -> None:
+    """The gradient of <blur(x), w> is the adjoint blur of w, which is the blur of w, cut to the box before."""
+    for dtype in DTYPES:
+        x, w = (random_volumes(seed, 2, 3, 5, 7).to(device, dtype) for seed in (7, 8))
+        x.requires_grad_()
+        gaussian_blur(x, GRADIENT_SIGMA, box=boxes).backward(w)
+        assert x.grad is not None
+        assert same_bits(x.grad, gaussian_blur(cut_to(boxes, w), GRADIENT_SIGMA))
+
+    x = random_volumes(9, 2, 3, 5, 7).to(device).requires_grad_()
+    (outer,) = torch.autograd.grad(gaussian_blur(x, GRADIENT_SIGMA, box=boxes).square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(outer.sum(), x)
+    # twice the blur, the box, the blur, of ones: values of at most 2, from which each side's two blurs err
+    ones = gaussian_blur(torch.ones_like(x).detach(), GRADIENT_SIGMA)
+    twice = gaussian_blur(cut_to(boxes, 2 * ones), GRADIENT_SIGMA)
+    tolerance = 2 * 2 * Case(torch.full_like(ones, 2.0), GRADIENT_SIGMA).tolerance(torch.float32)
+    np.testing.assert_allclose(as_array(second), as_array(twice), rtol=0, atol=tolerance)
+
+
+GRADIENT_BOXES = [[[0, 1, 2], [2, 4, 7]], [[1, 0, 0], [3, 5, 1]]]
+
+
+def test_gradient_is_the_blur_of_the_gradient(on_cpu: KernelsOnCpu) -> None:
+    for boxes in (None, GRADIENT_BOXES):
+        check_gradient(torch.device("cpu"), boxes)
+        for path in (on_cpu("shuffled"), *(path(on_cpu, "shuffled") for path in BOX_PATHS)):
+            with path:
+                check_gradient(torch.device("cpu"), torch.tensor(boxes) if boxes else None)
+
+
+def test_gradient_of_narrow_windows_in_one_pass(on_cpu: KernelsOnCpu) -> None:
+    """Voxels outside the box count as 0 there too, for boxes of the host and of the device, and far from them too."""
+    x, w, sigma = random_volumes(1, 1, 20, 40, 50), random_volumes(2, 1, 20, 40, 50), (0.5, 1.0, 0.7)
+    boxes = torch.tensor([[[4, 5, 30], [8, 12, 40]]])
+    cut = torch.where(inside(boxes.numpy(), x), w, torch.zeros_like(w))
+    expected = gaussian_blur(cut, sigma)
+    for path in everywhere(on_cpu, "reverse"):
+        with path:
+            leaf = x.clone().requires_grad_()
+            gaussian_blur(leaf, sigma, box=boxes).backward(w)
+            assert leaf.grad is not None
+            assert same_bits(leaf.grad, expected)
+
+
+def test_gradient_of_an_empty_box_is_zero(on_cpu: KernelsOnCpu) -> None:
+    boxes = torch.tensor([[[1, 1, 1], [1, 3, 3]]])
+    for path in everywhere(on_cpu, "forward"):
+        with path:
+            x = random_volumes(1, 1, 3, 4, 5).requires_grad_()
+            gaussian_blur(x, (1, 0, 3), box=boxes).sum().backward()
+            assert x.grad is not None
+            assert not x.grad.any()
+
+
+@pytest.mark.parametrize("boxes", [None, [[[0, 1, 1], [2, 3, 4]], [[1, 0, 0], [2, 3, 1]]]])
+def test_gradients_equal_differences_in_float64(boxes: Any) -> None:
+    x = random_volumes(3, 2, 2, 3, 4).double().requires_grad_()
+    sigma = np.array([[1.0, 0.0, 2.0], [0.4, 3.0, 0.5]])
+    assert torch.autograd.gradcheck(lambda x: gaussian_blur(x, sigma, box=boxes), x)
+    assert torch.autograd.gradgradcheck(lambda x: gaussian_blur(x, sigma, box=boxes).square(), x)
+
+
+def test_expanded_gradient_is_taken() -> None:
+    """sum() hands back a gradient without memory of its own."""
+    case = case_of(9, (1, 3, 4, 5), (1.0, 1.0, 1.0))
+    x = case.x.clone().requires_grad_()
+    gaussian_blur(x, case.sigma).sum().backward()
+    assert x.grad is not None
+    ones = Case(torch.ones_like(case.x), case.sigma)
+    np.testing.assert_allclose(as_array(x.grad), 1.0, rtol=0, atol=ones.tolerance(torch.float32))
+
+
+# ---- torch ----
+
+
+@pytest.mark.parametrize("boxes", [None, GRADIENT_BOXES])
+@pytest.mark.parametrize("wants_gradient", [False, True])
+def test_operator_keeps_torchs_rules(boxes: Any, wants_gradient: bool) -> None:
+    x, sigma = random_volumes(10, 2, 3, 5, 7), torch.tensor([1.0, 0.0, 0.7], dtype=torch.float64)
+    table = None if boxes is None else torch.tensor(boxes)
+    leaf = x.clone().requires_grad_(wants_gradient)
+    check_operator(torch.ops.ftengine.gaussian_blur.default, (leaf, sigma, table, None))
+    check_operator(torch.ops.ftengine.gaussian_blur.default, (leaf, sigma, None, table))
+    if not wants_gradient:
+        check_operator(torch.ops.ftengine.gaussian_blur_out.default, (x, sigma, table, torch.empty_like(x)))
+
+
+def test_compiled_in_one_graph_it_gives_the_same() -> None:
+    x, w = random_volumes(11, 2, 3, 5, 7), random_volumes(12, 2, 3, 5, 7)
+    boxes, sigma = torch.tensor(GRADIENT_BOXES), torch.tensor([[1.0, 0.0, 2.0], [0.4, 3.0, 0.5]])
+
+    def blurred(x: torch.Tensor, sigma: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+        by_constants = gaussian_blur(x * 2.0, (1.0, 0.5, 2.0), box=GRADIENT_BOXES)
+        return gaussian_blur(by_constants, sigma, box=boxes)
+
+    leaf, twin = (x.clone().requires_grad_() for _ in range(2))
+    by_graph, by_hand = compiled(blurred)(leaf, sigma, boxes), blurred(twin, sigma, boxes)
+    assert same_bits(by_graph.detach(), by_hand.detach())
+    by_graph.backward(w)
+    by_hand.backward(w)
+    assert leaf.grad is not None
+    assert twin.grad is not None
+    assert same_bits(leaf.grad, twin.grad)
+    out = torch.empty_like(x)
+    compiled(lambda x: gaussian_blur(x, sigma, out=out))(x)
+    assert same_bits(out, gaussian_blur(x, sigma))
 
 
 @pytest.mark.parametrize(
@@ -190,6 +561,21 @@ def test_sigma_may_come_in_many_forms(sigma: Any) -> None:
     assert same_bits(gaussian_blur(x, sigma), gaussian_blur(x, np.array([[1.0, 2.0, 3.0]])))
 
 
+@pytest.mark.parametrize(
+    "box",
+    [
+        [((1, 1, 1), (3, 4, 5))],
+        np.array([[[1, 1, 1], [3, 4, 5]]], dtype=np.uint8),
+        torch.tensor([[[1, 1, 1], [3, 4, 5]]]).int(),
+        torch.tensor([[[1, 3], [1, 4], [1, 5]]]).transpose(1, 2),
+    ],
+)
+def test_box_may_come_in_many_forms(box: Any) -> None:
+    x = random_volumes(5, 1, 4, 5, 6)
+    expected = gaussian_blur(x, (1, 2, 3), box=torch.tensor([[[1, 1, 1], [3, 4, 5]]]))
+    assert same_bits(gaussian_blur(x, (1, 2, 3), box=box), expected)
+
+
 def test_precision_switches_of_a_training_loop_do_not_reach_it() -> None:
     x = random_volumes(6, 1, 8, 8, 8)
     expected = gaussian_blur(x, (1, 1, 1))
@@ -203,48 +589,25 @@ def test_precision_switches_of_a_training_loop_do_not_reach_it() -> None:
         torch.set_float32_matmul_precision(before)
 
 
-def check_gradient(device: torch.device) -> None:
-    """The gradient of <blur(x), w> is the adjoint blur of w, which is the blur of w; higher derivatives likewise."""
-    x, w = (random_volumes(seed, 2, 3, 5, 7).to(device) for seed in (7, 8))
-    sigma = np.array([[1.0, 0.0, 2.0], [0.4, 3.0, 0.5]])
-    x.requires_grad_()
-    product = (gaussian_blur(x, sigma) * w).sum()
-    product.backward()
-    assert x.grad is not None
-    assert same_bits(x.grad, gaussian_blur(w, sigma))
-    # <blur x, w> = <x, blur w>: a sum of x.numel() terms, each off by what its blur is off
-    case = Case(x.detach(), sigma)
-    tolerance = 2 * x.numel() * (case.rounding_steps + x.numel()) * EPS32 * case.largest * float(w.abs().max())
-    assert abs(float(product.detach()) - float((x.detach() * gaussian_blur(w, sigma)).sum())) <= tolerance
-
-    w.requires_grad_()
-    (outer,) = torch.autograd.grad(gaussian_blur(w, sigma).square().sum(), w, create_graph=True)
-    (second,) = torch.autograd.grad(outer.sum(), w)
-    twice = gaussian_blur(gaussian_blur(torch.full_like(w, 2.0), sigma), sigma)  # of values of 2, on both sides
-    tolerance = 2 * 2 * case.rounding_steps * EPS32 * 2
-    np.testing.assert_allclose(as_array(second), as_array(twice), rtol=0, atol=tolerance)
+def test_empty_batch_is_returned_empty(on_cpu: KernelsOnCpu) -> None:
+    for path in (nullcontext(), on_cpu("forward")):
+        with path:
+            nothing = torch.empty(0, 4, 5, 6)
+            assert gaussian_blur(nothing, (1, 1, 1)).shape == (0, 4, 5, 6)
+            assert gaussian_blur(nothing, np.empty((0, 3)), box=np.empty((0, 2, 3), int)).shape == (0, 4, 5, 6)
 
 
-def test_gradient_is_the_blur_of_the_gradient(on_cpu: KernelsOnCpu) -> None:
-    check_gradient(torch.device("cpu"))
-    with on_cpu("shuffled"):
-        check_gradient(torch.device("cpu"))
+def test_columns_are_cut_where_the_gpu_would_idle() -> None:
+    assert MODULE._chunks(tiles=144, num_planes=96, radius=5, at_once=264) == 3  # 2 waves of 42, not 1 of 106
+    assert MODULE._chunks(tiles=10_000, num_planes=96, radius=5, at_once=264) == 1
+    assert MODULE._chunks(tiles=1, num_planes=3, radius=8, at_once=264) == 3
 
 
-def test_expanded_gradient_is_taken() -> None:
-    """sum() hands back a gradient without memory of its own."""
-    x = random_volumes(9, 1, 3, 4, 5).requires_grad_()
-    gaussian_blur(x, (1, 1, 1)).sum().backward()
-    assert x.grad is not None
-    np.testing.assert_allclose(as_array(x.grad), 1.0, rtol=0, atol=EPS32 * 2)
-
-
-def test_empty_batch_is_returned_empty() -> None:
-    assert gaussian_blur(torch.empty(0, 4, 5, 6), (1, 1, 1)).shape == (0, 4, 5, 6)
-    assert gaussian_blur(torch.empty(0, 4, 5, 6), np.empty((0, 3))).shape == (0, 4, 5, 6)
+# ---- refusals ----
 
 
 X = torch.zeros(2, 3, 4, 5)
+WHOLE = [[[0, 0, 0], [3, 4, 5]]] * 2
 REFUSED: list[tuple[str, Any, Any, dict[str, Any], str]] = [
     (
         "not a tensor",
@@ -253,7 +616,13 @@ REFUSED: list[tuple[str, Any, Any, dict[str, Any], str]] = [
         {},
         r"gaussian_blur: x is a ndarray; want a torch tensor",
     ),
-    ("dtype", X.double(), (1, 1, 1), {}, r"x is float64; want float32\. Convert it: x\.to\(torch\.float32\)"),
+    (
+        "dtype",
+        X.int(),
+        (1, 1, 1),
+        {},
+        r"x is int32; want float32 or float64 or float16 or bfloat16\. Convert it: x\.to\(torch\.float32\)",
+    ),
     ("axes", X[0], (1, 1, 1), {}, r"x has shape \(3, 4, 5\); want four axes, batch z y x"),
     ("memory order", X.transpose(2, 3), (1, 1, 1), {}, r"x has strides .* Call x\.contiguous\(\)"),
     ("device", X.to("meta"), (1, 1, 1), {}, r"x is on meta; want cpu or cuda"),
@@ -261,10 +630,34 @@ REFUSED: list[tuple[str, Any, Any, dict[str, Any], str]] = [
     ("sigma of another batch", X, np.ones((3, 3)), {}, r"has shape \(3, 3\); want \(3,\) or \(2, 3\)"),
     ("ragged sigma", X, [[1, 1, 1], [1]], {}, r"sigma_vox_zyx is not a regular array"),
     ("sigma of words", X, ["a", "b", "c"], {}, r"sigma_vox_zyx holds <U1; want real numbers"),
+    ("complex sigma", X, torch.ones(3, dtype=torch.complex64), {}, r"sigma_vox_zyx holds complex64; want real numbers"),
     ("negative sigma", X, (1, -1, 1), {}, r"sigma_vox_zyx holds -1\.0; want 0 or more voxels"),
     ("sigma NaN", X, (1, float("nan"), 1), {}, r"sigma_vox_zyx holds NaN or infinity"),
+    ("sigma NaN in a tensor", X, torch.tensor([1, torch.nan, 1]), {}, r"sigma_vox_zyx holds NaN or infinity"),
+    ("sigma that wants a gradient", X, torch.ones(3).requires_grad_(), {}, r"sigma_vox_zyx requires a gradient"),
     ("sigma in micrometres", X, (1, 1, 2000), {}, r"an axis with its window takes 16005 voxels .* at most 12288"),
+    ("in float64", X.double(), (1, 1, 1000), {}, r"an axis with its window takes 8005 voxels .* at most 6144"),
     ("sigma elsewhere", X, torch.ones(3, device="meta"), {}, r"sigma_vox_zyx is on meta; want it on the host"),
+    ("one box", X, (1, 1, 1), {"box": WHOLE[0]}, r"box has shape \(2, 3\); want \(2, 2, 3\)"),
+    ("ragged box", X, (1, 1, 1), {"box": [[[0, 0, 0], [1]]]}, r"box is not a regular array"),
+    ("box of floats", X, (1, 1, 1), {"box": np.array(WHOLE) * 1.0}, r"box holds float64; want integers"),
+    ("box tensor of floats", X, (1, 1, 1), {"box": torch.tensor(WHOLE) * 1.0}, r"box holds float64; want integers"),
+    (
+        "box elsewhere",
+        X,
+        (1, 1, 1),
+        {"box": torch.tensor(WHOLE).to("meta")},
+        r"box is int64 on meta .* want int64 in memory order, on the host or on cpu like x",
+    ),
+    (
+        "box that leaves the volume",
+        X,
+        (1, 1, 1),
+        {"box": [WHOLE[0], [[0, 0, 0], [3, 5, 5]]]},
+        r"box of sample 1 is \[\[0, 0, 0\], \[3, 5, 5\]\]; want 0 <= first <= last <= \(3, 4, 5\)",
+    ),
+    ("box before the volume", X, (1, 1, 1), {"box": [[[0, -1, 0], [3, 4, 5]]] * 2}, r"box of sample 0 is"),
+    ("box with corners swapped", X, (1, 1, 1), {"box": [[[2, 0, 0], [1, 4, 5]]] * 2}, r"box of sample 0 is"),
     (
         "out of another shape",
         X,
@@ -302,34 +695,82 @@ def test_overlapping_out_is_refused() -> None:
         gaussian_blur(memory[:2], (1, 1, 1), out=memory[1:])
 
 
+# ---- on a GPU ----
+
+
 @pytest.mark.gpu
-def test_gpu_equals_reference(cuda: torch.device) -> None:
-    for seed, sigma in enumerate([[[2.0, 2.0, 2.0], [0.0, 0.7, 1.3]], [[5.0, 11.0, 0.3], [0.0, 0.0, 0.0]]]):
-        assert_kernel_equals_reference(Case(random_volumes(seed, 2, 17, 33, 70).to(cuda), np.array(sigma)))
-    assert_kernel_equals_reference(Case(LONG.x.to(cuda), LONG.sigma))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gpu_gives_the_bits_of_the_cpu_path(cuda: torch.device, dtype: torch.dtype) -> None:
+    for case in (
+        *LARGE,
+        case_of(8, (2, 17, 33, 70), (2.0, 2.0, 2.0), (0.0, 0.7, 1.3)),
+        case_of(9, (2, 17, 33, 70), (5.0, 11.0, 0.3), (0.0, 0.0, 0.0)),
+        case_of(10, (4, 96, 96, 96), *[(0.8, 1.2, 0.3 + 0.4 * k) for k in range(4)]),
+    ):
+        on_gpu = case.to(dtype).to(cuda)
+        assert same_bits(assert_equals_reference(on_gpu), gaussian_blur(case.x.to(dtype), case.sigma))
 
 
 @pytest.mark.gpu
 def test_gpu_keeps_the_promises(cuda: torch.device) -> None:
     check_out_may_be_x(cuda)
     check_batch_mates_do_not_matter(cuda)
-    check_gradient(cuda)
+    for boxes in (None, GRADIENT_BOXES):
+        check_gradient(cuda, boxes)
+    for case, boxes in LARGE_BOXES:
+        for table in (boxes, torch.tensor(boxes, device=cuda)):
+            check_boxes(case.to(cuda), table, inside(np.array(boxes), case.x))
 
 
 @pytest.mark.gpu
 def test_gpu_works_on_the_current_stream_without_a_sync(cuda: torch.device) -> None:
-    data = random_volumes(10, 2, 24, 24, 24).to(cuda)
-    expected = gaussian_blur(data, (1, 2, 3))
-    assert same_bits(run_behind_a_late_copy(data, lambda x: gaussian_blur(x, (1, 2, 3))), expected)
+    data, boxes = random_volumes(10, 2, 24, 24, 24).to(cuda), torch.tensor([[[2, 3, 4], [20, 21, 22]]] * 2, device=cuda)
+    functions: list[Callable[[torch.Tensor], torch.Tensor]] = [
+        lambda x: gaussian_blur(x, (1, 2, 2)),
+        lambda x: gaussian_blur(x, (1, 2, 3)),
+        lambda x: gaussian_blur(x, (1, 2, 2), box=boxes),
+        lambda x: gaussian_blur(x, (1, 2, 3), box=boxes),
+        lambda x: gaussian_blur(x, (1, 2, 2), out=x),
+    ]
+    for function in functions:
+        expected = function(data.clone())
+        assert same_bits(run_behind_a_late_copy(data, function), expected)
+
+
+@pytest.mark.gpu
+def test_gpu_is_captured_in_a_graph(cuda: torch.device) -> None:
+    """Voxels and boxes may change between replays; sigma is fixed. Wide windows are refused."""
+    x, boxes = random_volumes(1, 2, 24, 25, 26).to(cuda), torch.tensor([[[2, 3, 4], [20, 21, 22]]] * 2, device=cuda)
+    out = torch.zeros_like(x)
+
+    def blur() -> torch.Tensor:
+        gaussian_blur(x, (1, 2, 0.5), box=boxes, out=out)
+        return gaussian_blur(x, (1, 2, 0.5))
+
+    blur()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        whole = blur()
+        with pytest.raises(KernelInputError, match=r"a graph is being captured and a window has radius 12"):
+            gaussian_blur(x, (1, 2, 3))
+    for seed in (2, 3):
+        x.copy_(random_volumes(seed, *x.shape))
+        boxes.copy_(torch.tensor([[[seed, 0, 1], [9, 9, 9]], [[0, 0, 0], [24, 25, 26]]]))
+        out.zero_()
+        graph.replay()
+        assert same_bits(whole, gaussian_blur(x, (1, 2, 0.5)))
+        assert same_bits(out, gaussian_blur(x, (1, 2, 0.5), box=boxes))
 
 
 @pytest.mark.gpu
 def test_gpu_reaches_past_2_to_31_voxels(cuda: torch.device) -> None:
-    """In place; the last corner of the batch is that of a small volume whose windows end before its other side."""
-    x = torch.zeros(past_2_to_31_voxels(cuda, 4), device=cuda)
+    """The last corner of the batch is that of a small volume whose windows end before its other side."""
+    x = torch.zeros(past_2_to_31_voxels(cuda, 4 + 4), device=cuda)
     x[-1, -1, -1, -1] = 1
     corner = torch.zeros(1, 24, 24, 24, device=cuda)
     corner[-1, -1, -1, -1] = 1
-    gaussian_blur(x, (1, 2, 0.7), out=x)
-    assert same_bits(x[-1, -24:, -24:, -24:], gaussian_blur(corner, (1, 2, 0.7))[0])
-    assert not x[0].any()
+    out = torch.empty_like(x)
+    for sigma in ((1, 2, 0.7), (1, 3, 0.7)):
+        gaussian_blur(x, sigma, out=out)
+        assert same_bits(out[-1, -24:, -24:, -24:], gaussian_blur(corner, sigma)[0])
+        assert not out[0].any()
