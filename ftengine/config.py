@@ -22,7 +22,10 @@ Positive = Annotated[float, Field(gt=0.0)]
 Range = tuple[float, float]
 
 # Mappings that are one value: a user's table replaces the preset's, so that an organ can also be taken away.
-_WHOLE_TABLES = frozenset({"region.labels", "region.organs", "synthesis.sizes", "synthesis.size_weights"})
+_WHOLE_TABLES = frozenset(
+    {"region.labels", "region.organs", "synthesis.sizes", "synthesis.size_weights", "synthesis.realistic_shapes"}
+)
+POOLED_SHAPE = "pooled"  # the law of organs without one of their own in ``synthesis.realistic_shapes``
 
 
 class _Section(BaseModel):
@@ -131,14 +134,63 @@ _RELEASED_SIZES_MM = {
 }
 
 
+class RealisticShapeConfig(_Section):
+    """How the tumours of one organ are drawn by ``synthesis.shape: realistic``; a main ellipsoid and lobes that overlap it, all warped.
+
+    A tumour is drawn in mm and scaled until the ellipsoids together have the drawn volume; r is the radius of the ball of that volume.
+    """
+
+    source: str  # which real tumours the numbers were fitted to
+    volume_ml: Positive  # median of the log-normal volume
+    volume_log_sigma: float = Field(ge=0.0)  # standard deviation of its natural logarithm
+    volume_range_ml: Range  # the log-normal is cut to it
+    axis_log_sigma_zyx: tuple[float, float, float] = Field()  # main ellipsoid: standard deviation of log(radius / r)
+    lobes: float = Field(ge=0.0, le=32.0)  # mean of their Poisson number at r = 20 mm
+    lobes_power: float = Field(ge=-3.0, le=3.0)  # that mean grows as (r / 20 mm) ** this
+    lobe_offset: Range  # centre of a lobe, 1 being the surface of the main ellipsoid; uniform, in a random direction
+    lobe_radius: Range  # of a lobe over that of the main ellipsoid, uniform
+    warp_sigma: Range  # standard deviation of the displacements over an ellipsoid's own mean radius, uniform
+
+    @model_validator(mode="after")
+    def _ranges_are_ordered(self) -> Self:
+        for name in ("volume_range_ml", "lobe_radius"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name}={low, high}: want 0 < low <= high")
+        for name in ("lobe_offset", "warp_sigma"):
+            low, high = getattr(self, name)
+            if not 0 <= low <= high:
+                raise ValueError(f"{name}={low, high}: want 0 <= low <= high")
+        if not self.volume_range_ml[0] <= self.volume_ml <= self.volume_range_ml[1]:
+            raise ValueError(f"volume_ml={self.volume_ml}: want a median inside volume_range_ml={self.volume_range_ml}")
+        if min(self.axis_log_sigma_zyx) < 0:
+            raise ValueError(f"axis_log_sigma_zyx={self.axis_log_sigma_zyx}: want at least 0")
+        return self
+
+
+def shipped_shapes() -> dict[str, Any]:
+    """The laws of ``synthesis.shape: realistic`` that ship with ftengine (``shapes.yaml``), as plain values: {organ or ``pooled``: law}."""
+    shapes: dict[str, Any] = yaml.safe_load(
+        resources.files("ftengine").joinpath("shapes.yaml").read_text(encoding="utf-8")
+    )
+    return shapes
+
+
 class SynthesisConfig(_Section):
     """How tumours are painted (Eq. 1)."""
 
     variant: Literal["paper", "released"] = "paper"
+    shape: Literal["paper", "realistic"] = (
+        "paper"  # realistic: drawn by realistic_shapes, not by sizes (docs/shapes.md)
+    )
     fraction: Probability = 1.0  # of the eligible patches; released code: all of them
     num_tumors: int = Field(default=1, ge=1, le=16)  # per painted patch; released code: always 1
     sizes: dict[str, SizeClassConfig] = _RELEASED_SIZES_MM
     size_weights: dict[str, float] = {"tiny": 0.25, "small": 0.25, "medium": 0.25, "large": 0.25}  # released, abdomen
+    # an organ that is not named here has the law ``pooled``; a table given by a user replaces the shipped laws of the organs it names
+    realistic_shapes: dict[str, RealisticShapeConfig] = Field(
+        default_factory=dict
+    )  # shapes.yaml, fitted (docs/shapes.md)
     min_organ_voxels: int = Field(
         default=64, ge=1
     )  # an organ with fewer voxels in the patch is not painted: no room for a tiny tumour
@@ -154,8 +206,17 @@ class SynthesisConfig(_Section):
         default=0.2, gt=-1.0, lt=1.0
     )  # in place of tanh(G(x)) where no generator is given: about -50 HU in liver
 
+    @field_validator("realistic_shapes", mode="before")
+    @classmethod
+    def _over_the_shipped_shapes(cls, value: Any) -> Any:
+        return {**shipped_shapes(), **value} if isinstance(value, Mapping) else value
+
     @model_validator(mode="after")
     def _tables_fit(self) -> Self:
+        if self.shape == "realistic" and self.variant == "released":
+            raise ValueError(
+                "shape=realistic with variant=released: the released code knows its own shapes only; set one of them to paper"
+            )
         unknown = set(self.size_weights) - set(self.sizes)
         if unknown:
             raise ValueError(f"size_weights names {sorted(unknown)}, sizes has {sorted(self.sizes)}")

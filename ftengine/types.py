@@ -71,9 +71,9 @@ class Painted:
     """What the synthesis did to one patch of a batch."""
 
     organ: str
-    size_class: str
+    size_class: str  # of the first tumour; shape realistic: by its drawn volume
     center_zyx: tuple[IntZYX, ...]
-    radii_vox_zyx: tuple[FloatZYX, ...]
+    radii_vox_zyx: tuple[FloatZYX, ...]  # of each tumour's main ellipsoid
     num_voxels: int  # voxels of the mask M
     proportion: float  # P of Eq. 4; NaN where no judge was asked
     passed: bool  # the patch went to training painted; else it went back to the original (Eq. 5)

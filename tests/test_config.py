@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ftengine.config import Config, preset_names
+from ftengine.config import POOLED_SHAPE, Config, preset_names
 from ftengine.errors import ConfigError
 
 
@@ -65,6 +65,12 @@ def test_assignments_are_read_as_yaml() -> None:
             "synthesis={variant: released, sizes: {odd: {radius_mm: [4, 9], warp_sigma_mm: [1, 2]}}, size_weights: {odd: 1}}",
             "variant released knows",
         ),
+        ("synthesis.shape=lumpy", "synthesis.shape: Input should be 'paper' or 'realistic' (got 'lumpy')"),
+        ("synthesis={shape: realistic, variant: released}", "the released code knows its own shapes only"),
+        (
+            "synthesis.realistic_shapes={liver: {volume_ml: 3}}",
+            "synthesis.realistic_shapes.liver.source: Field required",
+        ),
         ("seed=x", "seed"),
         ("seed", "want key=value"),
         ("seed=[", "not YAML"),
@@ -105,6 +111,17 @@ def test_a_wrong_file_is_named(text: str, says: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         Config.from_file(file)
     assert says in str(caught.value)
+
+
+def test_a_users_law_of_shape_replaces_that_organs_alone() -> None:
+    shipped = Config.preset("abdomen").synthesis.realistic_shapes
+    assert {"kidney", "pancreas", POOLED_SHAPE} == set(shipped)
+    own = {"liver": shipped["kidney"].model_dump() | {"source": "mine", "volume_ml": 5.0}}
+    config = Config.preset("abdomen").with_overrides(
+        {"synthesis.shape": "realistic", "synthesis.realistic_shapes": own}
+    )
+    assert config.synthesis.realistic_shapes["liver"].volume_ml == 5.0
+    assert {k: v for k, v in config.synthesis.realistic_shapes.items() if k != "liver"} == shipped
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ def test_kernel_sources_and_presets_are_package_data() -> None:
     assert any((ROOT / "kernels").glob("*.cu"))
     assert "*.cu" in data["ftengine.kernels"]  # type: ignore[operator]  # a list
     assert "presets/*.yaml" in data["ftengine"]  # type: ignore[operator]  # a list
+    assert "shapes.yaml" in data["ftengine"]  # type: ignore[operator]  # a list
 
 
 def test_every_direct_dependency_is_pinned() -> None:

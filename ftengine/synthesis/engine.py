@@ -125,15 +125,20 @@ class Synthesizer:
         ]
         mask = torch.zeros_like(organ)
         shape = (organ.shape[1], organ.shape[2], organ.shape[3])
-        for number in range(self.config.num_tumors):
-            one = tumor_mask(
-                [c[number] for c in centers],
-                [d.tumors[number].radii_vox_zyx for d in draws],
-                torch.from_numpy(np.stack([d.tumors[number].warp for d in draws])),
+        ellipsoids = [
+            [(e.center_zyx(c), e) for c, t in zip(cs, d.tumors, strict=True) for e in t.ellipsoids]
+            for cs, d in zip(centers, draws, strict=True)
+        ]
+        for number in range(max(map(len, ellipsoids), default=0)):
+            having = [row for row, own in enumerate(ellipsoids) if number < len(own)]
+            numbered = [ellipsoids[row][number] for row in having]
+            mask[having] |= tumor_mask(
+                [c for c, _ in numbered],
+                [e.radii_vox_zyx for _, e in numbered],
+                torch.from_numpy(np.stack([e.warp for _, e in numbered])),
                 shape,
-                organ,
+                organ[having],
             )
-            mask |= one
         return Placement(rows, draws, centers, mask, organ)
 
     def difference(self, x: torch.Tensor, placement: Placement) -> torch.Tensor:

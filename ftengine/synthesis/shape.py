@@ -1,13 +1,21 @@
-"""Draw tumours: which organ, which size, which radii, warps and textures; a function of the patch's address alone."""
+"""Draw tumours: which organ, which size, which radii, warps and textures; a function of the patch's address alone.
 
+Three laws of shape. ``variant: released`` and ``shape: paper`` draw one warped ellipsoid from a size class. ``shape: realistic`` draws a
+volume from the organ's distribution, a main ellipsoid and lobes that overlap it, from numbers fitted to real tumours (docs/shapes.md).
+"""
+
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtr, ndtri
 
-from ftengine.config import RegionConfig, SynthesisConfig
-from ftengine.geometry import FloatZYX, mm_to_vox
+from ftengine.config import POOLED_SHAPE, RealisticShapeConfig, RegionConfig, SizeClassConfig, SynthesisConfig
+from ftengine.geometry import FloatZYX, IntZYX, float_zyx, int_zyx, mm_to_vox
 from ftengine.rng import Purpose, patch_rng
 
 # Released code (reference 1.4): class -> (lowest and highest integer radius, elastic sigmas to choose from or a range), voxels
@@ -15,17 +23,43 @@ _RELEASED_RADII_VOX = {"tiny": (3, 5), "small": (6, 10), "medium": (12, 20), "la
 _RELEASED_SIGMAS_VOX = {"small": (1, 2), "medium": (3, 4, 5, 6), "large": (5, 6, 7, 8, 9, 10)}  # tiny: U(0.5, 1)
 _WARP_PLANES = ((0, 1), (1, 2), (0, 2))  # pairs of x, y, z axes, in the order of the kernel's ``warp`` argument
 
+_REFERENCE_RADIUS_MM = 20.0  # where a realistic tumour has ``lobes`` lobes on average
+_MAX_LOBES = 32  # more cannot be told from each other
+_UNION_STEPS = 32  # grid points an axis that the volume of overlapping ellipsoids is counted on: within 2 %
+
 FloatArray: TypeAlias = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
+class Ellipsoid:
+    """One warped ellipsoid of a tumour, in voxels; ``offset_vox_zyx`` is its centre's from the tumour's."""
+
+    offset_vox_zyx: IntZYX
+    radii_vox_zyx: FloatZYX
+    warp: FloatArray  # (3, 2, 3, 3) displacements, laid out as ``kernels.tumor_mask`` wants them
+
+    def center_zyx(self, tumor_center_zyx: IntZYX) -> IntZYX:
+        """The voxel of its centre when the tumour's lies at ``tumor_center_zyx``."""
+        return int_zyx(c + o for c, o in zip(tumor_center_zyx, self.offset_vox_zyx, strict=True))
+
+
+@dataclass(frozen=True)
 class TumorDraw:
-    """One tumour, drawn but not placed: its centre follows from ``center_draw`` and the organ's voxels."""
+    """One tumour, drawn but not placed: its centre follows from ``center_draw`` and the organ's voxels.
+
+    ``radii_vox_zyx`` and ``warp`` are those of the main ellipsoid; the tumour is the union with its ``lobes``.
+    """
 
     size_class: str
     radii_vox_zyx: FloatZYX
     warp: FloatArray  # (3, 2, 3, 3) displacements in voxels, laid out as ``kernels.tumor_mask`` wants them
     center_draw: tuple[float, float]  # uniform in [0, 1): paper uses the first; released: slice, then pixel
+    lobes: tuple[Ellipsoid, ...] = ()  # shape realistic
+
+    @property
+    def ellipsoids(self) -> tuple[Ellipsoid, ...]:
+        """The main ellipsoid, then the lobes."""
+        return Ellipsoid((0, 0, 0), self.radii_vox_zyx, self.warp), *self.lobes
 
 
 @dataclass(frozen=True)
@@ -70,8 +104,7 @@ def draw_patch(
         return None
     organ = organs[int(choice.integers(len(organs)))]
     rng = patch_rng(seed, Purpose.TUMOR, epoch=epoch, index=index, draw=draw + 1)
-    draw_one = _draw_released_tumor if config.variant == "released" else _draw_tumor
-    tumors = tuple(draw_one(rng, config, spacing_mm_zyx) for _ in range(config.num_tumors))
+    tumors = tuple(_draw_one(rng, config, spacing_mm_zyx, organ) for _ in range(config.num_tumors))
     a, b, c, d = (float(v) for v in rng.random(4))
     return PatchDraw(
         organ=organ,
@@ -81,6 +114,32 @@ def draw_patch(
         edge_sigma_vox=float(rng.uniform(1.0, 2.0)),
         texture_draw=(a, b, c, d),
     )
+
+
+def size_class_of(radius_mm: float, sizes: Mapping[str, SizeClassConfig]) -> str:
+    """The size class of a tumour with the volume of a ball of ``radius_mm``.
+
+    Between two classes the border lies half-way from the largest radius of the smaller one to the smallest of the larger one: with the
+    released sizes at 8.25, 16.5 and 33 mm.
+    """
+    ordered = sorted(sizes, key=lambda name: sum(sizes[name].radius_mm))
+    for smaller, larger in pairwise(ordered):
+        if radius_mm < (sizes[smaller].radius_mm[1] + sizes[larger].radius_mm[0]) / 2:
+            return smaller
+    return ordered[-1]
+
+
+def shape_law(organ: str, config: SynthesisConfig) -> RealisticShapeConfig:
+    """The law of ``shape: realistic`` for an organ: its own, or the pooled one."""
+    return config.realistic_shapes.get(organ) or config.realistic_shapes[POOLED_SHAPE]
+
+
+def _draw_one(rng: np.random.Generator, config: SynthesisConfig, spacing_mm_zyx: FloatZYX, organ: str) -> TumorDraw:
+    if config.variant == "released":
+        return _draw_released_tumor(rng, config, spacing_mm_zyx)
+    if config.shape == "realistic":
+        return _draw_realistic_tumor(rng, config, spacing_mm_zyx, shape_law(organ, config))
+    return _draw_tumor(rng, config, spacing_mm_zyx)
 
 
 def _draw_size_class(rng: np.random.Generator, config: SynthesisConfig) -> str:
@@ -96,12 +155,71 @@ def _draw_tumor(rng: np.random.Generator, config: SynthesisConfig, spacing_mm_zy
     radii_mm = rng.uniform(*size.radius_mm, size=3)
     warp_mm = rng.standard_normal((3, 2, 3, 3)) * rng.uniform(*size.warp_sigma_mm)
     radii = mm_to_vox((float(radii_mm[0]), float(radii_mm[1]), float(radii_mm[2])), spacing_mm_zyx)
+    return TumorDraw(name, radii, _warp_vox(warp_mm, spacing_mm_zyx), _two(rng))
+
+
+def _draw_realistic_tumor(
+    rng: np.random.Generator, config: SynthesisConfig, spacing_mm_zyx: FloatZYX, law: RealisticShapeConfig
+) -> TumorDraw:
+    """Shape realistic: first in units of the main ellipsoid's mean radius, then scaled to the drawn volume, in mm.
+
+    The size class is that of the drawn volume; the warps change it a little, the organ's border may cut it.
+    """
+    low, high = (math.log(v / law.volume_ml) for v in law.volume_range_ml)
+    level = float(rng.random())
+    if law.volume_log_sigma > 0:
+        low_p, high_p = ndtr(low / law.volume_log_sigma), ndtr(high / law.volume_log_sigma)
+        volume_ml = law.volume_ml * math.exp(law.volume_log_sigma * float(ndtri(low_p + level * (high_p - low_p))))
+    else:
+        volume_ml = law.volume_ml
+    volume_mm3 = volume_ml * 1000.0
+    radius_mm = (3.0 * volume_mm3 / (4.0 * math.pi)) ** (1.0 / 3.0)
+
+    logs = rng.standard_normal(3) * np.array(law.axis_log_sigma_zyx)
+    main = np.exp(logs - logs.mean())
+    mean_lobes = law.lobes * (radius_mm / _REFERENCE_RADIUS_MM) ** law.lobes_power
+    num_lobes = min(int(rng.poisson(mean_lobes)), _MAX_LOBES)
+    centers, radii = np.zeros((num_lobes + 1, 3)), np.tile(main, (num_lobes + 1, 1))
+    for lobe in range(1, num_lobes + 1):
+        direction = rng.standard_normal(3)
+        centers[lobe] = direction / np.linalg.norm(direction) * main * rng.uniform(*law.lobe_offset)
+        radii[lobe] *= rng.uniform(*law.lobe_radius)
+    to_mm = (volume_mm3 / union_volume(centers, radii)) ** (1.0 / 3.0)
+    centers, radii = centers * to_mm, radii * to_mm
+
+    ellipsoids = []
+    for center_mm, radii_mm in zip(centers, radii, strict=True):
+        own_mm = float(np.prod(radii_mm)) ** (1.0 / 3.0)
+        warp_mm = rng.standard_normal((3, 2, 3, 3)) * (rng.uniform(*law.warp_sigma) * own_mm)
+        offset = int_zyx(round(v) for v in mm_to_vox(float_zyx(center_mm), spacing_mm_zyx))
+        ellipsoids.append(
+            Ellipsoid(offset, mm_to_vox(float_zyx(radii_mm), spacing_mm_zyx), _warp_vox(warp_mm, spacing_mm_zyx))
+        )
+    first, *lobes = ellipsoids
+    name = size_class_of(radius_mm, config.sizes)
+    return TumorDraw(name, first.radii_vox_zyx, first.warp, _two(rng), tuple(lobes))
+
+
+def union_volume(centers: FloatArray, radii: FloatArray) -> float:
+    """Volume of the union of axis-parallel ellipsoids, centres and radii [N, 3] in any one unit, counted on a grid of points."""
+    low, high = (centers - radii).min(axis=0), (centers + radii).max(axis=0)
+    step = (high - low) / _UNION_STEPS
+    axes = [start + (np.arange(_UNION_STEPS) + 0.5) * width for start, width in zip(low, step, strict=True)]
+    inside = np.zeros((_UNION_STEPS,) * 3, dtype=bool)
+    for center, radius in zip(centers, radii, strict=True):
+        z, y, x = (((axis - c) / r) ** 2 for axis, c, r in zip(axes, center, radius, strict=True))
+        inside |= z[:, None, None] + y[:, None] + x < 1.0
+    return float(np.count_nonzero(inside) * np.prod(step))
+
+
+def _warp_vox(warp_mm: FloatArray, spacing_mm_zyx: FloatZYX) -> FloatArray:
+    """Displacements in mm (3, 2, 3, 3) as voxels of each component's own axis."""
     spacing_xyz = spacing_mm_zyx[::-1]
     warp = warp_mm.copy()
     for plane, axes in enumerate(_WARP_PLANES):
         for component, axis in enumerate(axes):
             warp[plane, component] /= spacing_xyz[axis]
-    return TumorDraw(name, radii, warp, _two(rng))
+    return warp
 
 
 def _draw_released_tumor(rng: np.random.Generator, config: SynthesisConfig, _spacing_mm_zyx: FloatZYX) -> TumorDraw:

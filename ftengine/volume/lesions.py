@@ -1,5 +1,6 @@
 """Single lesions of a label: connected components with their size."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,8 +24,7 @@ class Lesion:
 def find_lesions(label: NDArray[np.uint8], values: tuple[int, ...], spacing_mm_zyx: FloatZYX) -> list[Lesion]:
     """The 26-connected components of each label value, ordered by value, then by position.
 
-    ``diameter_mm`` is the longest distance between two voxel borders of one axial slice (the WHO measure): the largest distance
-    of voxel centres plus one voxel.
+    ``diameter_mm`` is ``axial_diameter_mm`` of the component.
     """
     voxel_ml = float(np.prod(spacing_mm_zyx)) / 1000.0
     extents = value_extents(label)
@@ -41,10 +41,28 @@ def find_lesions(label: NDArray[np.uint8], values: tuple[int, ...], spacing_mm_z
         for number in shapes.GetLabels():
             x, y, z, nx, ny, nz = shapes.GetBoundingBox(number)
             voxels = components[z : z + nz, y : y + ny, x : x + nx] == number
-            diameter = max(_longest_distance_mm(plane, spacing_mm_zyx) for plane in voxels if plane.any())
             count = int(shapes.GetNumberOfPixels(number))
-            lesions.append(Lesion(value, count, count * voxel_ml, diameter))
+            lesions.append(Lesion(value, count, count * voxel_ml, axial_diameter_mm(voxels, spacing_mm_zyx)))
     return lesions
+
+
+def axial_diameter_mm(voxels: NDArray[np.bool_], spacing_mm_zyx: FloatZYX) -> float:
+    """Longest distance between two voxel borders of one axial slice (the WHO measure): the largest distance of voxel centres plus one voxel.
+
+    voxels: [z, y, x] with at least one set voxel.
+    """
+    spacing_yx = spacing_mm_zyx[1:]
+    bounds = []  # no two voxels of a slice are farther apart than the corners of its bounding box
+    for z in np.flatnonzero(voxels.any(axis=(1, 2))).tolist():
+        lengths = [np.ptp(np.flatnonzero(voxels[z].any(axis=1 - axis))) for axis in range(2)]
+        bounds.append((math.hypot(*(n * mm for n, mm in zip(lengths, spacing_yx, strict=True))), z))
+    voxel_mm = sum(spacing_yx) / 2
+    longest = 0.0
+    for bound, z in sorted(bounds, reverse=True):
+        if bound + voxel_mm <= longest:
+            break
+        longest = max(longest, _longest_distance_mm(voxels[z], spacing_mm_zyx))
+    return longest
 
 
 def _longest_distance_mm(plane: NDArray[np.bool_], spacing_mm_zyx: FloatZYX) -> float:
