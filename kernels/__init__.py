@@ -14,6 +14,7 @@ for the device. ``texture_field`` alone is made from numbers, once, and takes th
 if __name__ != "ftengine.kernels":
     raise ImportError(f"import ftengine.kernels, not {__name__}: the folder is part of the package ftengine")
 
+from ftengine.kernels._launch import upload
 from ftengine.kernels.choose_center import choose_center
 from ftengine.kernels.gaussian_blur import gaussian_blur
 from ftengine.kernels.masked_blend import masked_blend
@@ -30,6 +31,7 @@ __all__ = [
     "tumor_mask",
     "tumor_mask_and_box",
     "tumor_proportion",
+    "upload",
 ]
 
 settle()  # the CPU paths use torch from several threads

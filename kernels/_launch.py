@@ -33,7 +33,7 @@ def blocks_for(num_items: int, items_per_block: int) -> int:
     return min(-(-num_items // items_per_block), MAX_BLOCKS_X)
 
 
-def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
+def upload(array: NDArray[Any], device: torch.device) -> Tensor:
     """Copy a small table to the device without a host sync.
 
     Pageable memory would make the copy wait, so it goes through pinned memory; torch's pinned allocator keeps the

@@ -142,7 +142,7 @@ def _choose_by_kernel(organ: Tensor, margins: NDArray[np.int64], draws: Tensor, 
     )
     host = [margins.ravel()] if len(margins) > 1 else []
     host += [draws.numpy().view(np.int64).ravel()] if _on_host(draws) else []
-    uploaded = _launch.to_device(np.concatenate(host), organ.device) if host else None
+    uploaded = _launch.upload(np.concatenate(host), organ.device) if host else None
     own_margins = _launch.pointer(uploaded if len(margins) > 1 else None)
     draws_at = _launch.pointer(draws)
     if uploaded is not None and _on_host(draws):

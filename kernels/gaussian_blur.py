@@ -57,8 +57,8 @@ def gaussian_blur(x: Tensor, sigma_vox_zyx: Any, *, box: Any = None, out: Tensor
         sequence, NumPy array or CPU tensor (it decides the launch, so it must be on the host). An axis with 0, or
         with less than 1/8 voxel, where the window is one voxel, is left untouched bit for bit (a NaN stays a NaN).
     box: the voxels to compute, integers [B, 2, 3]: first voxel z y x, and the one behind the last. None for all. From
-        the host (nested sequence, array, CPU tensor) a box must lie in the volume, and may be empty. An int64 tensor on
-        x's device is not looked at: the kernel clamps it to the volume, and first >= last is empty.
+        the host (nested sequence, array, CPU tensor) or an int64 tensor on x's device. A box is clamped to the volume,
+        so that one may be grown without knowing the volume; where first >= last on an axis it is empty.
     out: of x's dtype, shape and device, or None; may be x itself. Only where no gradient is required.
 
     Returns ``out`` or a new tensor. Inside the box are the bits of the whole blur; outside, ``out`` keeps what it held,
@@ -72,8 +72,7 @@ def gaussian_blur(x: Tensor, sigma_vox_zyx: Any, *, box: Any = None, out: Tensor
     tensor of float32 (float64) like x if there is a box or x is float16 or bfloat16. Up to radius 8 and with sigma and
     host boxes fixed, a call can be captured in a CUDA graph; a box on the device may change between replays.
     Raises KernelInputError, before any launch, for a wrong type, dtype, shape, device or memory order, a sigma that
-    is negative, not finite or requires a gradient, a host box that leaves the volume, an axis that with its window
-    exceeds 12,288 voxels (float64: 6,144), and a graph capture with a radius above 8.
+    is negative, not finite or requires a gradient, an axis that with its window exceeds 12,288 voxels (float64: 6,144), and a graph capture with a radius above 8.
     Source: FreeTumor, Eq. 1 (g, "the Gaussian filter to blur the textures"); truncation and boundary are those of
     the released code's blurs.
     """
@@ -210,19 +209,11 @@ def _checked_sigma(sigma: Tensor, x: Tensor) -> NDArray[np.float64]:
 
 
 def _checked_regions(table: Tensor | None, x: Tensor) -> Regions:
-    """Boxes on the host, checked; the whole volume for none, and for those that only the device knows."""
+    """Boxes on the host, clamped to the volume; the whole volume for none, and for those that only the device knows."""
     shape = np.array(x.shape[1:], dtype=np.int64)
     if table is None or _is_on_device(table):
         return np.broadcast_to(np.stack([np.zeros_like(shape), shape]), (x.shape[0], 2, 3))
-    boxes = host_integers(_NAME, "box", table)
-    wrong = (boxes[:, 0] < 0) | (boxes[:, 1] < boxes[:, 0]) | (boxes[:, 1] > shape)
-    if wrong.any():
-        b = int(np.flatnonzero(wrong.any(axis=1))[0])
-        raise KernelInputError(
-            f"{_NAME}: box of sample {b} is {boxes[b].tolist()}; want 0 <= first <= last <= {tuple(x.shape[1:])}, z y x. "
-            "Clip it to the volume."
-        )
-    return boxes
+    return np.clip(host_integers(_NAME, "box", table), 0, shape)
 
 
 def _half_windows(sigma: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -340,10 +331,10 @@ def _blur_by_axes(out: Tensor, x: Tensor, work: _Work, box: Tensor | None, sourc
         for b in range(batch):
             weights = _window(work, b, axis)
             windows[axis, b, : len(weights)] = weights
-    windows_on_device = _launch.to_device(windows, x.device)
-    radii_on_device = _launch.to_device(work.radii.T.astype(np.int32), x.device)
+    windows_on_device = _launch.upload(windows, x.device)
+    radii_on_device = _launch.upload(work.radii.T.astype(np.int32), x.device)
     boxes, sources = (
-        table if table is None or _is_on_device(table) else _launch.to_device(table.numpy(), x.device)
+        table if table is None or _is_on_device(table) else _launch.upload(table.numpy(), x.device)
         for table in (box, source)
     )
 

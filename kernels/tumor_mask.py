@@ -291,7 +291,7 @@ def _mask_by_kernel(
 
     host = [starts, radii.view(np.int64).ravel()]
     host += [t.numpy().view(np.int64).ravel() for t in (center, warp) if _on_host(t)]
-    uploaded = _launch.to_device(np.concatenate(host), out.device)
+    uploaded = _launch.upload(np.concatenate(host), out.device)
     at = np.cumsum([0, *(len(part) for part in host)])[:-1].tolist()
     pointers = [np.uint64(uploaded.data_ptr() + 8 * offset) for offset in at]
     starts_at, radii_at = pointers[:2]

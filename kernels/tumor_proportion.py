@@ -160,7 +160,7 @@ def _run_out(predicted: Tensor, mask: Tensor, classes: Tensor | None, out: Tenso
     if classes is not None and classes.device.type == "cpu":
         table = _table_of(classes, *predicted.shape[:2])
     if _launch.uses_kernel(predicted):
-        on_device = classes if table is None else _launch.to_device(table.view(np.uint8), predicted.device)
+        on_device = classes if table is None else _launch.upload(table.view(np.uint8), predicted.device)
         _proportion_by_kernel(predicted, mask, on_device, out)
         return
     proportions = out.numpy()

@@ -14,12 +14,41 @@ import torch
 from numpy.typing import NDArray
 
 from ftengine.config import RegionConfig, SynthesisConfig
-from ftengine.geometry import FloatZYX, IntZYX, int_zyx, mm_to_vox
-from ftengine.kernels import choose_center, gaussian_blur, masked_blend, tumor_mask
+from ftengine.geometry import FloatZYX, int_zyx, mm_to_vox
+from ftengine.kernels import choose_center, gaussian_blur, masked_blend, tumor_mask_and_box, upload
+from ftengine.kernels.gaussian_blur import TRUNCATE
 from ftengine.synthesis.center import choose_center_released, margin_vox
 from ftengine.synthesis.released import ABDOMEN_SIGMAS, CHEST_SIGMAS, TextureFields, released_blend
 from ftengine.synthesis.shape import PatchDraw, draw_patch, organs_in_patch
 from ftengine.types import Painted
+
+
+@dataclass(frozen=True)
+class _EllipsoidTable:
+    """The ellipsoids of R patches as the kernel takes them; patches with fewer are filled up with radii of 0.
+
+    offset_zyx: int64 [R, E, 3] from the tumour's centre; tumor: int64 [R, E], whose ellipsoid it is; radii_zyx: float64 [R, E, 3] and
+    warp: float64 [R, E, 3, 2, 3, 3], in voxels.
+    """
+
+    offset_zyx: NDArray[np.int64]
+    tumor: NDArray[np.int64]
+    radii_zyx: NDArray[np.float64]
+    warp: NDArray[np.float64]
+    is_more_than_tumors: bool
+
+    @classmethod
+    def of(cls, draws: Sequence[PatchDraw]) -> "_EllipsoidTable":
+        rows = [[(n, e) for n, t in enumerate(d.tumors) for e in t.ellipsoids] for d in draws]
+        most = max(map(len, rows), default=0)
+        shape = (len(rows), most)
+        offset, tumor = np.zeros((*shape, 3), dtype=np.int64), np.zeros(shape, dtype=np.int64)
+        radii, warp = np.zeros((*shape, 3)), np.zeros((*shape, 3, 2, 3, 3))
+        for r, row in enumerate(rows):
+            for e, (number, ellipsoid) in enumerate(row):
+                offset[r, e], tumor[r, e] = ellipsoid.offset_vox_zyx, number
+                radii[r, e], warp[r, e] = ellipsoid.radii_vox_zyx, ellipsoid.warp
+        return cls(offset, tumor, radii, warp, any(t.lobes for d in draws for t in d.tumors))
 
 
 class Generator(Protocol):
@@ -52,13 +81,15 @@ class Address:
 class Placement:
     """Tumours drawn for some patches of a batch.
 
-    rows: the patches they are for. mask: uint8 [R, z, y, x], hard. organ: uint8 [R, z, y, x], the healthy tissue of the painted organ.
+    rows: the patches they are for. centers: int64 [R, N, 3], the voxel of each tumour. mask: uint8 [R, z, y, x], hard. box: int64
+    [R, 2, 3], the mask's first voxel and the one behind its last. organ: uint8 [R, z, y, x], the healthy tissue of the painted organ.
     """
 
     rows: list[int]
     draws: list[PatchDraw]
-    centers: list[tuple[IntZYX, ...]]
+    centers: torch.Tensor
     mask: torch.Tensor
+    box: torch.Tensor
     organ: torch.Tensor
 
 
@@ -115,31 +146,17 @@ class Synthesizer:
     def place(self, label: torch.Tensor, drawn: dict[int, PatchDraw]) -> Placement:
         """Choose the centres inside the organs and rasterise the masks. label: uint8 [B, 1, z, y, x]."""
         rows, draws = list(drawn), list(drawn.values())
-        values = torch.tensor(
-            [self.region.organs[d.organ].organ for d in draws], dtype=torch.uint8, device=label.device
-        )
+        values = upload(np.array([self.region.organs[d.organ].organ for d in draws], dtype=np.uint8), label.device)
         organ = (label[rows, 0] == values.view(-1, 1, 1, 1)).to(torch.uint8)
-        host_organ = organ.cpu().numpy().astype(bool)
-        centers = [
-            tuple(self._center(o, t.center_draw) for t in d.tumors) for o, d in zip(host_organ, draws, strict=True)
-        ]
-        mask = torch.zeros_like(organ)
+        centers = self._centers(organ, draws)
+        table = _EllipsoidTable.of(draws)
+        placed = centers
+        if table.is_more_than_tumors:
+            offset, tumor = (upload(t, organ.device) for t in (table.offset_zyx, table.tumor))
+            placed = centers.gather(1, tumor.unsqueeze(2).expand(-1, -1, 3)) + offset
         shape = (organ.shape[1], organ.shape[2], organ.shape[3])
-        ellipsoids = [
-            [(e.center_zyx(c), e) for c, t in zip(cs, d.tumors, strict=True) for e in t.ellipsoids]
-            for cs, d in zip(centers, draws, strict=True)
-        ]
-        for number in range(max(map(len, ellipsoids), default=0)):
-            having = [row for row, own in enumerate(ellipsoids) if number < len(own)]
-            numbered = [ellipsoids[row][number] for row in having]
-            mask[having] |= tumor_mask(
-                [c for c, _ in numbered],
-                [e.radii_vox_zyx for _, e in numbered],
-                torch.from_numpy(np.stack([e.warp for _, e in numbered])),
-                shape,
-                organ[having],
-            )
-        return Placement(rows, draws, centers, mask, organ)
+        mask, box = tumor_mask_and_box(placed, table.radii_zyx, table.warp, shape, organ)
+        return Placement(rows, draws, centers, mask, box, organ)
 
     def difference(self, x: torch.Tensor, placement: Placement) -> torch.Tensor:
         """G(x) before its activation, on the channel of each patch's organ: float32 [R, z, y, x]. x: [R, 1, z, y, x]."""
@@ -158,13 +175,17 @@ class Synthesizer:
         if self.config.variant == "released":
             return self._blend_released(x, g, placement)
         draws = placement.draws
-        texture = gaussian_blur(x, [mm_to_vox(d.texture_sigma_mm, self._spacing) for d in draws])
-        factors = torch.tensor([d.contrast_factor for d in draws], dtype=x.dtype, device=x.device)
-        texture *= factors.view(-1, 1, 1, 1)
-        mask = placement.mask.to(x.dtype)
+        mask, box = placement.mask, placement.box
         if self.config.edge_sigma_mm > 0:
             # the edge fades inside the organ and into M, never into tissue that holds no tumour
-            mask = gaussian_blur(mask, mm_to_vox(self.config.edge_sigma_mm, self._spacing)) * placement.organ
+            sigma = mm_to_vox(self.config.edge_sigma_mm, self._spacing)
+            reach = np.array([int(TRUNCATE * s + 0.5) for s in sigma], dtype=np.int64)
+            box = box + upload(np.stack([-reach, reach]), box.device)
+            mask = gaussian_blur(mask.to(x.dtype), sigma, box=box).mul_(placement.organ)
+        texture = gaussian_blur(x, [mm_to_vox(d.texture_sigma_mm, self._spacing) for d in draws], box=box)
+        factors = np.array([d.contrast_factor for d in draws], dtype=np.float32)
+        if (factors != 1).any():
+            texture = texture.mul_(upload(factors, x.device).view(-1, 1, 1, 1))
         return masked_blend(x, g, texture, mask)
 
     def paint(self, image: torch.Tensor, label: torch.Tensor, addresses: Sequence[Address]) -> Painting:
@@ -195,6 +216,7 @@ class Synthesizer:
     ) -> list[int]:
         """Write accepted patches into ``out``; returns the rows that failed."""
         tumor_values = [self.region.organs[d.organ].tumor for d in placement.draws]
+        centers = placement.centers.tolist()
         num_voxels = placement.mask.flatten(1).sum(1, dtype=torch.int64).tolist()
         if self._judge is None:
             proportions = [float("nan")] * len(num_voxels)
@@ -211,7 +233,7 @@ class Synthesizer:
             out.painted[row] = Painted(
                 organ=placement.draws[i].organ,
                 size_class=placement.draws[i].tumors[0].size_class,
-                center_zyx=placement.centers[i],
+                center_zyx=tuple(int_zyx(c) for c in centers[i]),
                 radii_vox_zyx=tuple(t.radii_vox_zyx for t in placement.draws[i].tumors),
                 num_voxels=num_voxels[i],
                 proportion=proportions[i],
@@ -220,11 +242,17 @@ class Synthesizer:
             )
         return [row for i, row in enumerate(placement.rows) if not passed[i]]
 
-    def _center(self, organ: NDArray[np.bool_], draw: tuple[float, float]) -> IntZYX:
+    def _centers(self, organ: torch.Tensor, draws: Sequence[PatchDraw]) -> torch.Tensor:
+        """A voxel for each tumour, int64 [R, N, 3], on the organ's device; only the released law asks the host for it."""
         if self.config.variant == "released":
-            return choose_center_released(organ, draw)
+            host_organ = organ.cpu().numpy().astype(bool)
+            rows = [
+                [choose_center_released(o, t.center_draw) for t in d.tumors]
+                for o, d in zip(host_organ, draws, strict=True)
+            ]
+            return upload(np.array(rows, dtype=np.int64), organ.device)
         margin = margin_vox(self.config.center_margin_mm, self._spacing)
-        return int_zyx(choose_center(torch.from_numpy(organ)[None], margin, [draw[0]])[0, 0].tolist())
+        return choose_center(organ, margin, [[t.center_draw[0] for t in d.tumors] for d in draws])
 
     def _blend_released(self, x: torch.Tensor, g: torch.Tensor, placement: Placement) -> torch.Tensor:
         shape = (x.shape[1], x.shape[2], x.shape[3])

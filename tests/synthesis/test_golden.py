@@ -30,7 +30,7 @@ def _checksums(variant: str) -> dict[str, str]:
     ]
     return {
         "mask": hashlib.sha256(placement.mask.numpy().tobytes()).hexdigest(),
-        "centers": hashlib.sha256(json.dumps(placement.centers).encode()).hexdigest(),
+        "centers": hashlib.sha256(json.dumps(placement.centers.tolist()).encode()).hexdigest(),
         "draws": hashlib.sha256(json.dumps(draws).encode()).hexdigest(),
     }
 

@@ -157,7 +157,7 @@ def test_the_mask_is_the_union_of_all_ellipsoids_inside_the_organ() -> None:
     label = _label()
     placement = synthesizer.place(label, synthesizer.draw(label, [Address(0, i) for i in range(4)]))
     assert any(t.lobes for d in placement.draws for t in d.tumors)
-    for row, (draw, centers) in enumerate(zip(placement.draws, placement.centers, strict=True)):
+    for row, (draw, centers) in enumerate(zip(placement.draws, placement.centers.numpy(), strict=True)):
         wanted = np.zeros(label.shape[2:], dtype=bool)
         for tumor, center in zip(draw.tumors, centers, strict=True):
             mask = whole_mask(tumor)
