@@ -1,4 +1,4 @@
-"""Kernels of the synthesis: one public function each, CPU tensors take the CPU path, CUDA tensors the CUDA kernel.
+"""Kernels of synthesis, quality control and patches: one public function each, CPU tensors take the CPU path, CUDA tensors the CUDA kernel.
 
 Every function takes C-contiguous torch tensors indexed batch, z, y, x; checks them before anything runs
 (KernelInputError); writes into ``out`` where one is given; and on CUDA runs on torch's current stream without waiting
@@ -16,10 +16,11 @@ if __name__ != "ftengine.kernels":
 
 from ftengine.kernels.gaussian_blur import gaussian_blur
 from ftengine.kernels.masked_blend import masked_blend
+from ftengine.kernels.prepare_patch import prepare_patch
 from ftengine.kernels.tumor_mask import tumor_mask
 from ftengine.kernels.tumor_proportion import tumor_proportion
 from ftengine.vml import settle
 
-__all__ = ["gaussian_blur", "masked_blend", "tumor_mask", "tumor_proportion"]
+__all__ = ["gaussian_blur", "masked_blend", "prepare_patch", "tumor_mask", "tumor_proportion"]
 
 settle()  # the CPU paths use torch from several threads

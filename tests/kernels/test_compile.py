@@ -8,12 +8,13 @@ import pytest
 
 from ftengine.errors import ConfigError
 from ftengine.kernels import _compile, _launch
+from ftengine.kernels.prepare_patch import COMPILE_OPTIONS as PREPARE_PATCH_OPTIONS
 from ftengine.kernels.tumor_mask import COMPILE_OPTIONS
 from tests.kernels import nvrtc
 from tests.kernels.support import REPOSITORY, missing
 
 SOURCES = sorted(path.name for path in (REPOSITORY / "kernels").glob("*.cu"))
-OPTIONS = {"tumor_mask.cu": COMPILE_OPTIONS}
+OPTIONS = {"prepare_patch.cu": PREPARE_PATCH_OPTIONS, "tumor_mask.cu": COMPILE_OPTIONS}
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_120")  # CUDA 13's oldest, A100, H100, consumer Blackwell
 
 
@@ -28,7 +29,13 @@ def nvrtc_library() -> Path:
 
 
 def test_there_is_a_source_for_each_kernel() -> None:
-    assert SOURCES == ["gaussian_blur.cu", "masked_blend.cu", "tumor_mask.cu", "tumor_proportion.cu"]
+    assert SOURCES == [
+        "gaussian_blur.cu",
+        "masked_blend.cu",
+        "prepare_patch.cu",
+        "tumor_mask.cu",
+        "tumor_proportion.cu",
+    ]
     assert all(_compile.source(file).is_file() for file in SOURCES)
 
 
