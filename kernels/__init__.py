@@ -1,4 +1,4 @@
-"""Kernels of synthesis, quality control and patches: one public function each, CPU tensors take the CPU path, CUDA tensors the CUDA kernel.
+"""Kernels: one public function each, CPU tensors take the CPU path, CUDA tensors the CUDA kernel.
 
 Every function takes C-contiguous torch tensors indexed batch, z, y, x; checks them before anything runs
 (KernelInputError); writes into ``out`` where one is given; and on CUDA runs on torch's current stream without waiting
