@@ -1,4 +1,4 @@
-"""Kernels of the synthesis: one public function each, CPU tensors take the CPU path, CUDA tensors the CUDA kernel.
+"""Kernels: one public function each, CPU tensors take the CPU path, CUDA tensors the CUDA kernel.
 
 Every function takes C-contiguous torch tensors indexed batch, z, y, x; checks them before anything runs
 (KernelInputError); writes into ``out`` where one is given; and on CUDA runs on torch's current stream without waiting
@@ -18,6 +18,7 @@ from ftengine.kernels._launch import upload
 from ftengine.kernels.choose_center import choose_center
 from ftengine.kernels.gaussian_blur import gaussian_blur
 from ftengine.kernels.masked_blend import masked_blend
+from ftengine.kernels.prepare_patch import prepare_patch
 from ftengine.kernels.texture_field import texture_field
 from ftengine.kernels.tumor_mask import tumor_mask, tumor_mask_and_box
 from ftengine.kernels.tumor_proportion import tumor_proportion
@@ -27,6 +28,7 @@ __all__ = [
     "choose_center",
     "gaussian_blur",
     "masked_blend",
+    "prepare_patch",
     "texture_field",
     "tumor_mask",
     "tumor_mask_and_box",
