@@ -47,7 +47,8 @@ extern "C" __global__ void pack(unsigned* bits, const unsigned char* organ, long
 }
 
 // The AND of a word over its neighbours along y; what lies outside the patch is organ.
-__device__ unsigned eroded_along_y(const unsigned* slice, const Grid& grid, long long y, long long w, long long margin) {
+__device__ unsigned eroded_along_y(const unsigned* slice, const Grid& grid, long long y, long long w,
+                                   long long margin) {
     if (w < 0 || w >= grid.words_per_row) return ALL;
     const long long low = y > margin ? y - margin : 0, high = y + margin < grid.ny ? y + margin : grid.ny - 1;
     unsigned result = ALL;
@@ -91,8 +92,8 @@ extern "C" __global__ void erode_xy(unsigned* rows, const unsigned* bits, const 
     }
 }
 
-// eroded: the rows eroded along z too, 0 behind the patch. counts: [0: eroded, 1: organ][sample][chunk]. A block makes a
-// chunk.
+// eroded: the rows eroded along z too, 0 behind the patch. counts: [0: eroded, 1: organ][sample][chunk]. A block makes
+// a chunk.
 extern "C" __global__ void erode_z(unsigned* eroded, int* counts, const unsigned* rows, const unsigned* bits,
                                    const long long* own_margins, long long margin_z, long long margin_y,
                                    long long margin_x, long long num_samples, long long nz, long long ny,

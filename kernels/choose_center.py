@@ -30,15 +30,15 @@ def choose_center(organ: Tensor, margin_vox_zyx: Any, draws: Any, *, out: Tensor
     """Pick voxels of organs at least a margin away from their borders: [B, z, y, x] and draws -> [B, N, 3].
 
     organ: [B, z, y, x] uint8 or bool; not 0 is organ.
-    margin_vox_zyx: three integers >= 0, or [B, 3], on the host. The organ is eroded by the box of 2 margin + 1 voxels; the
-        patch's border counts as organ, since the organ goes on behind it.
+    margin_vox_zyx: three integers >= 0, or [B, 3], on the host. The organ is eroded by the box of 2 margin + 1 voxels;
+        the patch's border counts as organ, since the organ goes on behind it.
     draws: [B] or [B, N] in [0, 1), N picks a sample; on the host, or float64 on the organ's device (not checked there:
         a draw outside picks the first or the last voxel).
     out: int64 [B, N, 3], or None.
 
-    Returns int64 z y x on the organ's device: for each draw the voxel number floor(draw * count), counted in C order, of
-    the eroded organ, or of the organ where erosion leaves nothing; (-1, -1, -1) where there is no organ. ``draws`` of [B]
-    gives N = 1. Not differentiable.
+    Returns int64 z y x on the organ's device: for each draw the voxel number floor(draw * count), counted in C order,
+    of the eroded organ, or of the organ where erosion leaves nothing; (-1, -1, -1) where there is no organ. ``draws``
+    of [B] gives N = 1. Not differentiable.
     Draws come from counter-based streams on the host (``ftengine.rng``), so equal addresses give equal voxels on every
     device. CUDA takes scratch memory from torch's allocator: 3 bits a voxel of rows padded to 32, and 8 bytes for each
     8192 voxels; four launches. In a CUDA graph: with draws on the device and one margin for all samples, else each
@@ -54,8 +54,8 @@ def choose_center(organ: Tensor, margin_vox_zyx: Any, draws: Any, *, out: Tensor
     batch = organ.shape[0]
     if tuple(margin.shape) not in {(3,), (batch, 3)}:
         raise KernelInputError(
-            f"{_NAME}: margin_vox_zyx has shape {tuple(margin.shape)}; want three integers z y x, or {(batch, 3)}, three "
-            "per sample. Convert millimetres with geometry.mm_to_vox."
+            f"{_NAME}: margin_vox_zyx has shape {tuple(margin.shape)}; want three integers z y x, or {(batch, 3)}, "
+            "three per sample. Convert millimetres with geometry.mm_to_vox."
         )
     if draws.ndim not in {1, 2} or draws.shape[0] != batch:
         raise KernelInputError(
@@ -79,8 +79,8 @@ def choose_center(organ: Tensor, margin_vox_zyx: Any, draws: Any, *, out: Tensor
 def _check_buffer(out: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     if out.dtype != torch.int64 or tuple(out.shape) != shape or out.device != device:
         raise KernelInputError(
-            f"{_NAME}: out is {out.dtype} of shape {tuple(out.shape)} on {out.device}; want torch.int64 of shape {shape} "
-            f"on {device}. Pass a new buffer, or none."
+            f"{_NAME}: out is {out.dtype} of shape {tuple(out.shape)} on {out.device}; want torch.int64 of shape "
+            f"{shape} on {device}. Pass a new buffer, or none."
         )
     if not out.is_contiguous():
         raise KernelInputError(f"{_NAME}: out has strides {out.stride()}; want memory order. Call out.contiguous().")
@@ -111,7 +111,8 @@ def _run_checked(organ: Tensor, margin: Tensor, draws: Tensor, out: Tensor) -> N
         values = draws.numpy()
         if not ((values >= 0) & (values < 1)).all():
             raise KernelInputError(
-                f"{_NAME}: draws holds a number outside [0, 1) or NaN; want uniform draws. Take them from rng.patch_rng."
+                f"{_NAME}: draws holds a number outside [0, 1) or NaN; want uniform draws. Take them from "
+                "rng.patch_rng."
             )
     if out.numel() == 0:
         return
@@ -160,7 +161,7 @@ def _choose_by_kernel(organ: Tensor, margins: NDArray[np.int64], draws: Tensor, 
     launch("pick", draws.numel(), _launch.pointer(out), eroded, bits, counts, draws_at, num_draws, *shape)
 
 
-# ---- CPU path: words of 64 voxels, the same word of all rows side by side, so that one instruction does several rows ----
+# ---- CPU path: words of 64 voxels, the same word of all rows side by side: one instruction does several rows ----
 
 
 def _choose_in_sample(
@@ -252,8 +253,8 @@ def _rows_with_margins(words: Any, lead: Any, shape: Any, margin: Any) -> Any:
 def _erode(rows: Any, shape: Any, margin: Any) -> None:
     """In place: the AND of 2 margin + 1 neighbours along each axis ends up at the first of them.
 
-    What covers ``length`` neighbours covers twice as many after an AND with itself, shifted. What a shift brings in from
-    outside is organ: such words are left alone.
+    What covers ``length`` neighbours covers twice as many after an AND with itself, shifted. What a shift brings in
+    from outside is organ: such words are left alone.
     """
     num_words, num_z, num_y = rows.shape
     nz, ny = shape[0], shape[1]

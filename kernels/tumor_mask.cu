@@ -1,5 +1,5 @@
-// Warped ellipsoids, one or several per sample: every voxel of a tumour's box looks backwards through the three warps and
-// tests the ellipsoid.
+// Warped ellipsoids, one or several per sample: every voxel of a tumour's box looks backwards through the three warps
+// and tests the ellipsoid.
 //
 // The released code warps a canvas three times; nearest-neighbour lookups compose, so one lookup per voxel gives the
 // same mask. All arithmetic is float64, in the order of the CPU path and compiled without fused multiply-add: IEEE
@@ -8,7 +8,7 @@
 // A warp is constant along an axis, so its lookups are made once for each voxel of its plane, by the first launch, and
 // not once for each voxel of the box: about 100 float64 operations for each of 3 n^2 entries and one addition for each
 // of n^3 voxels. A tumour of radius 32 (n = 128) takes 5 million operations in place of 300 million: about 10
-// microseconds in place of half a millisecond on a GPU that has one float64 unit for 64 of float32.
+// microseconds in place of half a millisecond (reckoned, not measured) where one float64 unit serves 64 of float32.
 
 constexpr int THREADS = 256;       // the launcher's block
 constexpr double NOWHERE = 1e300;  // a level: outside, whatever is added
@@ -150,7 +150,7 @@ __device__ void clear(unsigned char* bytes, long long count, long long thread, l
 }
 
 // mask: [num_samples][nz][ny][nx], set to 0. box: [sample][first, behind the last][z y x], set to what any voxel
-// changes. scratch: a counter for each sample, set to 0, and behind them the tables, where ``starts`` says, -1 for none.
+// changes. scratch: a counter for each sample, set to 0, and behind them the tables, where ``starts`` says (-1: none).
 // The first ``clearing`` blocks clear, the others make tables, ``blocks_per_tumor`` for each tumour.
 extern "C" __global__ void clear_and_tabulate(unsigned char* mask, long long* box, long long* scratch,
                                               const long long* starts, const double* radii_zyx, const double* warps,

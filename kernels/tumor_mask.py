@@ -66,9 +66,9 @@ def tumor_mask(
 
     center_zyx: [B, 3] or [B, N, 3] integers, the voxel of each tumour's centre; it may lie outside the volume. On the
         host, or int64 on the result's device.
-    radii_zyx: as center_zyx, voxels, > 0; on the host: they decide the launch. Three zeros: no tumour, to fill up a batch. The
-        box of an axis has n = 2 ceil(2 r) voxels with the centre at index n / 2; for whole radii these are the
-        released 4 r and 2 r. A voxel is inside where 1 - sum(((i - n/2) / r)**2) > 0.
+    radii_zyx: as center_zyx, voxels, > 0; on the host: they decide the launch. Three zeros: no tumour, to fill up a
+        batch. The box of an axis has n = 2 ceil(2 r) voxels with the centre at index n / 2; for whole radii these are
+        the released 4 r and 2 r. A voxel is inside where 1 - sum(((i - n/2) / r)**2) > 0.
     warp: [B, 3, 2, 3, 3] or [B, N, 3, 2, 3, 3] displacements in voxels, already scaled by their sigma: sample; tumour;
         plane (0,1), (1,2), (0,2); component; node on the plane's first axis; node on its second. Axes and components
         in the order x, y, z. Zeros leave the ellipsoid as it is. On the host, or float32 or float64 on the result's
@@ -136,8 +136,8 @@ def _drawn(
         )
     if tuple(warp.shape) != (*center.shape[:-1], 3, 2, 3, 3):
         raise KernelInputError(
-            f"{_NAME}: warp has shape {tuple(warp.shape)}; want {(*center.shape[:-1], 3, 2, 3, 3)}: sample, tumour where "
-            "there are several, plane, component, 3 x 3 nodes. Zeros mean no warp."
+            f"{_NAME}: warp has shape {tuple(warp.shape)}; want {(*center.shape[:-1], 3, 2, 3, 3)}: sample, tumour "
+            "where there are several, plane, component, 3 x 3 nodes. Zeros mean no warp."
         )
     if center.ndim == 2:
         center, radii, warp = center.unsqueeze(1), radii.unsqueeze(1), warp.unsqueeze(1)

@@ -136,7 +136,7 @@ def test_every_voxel_is_picked_by_its_share_of_the_draws(on_cpu: KernelsOnCpu) -
 
 
 def test_the_patchs_border_counts_as_organ(on_cpu: KernelsOnCpu) -> None:
-    """An organ that fills the patch loses nothing, whatever the margin; one that touches a border loses the other side."""
+    """An organ that fills the patch loses nothing, whatever the margin; at one border only the other side counts."""
     everything = torch.ones(1, 3, 5, 70, dtype=torch.uint8)
     touching = everything.clone()
     touching[0, :, :, 40:] = 0
