@@ -48,7 +48,7 @@ class Inputs:
     g: Tensor
     organ: Tensor
     draws: Tensor  # of the centres, uniform in [0, 1)
-    radii: Tensor
+    radii: Tensor  # [B, 1, 3]: one tumour a patch
     warp: Tensor
     texture_sigma: Tensor
     edge_sigma: Tensor
@@ -81,8 +81,8 @@ def make_inputs(size_class: str, batch: int, patch_zyx: IntZYX, device: torch.de
         g=tensor(rng.standard_normal(shape, dtype=np.float32)).to(device),
         organ=torch.ones(shape, dtype=torch.uint8, device=device),
         draws=tensor(rng.uniform(0.45, 0.55, batch)),  # near the middle: no tumour is cut by the patch's border
-        radii=torch.tensor([p.tumors[0].radii_vox_zyx for p in patches], dtype=torch.float64),
-        warp=tensor(np.stack([p.tumors[0].warp for p in patches])),
+        radii=torch.tensor([[p.tumors[0].radii_vox_zyx] for p in patches], dtype=torch.float64),
+        warp=tensor(np.stack([p.tumors[0].warp[None] for p in patches])),
         texture_sigma=torch.tensor([mm_to_vox(p.texture_sigma_mm, spacing) for p in patches], dtype=torch.float64),
         edge_sigma=torch.tensor(edge_sigma, dtype=torch.float64),
         edge_reach=torch.tensor([[-n for n in reach], reach], dtype=torch.int64).to(device),
@@ -175,7 +175,7 @@ def check(patch_zyx: IntZYX) -> None:
     inputs = make_inputs("small", 1, patch_zyx, torch.device("cpu"))
     center = choose_center(inputs.organ, inputs.margin, inputs.draws)
     mask, _ = tumor_mask_and_box(center, inputs.radii, inputs.warp, inputs.shape, inputs.organ)
-    wanted = tumor_mask_ref(center[0, 0].numpy(), inputs.radii[0].numpy(), inputs.warp[0].numpy(), inputs.shape)
+    wanted = tumor_mask_ref(center[0, 0].numpy(), inputs.radii[0, 0].numpy(), inputs.warp[0, 0].numpy(), inputs.shape)
     if not np.array_equal(mask[0].numpy(), wanted):
         raise AssertionError("tumor_mask differs from its reference: nothing to time")
     x = inputs.x[0].numpy()
