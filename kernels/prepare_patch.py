@@ -310,7 +310,7 @@ def _on_device(parameters: Sequence[Tensor | None], device: torch.device) -> lis
         return result
     on_host.sort(key=lambda item: -item[1].element_size())
     parts = [np.frombuffer(p.numpy().tobytes(), dtype=np.uint8) for _, p in on_host]
-    buffer, first = _launch.to_device(np.concatenate(parts), device), 0
+    buffer, first = _launch.upload(np.concatenate(parts), device), 0
     for (k, p), part in zip(on_host, parts, strict=True):
         result[k] = buffer[first : first + len(part)].view(p.dtype).view(p.shape)
         first += len(part)

@@ -4,6 +4,7 @@ import json
 import time
 
 import pytest
+import torch
 
 from ftengine.bench import kernels, store
 from ftengine.bench.timing import as_table, interleave
@@ -17,14 +18,24 @@ def test_store_bench_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_kernel_bench_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    documents = kernels.run(batch=2, patch_zyx=(24, 24, 24), rounds=1)
-    assert [d["title"].split(",")[0] for d in documents] == [
-        "gaussian_blur",
-        "tumor_mask",
-        "masked_blend",
-        "tumor_proportion",
-    ]
-    assert capsys.readouterr().out.count("| what |") == 4
+    threads = torch.get_num_threads()
+    document = kernels.run(patch_zyx=(32, 32, 32), batches=[2], rounds=1, as_json=True)
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(document))
+    assert torch.get_num_threads() == threads
+    samples = document["one_patch_one_thread"]
+    assert len(samples) == 1 + len(kernels.SIZE_CLASSES) * 10
+    assert all(len(seconds) == 1 for seconds in samples.values())
+    figures = kernels.summary(document)
+    assert figures["hard_chain_ms"] / figures["unit_ms"] == pytest.approx(figures["hard_chain_of_unit"])
+    assert figures["hard_batch_2_two_threads"] > 0
+    kernels.run(patch_zyx=(24, 24, 24), batches=[1], rounds=1)
+    assert "mask, texture, edge blur, blend" in capsys.readouterr().out
+
+
+def test_kernel_bench_times_nothing_where_results_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "gaussian_blur_ref", lambda x, _sigma: x)
+    with pytest.raises(AssertionError, match="the chain differs from its references"):
+        kernels.run(patch_zyx=(24, 24, 24), batches=[1], rounds=1)
 
 
 def test_candidates_are_interleaved() -> None:
