@@ -250,9 +250,10 @@ def test_operator_keeps_torchs_rules(leaf: int | None) -> None:
     inputs = list(case.inputs)
     if leaf is not None:
         inputs[leaf] = inputs[leaf].clone().requires_grad_()
-    check_operator(torch.ops.ftengine.masked_blend.default, (*inputs, -1))
+    check_operator(torch.ops.ftengine.masked_blend.default, (*inputs, -1, None))
     if leaf is None:
-        check_operator(torch.ops.ftengine.masked_blend_out.default, (*inputs, 1, torch.empty_like(case.x)))
+        whole = torch.tensor([[[0, 0, 0], [3, 4, 5]]] * 2)
+        check_operator(torch.ops.ftengine.masked_blend_out.default, (*inputs, 1, whole, torch.empty_like(case.x)))
 
 
 def test_compiled_in_one_graph_it_gives_the_same() -> None:
@@ -274,6 +275,29 @@ def test_compiled_in_one_graph_it_gives_the_same() -> None:
     out = torch.empty_like(case.x)
     compiled(lambda x: masked_blend(x, x, x, case.mask, out=out))(case.x)
     assert same_bits(out, masked_blend(case.x, case.x, case.x, case.mask))
+
+
+@PROPERTY
+@given(case=cases(), data=st.data())
+def test_a_box_that_holds_the_mask_changes_nothing(case: Case, data: st.DataObject) -> None:
+    """The tight box, and larger ones that leave the volume."""
+    grow = data.draw(st.integers(0, 3))
+    boxes = torch.zeros(len(case.mask), 2, 3, dtype=torch.int64)
+    for b, mask in enumerate(case.mask):
+        if mask.any():
+            places = mask.nonzero()
+            boxes[b] = torch.stack((places.amin(0) - grow, places.amax(0) + 1 + grow))
+    wanted = masked_blend(*case.inputs)
+    assert same_bits(masked_blend(*case.inputs, box=boxes), wanted)
+    in_place = case.x.clone()
+    masked_blend(in_place, case.g, case.texture, case.mask, box=boxes, out=in_place)
+    assert same_bits(in_place, wanted)
+    gradients = []
+    for box in (None, boxes):
+        g = case.g.clone().requires_grad_()
+        masked_blend(case.x, g, case.texture, case.mask, box=box).backward(case.grad_out)
+        gradients.append(g.grad)
+    assert torch.equal(gradients[0], gradients[1])
 
 
 def test_threads_change_no_bit() -> None:
@@ -326,6 +350,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         r"Call texture\.contiguous\(\)",
     ),
     ("sign without a direction", {"sign": 0}, r"sign is 0; want -1 \(Eq\. 1\) or 1"),
+    ("one box for two samples", {"box": [[0, 0, 0], [1, 1, 1]]}, r"box has shape \(2, 3\); want \(1, 2, 3\)"),
+    ("box of floats", {"box": [[[0.0, 0, 0], [1, 1, 1]]]}, r"box holds float64; want integers"),
     ("mask of labels", {"mask": A.to(torch.int64)}, r"mask is int64; want float32 or uint8 or bool"),
     (
         "mask that wants a gradient",
