@@ -340,7 +340,7 @@ def main() -> None:
     """``python -m ftengine.bench.shapes``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--organs", nargs="+", default=["kidney", "pancreas"], metavar="ORGAN")
-    parser.add_argument("--drawn", type=int, default=200, metavar="N", help="tumours drawn of each shape")
+    parser.add_argument("--drawn", type=int, default=400, metavar="N", help="tumours drawn of each shape")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write shapes.md, shapes.json and shapes.png here")
