@@ -2,20 +2,22 @@
 
 Size: median and standard deviation of the logarithm of the real volumes. Shape: the other numbers are searched (differential evolution) for
 the smallest mean Kolmogorov-Smirnov distance of diameter, sphericity, elongation, flatness, solidity and roughness, of all tumours and of the smaller and
-the larger half each, so that size and shape go together. Drawn tumours are seen through the slices of the real ones. Large tumours are
-drawn on a coarser grid here (7 voxels a radius): their shape does not need more, and a search draws tens of thousands.
+the larger half each, so that size and shape go together. Drawn tumours are seen through the slices of the real ones. The search
+draws large tumours on a coarse grid (7 voxels a radius), which hides some of their roughness; a simplex (Nelder-Mead) on a finer one
+(14) goes on from what it found.
 """
 
 import argparse
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, differential_evolution
+from scipy.optimize import Bounds, differential_evolution, minimize
 from scipy.stats import ks_2samp
 
 from ftengine.bench.shapes import GRID_MM, RealTumors, data_folder, draw_tumors, drawn_mask, measure_mask, read_real
@@ -28,11 +30,12 @@ from ftengine.synthesis.shape import TumorDraw, union_volume
 ORGANS = ("kidney", "pancreas")
 NUM_DRAWN = 100
 VOLUME_CUT = 2.5  # the log-normal ends this many standard deviations from its median
-_VOXELS_A_RADIUS = 7.0
+_COARSE, _FINE = 7.0, 14.0  # voxels a radius; where 1.5 mm are coarser, 1.5 mm
+_SIMPLEX_STEP = 0.12  # of the width that is searched
 _SEED = 2026
 
 _HEADER = """\
-# Laws of synthesis.shape: realistic, written by `python -m ftengine.bench.shape_fit`: edit that, or give your own in synthesis.realistic_shapes.
+# Laws of synthesis.shape: realistic, written by `ftengine bench shape_fit --out FILE`: edit that, or give your own in synthesis.realistic_shapes.
 # Numbers only, no masks. Fitted to every other case of KiTS19 (kidney) and PANORAMA (pancreas); the rest is held out (docs/shapes.md).
 # Fields: RealisticShapeConfig in config.py. An organ that is not named here has the law "pooled".
 """
@@ -97,13 +100,15 @@ def distance(real: Sequence[ShapeMeasures], ours: Sequence[ShapeMeasures]) -> fl
     return float(np.mean(total))
 
 
-def coarse_tumors(law: RealisticShapeConfig, slices_mm: Sequence[float], seed: int) -> Iterator[ShapeMeasures]:
-    """Draw and measure one tumour for each slice thickness, large ones on a coarser grid."""
+def drawn_tumors(
+    law: RealisticShapeConfig, slices_mm: Sequence[float], seed: int, voxels_a_radius: float
+) -> Iterator[ShapeMeasures]:
+    """Draw and measure one tumour for each slice thickness, large ones on a grid coarser than 1.5 mm."""
     config = Config.preset("abdomen").synthesis.model_copy(
         update={"shape": "realistic", "realistic_shapes": {POOLED_SHAPE: law}}
     )
     in_mm = list(draw_tumors(config, "any", [(1.0, 1.0, 1.0)] * len(slices_mm), seed))
-    grids_mm = [max(GRID_MM, _radius(draw) / _VOXELS_A_RADIUS) for draw in in_mm]
+    grids_mm = [max(GRID_MM, _radius(draw) / voxels_a_radius) for draw in in_mm]
     spacings = [float_zyx((max(thick, g), g, g)) for thick, g in zip(slices_mm, grids_mm, strict=True)]
     for draw, spacing, grid_mm in zip(draw_tumors(config, "any", spacings, seed), spacings, grids_mm, strict=True):
         yield from measure_mask(np.pad(drawn_mask(draw, spacing, grid_mm), 1), grid_mm)[0]
@@ -120,13 +125,15 @@ def fit(real: Sequence[ShapeMeasures], slices_mm: Sequence[float], source: str, 
     size = size_law(real)
     thick = [float(t) for t in np.random.default_rng(_SEED).choice(slices_mm, NUM_DRAWN)]
 
-    def cost(values: NDArray[np.float64]) -> float:
+    def cost(values: NDArray[np.float64], voxels_a_radius: float) -> float:
         law = RealisticShapeConfig(source=source, **size, **shape_law(values))
-        return distance(real, list(coarse_tumors(law, thick, _SEED)))
+        return distance(real, list(drawn_tumors(law, thick, _SEED, voxels_a_radius)))
 
+    low, high = (np.array(bounds) for bounds in zip(*((a, b) for _, a, b in SEARCHED), strict=True))
     found = differential_evolution(
         cost,
-        Bounds([low for _, low, _ in SEARCHED], [high for _, _, high in SEARCHED]),
+        Bounds(low, high),
+        args=(_COARSE,),
         maxiter=generations,
         popsize=2,
         rng=_SEED,
@@ -134,7 +141,36 @@ def fit(real: Sequence[ShapeMeasures], slices_mm: Sequence[float], source: str, 
         tol=0.0,
         callback=lambda intermediate_result: print(f"  {intermediate_result.fun:.4f}", file=sys.stderr, flush=True),
     )
-    return {"source": source, **size, **shape_law(found.x)}
+    return {"source": source, **size, **refined(shape_law(found.x), cost, evaluations=4 * generations)}
+
+
+def refined(
+    law: dict[str, Any], cost: Callable[[NDArray[np.float64], float], float], *, evaluations: int
+) -> dict[str, Any]:
+    """Go on from a searched law on the finer grid; the best law that was met."""
+    low, high = (np.array(bounds) for bounds in zip(*((a, b) for _, a, b in SEARCHED), strict=True))
+    start = np.clip(values_of(law), low, high)
+    step = _SIMPLEX_STEP * (high - low)
+    corners = start + np.diag(np.where(start + step <= high, step, -step))
+    best = minimize(
+        cost,
+        start,
+        args=(_FINE,),
+        method="Nelder-Mead",
+        bounds=Bounds(low, high),
+        options={"initial_simplex": np.vstack([start, corners]), "maxfev": evaluations, "adaptive": True},
+    )
+    print(f"  {best.fun:.4f} on the finer grid", file=sys.stderr, flush=True)
+    return shape_law(best.x)
+
+
+def values_of(law: dict[str, Any]) -> NDArray[np.float64]:
+    """The searched numbers of a law: ``shape_law`` backwards."""
+    values = [*law["axis_log_sigma_zyx"], law["lobes"], law["lobes_power"]]
+    for name in ("lobe_offset", "lobe_radius", "warp_sigma"):
+        low, high = law[name]
+        values += [(low + high) / 2, (high - low) / 2]
+    return np.array(values, dtype=np.float64)
 
 
 def fit_organ(real: RealTumors, *, generations: int) -> dict[str, Any]:
@@ -151,16 +187,23 @@ def pooled_law(reals: Sequence[RealTumors], laws: Sequence[dict[str, Any]]) -> d
         for name in laws[0]
         if name not in {"source", *size}
     }
-    return {"source": "mean of " + " and ".join(real.organ for real in reals), **size, **shape}
+    return {
+        "source": "sizes of all tumours seen, the rest the mean of " + " and ".join(r.organ for r in reals),
+        **size,
+        **shape,
+    }
 
 
-def main() -> None:
-    """``python -m ftengine.bench.shape_fit > ftengine/shapes.yaml``."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """``ftengine bench shape_fit --out ftengine/shapes.yaml``."""
     import torch
 
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="ftengine bench shape_fit", description=__doc__)
     parser.add_argument("--generations", type=int, default=14)
-    options = parser.parse_args()
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="write the laws here when all are done; else print them"
+    )
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     try:
         reals = [read_real(data_folder(), organ) for organ in ORGANS]
@@ -169,7 +212,10 @@ def main() -> None:
         sys.exit(error.exit_code)
     laws = [fit_organ(real, generations=options.generations) for real in reals]
     shapes = {real.organ: law for real, law in zip(reals, laws, strict=True)} | {POOLED_SHAPE: pooled_law(reals, laws)}
-    print(as_yaml(shapes), end="")
+    if options.out is None:
+        print(as_yaml(shapes), end="")
+    else:  # not by a shell's >, which would empty the file that this program itself reads
+        options.out.write_text(as_yaml(shapes), encoding="utf-8")
 
 
 def as_yaml(shapes: dict[str, dict[str, Any]]) -> str:

@@ -336,15 +336,17 @@ def figure(
     return picture
 
 
-def main() -> None:
-    """``python -m ftengine.bench.shapes``."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """``ftengine bench shapes``."""
+    parser = argparse.ArgumentParser(
+        prog="ftengine bench shapes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--organs", nargs="+", default=["kidney", "pancreas"], metavar="ORGAN")
-    parser.add_argument("--drawn", type=int, default=200, metavar="N", help="tumours drawn of each shape")
+    parser.add_argument("--drawn", type=int, default=400, metavar="N", help="tumours drawn of each shape")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write shapes.md, shapes.json and shapes.png here")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.drawn < MIN_TUMORS:
         parser.error(f"--drawn {options.drawn}: want at least {MIN_TUMORS}")
     try:

@@ -11,6 +11,8 @@ from ftengine.errors import ConfigError
 PROGRAMS = {
     "store": "random patches: our reader, zarr-python on the same store, a whole .nii.gz",
     "kernels": "the kernels of the synthesis and their whole chain, by size class, batch and threads; on a GPU the share of its bandwidth",
+    "shapes": "our tumour shapes against real ones",
+    "shape_fit": "fit the laws of synthesis.shape realistic to real tumours",
     "convert": "conversion against the usual MONAI chain, workers, memory, size",
     "scale": "an index of 161,310 rows; the whole conversion simulated",
     "faults": "conversions killed at random moments and resumed",
