@@ -93,20 +93,47 @@ def make_inputs(size_class: str, batch: int, patch_zyx: IntZYX, device: torch.de
     )
 
 
-def hard_chain(inputs: Inputs, center: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Buffers:
+    """What a loop keeps from batch to batch, as ``Synthesizer`` does: the chain allocates nothing."""
+
+    image: Tensor  # painted in place; after the first call it holds painted tumours, which cost the same to paint
+    mask: Tensor
+    box: Tensor
+    soft: Tensor
+    texture: Tensor
+
+    @classmethod
+    def like(cls, x: Tensor) -> "Buffers":
+        """For batches like ``x``."""
+        return cls(
+            image=x.clone(),
+            mask=torch.zeros_like(x, dtype=torch.uint8),
+            box=torch.zeros((len(x), 2, 3), dtype=torch.int64, device=x.device),
+            soft=torch.zeros_like(x),
+            texture=torch.zeros_like(x),
+        )
+
+
+def hard_chain(inputs: Inputs, center: Tensor, buffers: Buffers) -> Tensor:
     """The paper variant: mask, texture (the patch blurred where the tumour lies), Eq. 1."""
-    mask, box = tumor_mask_and_box(center, inputs.radii, inputs.warp, inputs.shape, inputs.organ)
-    texture = gaussian_blur(inputs.x, inputs.texture_sigma, box=box)
-    return masked_blend(inputs.x, inputs.g, texture, mask)
+    mask, box = tumor_mask_and_box(
+        center, inputs.radii, inputs.warp, inputs.shape, inputs.organ, out=buffers.mask, box_out=buffers.box
+    )
+    texture = gaussian_blur(inputs.x, inputs.texture_sigma, box=box, out=buffers.texture)
+    return masked_blend(buffers.image, inputs.g, texture, mask, box=box, out=buffers.image)
 
 
-def soft_chain(inputs: Inputs, center: Tensor) -> Tensor:
+def soft_chain(inputs: Inputs, center: Tensor, buffers: Buffers) -> Tensor:
     """The same with a soft edge that fades inside the organ: two blurs, as in the released code."""
-    mask, box = tumor_mask_and_box(center, inputs.radii, inputs.warp, inputs.shape, inputs.organ)
+    mask, box = tumor_mask_and_box(
+        center, inputs.radii, inputs.warp, inputs.shape, inputs.organ, out=buffers.mask, box_out=buffers.box
+    )
     box = box + inputs.edge_reach
-    soft = gaussian_blur(mask.to(torch.float32), inputs.edge_sigma, box=box)
-    texture = gaussian_blur(inputs.x, inputs.texture_sigma, box=box)
-    return masked_blend(inputs.x, inputs.g, texture, soft)
+    buffers.soft.copy_(mask)
+    soft = gaussian_blur(buffers.soft, inputs.edge_sigma, box=box, out=buffers.soft).mul_(inputs.organ)
+    texture = gaussian_blur(inputs.x, inputs.texture_sigma, box=box, out=buffers.texture)
+    return masked_blend(buffers.image, inputs.g, texture, soft, box=box, out=buffers.image)
 
 
 @dataclass(frozen=True)
@@ -123,6 +150,7 @@ def make_cases(inputs: Inputs) -> list[Case]:
     center = choose_center(inputs.organ, inputs.margin, inputs.draws)
     mask, box = tumor_mask_and_box(center, inputs.radii, inputs.warp, inputs.shape, inputs.organ)
     texture = gaussian_blur(inputs.x, inputs.texture_sigma, box=box)
+    buffers = Buffers.like(inputs.x)
     batch, voxels = len(inputs.x), inputs.x.numel()
     painted = int(mask.sum())
     boxed = int((box[:, 1] - box[:, 0]).prod(1).sum())
@@ -165,8 +193,8 @@ def make_cases(inputs: Inputs) -> list[Case]:
             ),
             (2 + 1 + 4 + 1) * voxels,
         ),
-        Case("mask, texture, blend", lambda: hard_chain(inputs, center), None),
-        Case("mask, texture, edge blur, blend", lambda: soft_chain(inputs, center), None),
+        Case("mask, texture, blend", lambda: hard_chain(inputs, center, buffers), None),
+        Case("mask, texture, edge blur, blend", lambda: soft_chain(inputs, center, buffers), None),
     ]
 
 
@@ -181,7 +209,8 @@ def check(patch_zyx: IntZYX) -> None:
     x = inputs.x[0].numpy()
     texture = gaussian_blur_ref(x, inputs.texture_sigma[0].numpy())
     painted = masked_blend_ref(x, inputs.g[0].numpy(), texture, wanted)
-    worst = float(np.abs(hard_chain(inputs, center)[0].numpy() - painted).max())
+    chain = hard_chain(inputs, center, Buffers.like(inputs.x))
+    worst = float(np.abs(chain[0].numpy() - painted).max())
     if not worst <= 1e-5:
         raise AssertionError(f"the chain differs from its references by {worst}: nothing to time")
 
@@ -234,11 +263,13 @@ def _run_batches(patch_zyx: IntZYX, batches: Sequence[int], rounds: int) -> dict
 
 
 def _with_threads(
-    threads: int, chain: Callable[[Inputs, Tensor], Tensor], inputs: Inputs, center: Tensor
+    threads: int, chain: Callable[[Inputs, Tensor, Buffers], Tensor], inputs: Inputs, center: Tensor
 ) -> Callable[[], object]:
+    buffers = Buffers.like(inputs.x)
+
     def call() -> object:
         torch.set_num_threads(threads)
-        return chain(inputs, center)
+        return chain(inputs, center, buffers)
 
     return call
 

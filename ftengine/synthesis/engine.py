@@ -5,6 +5,7 @@ the judge and gives the batch that segmentation training sees.
 """
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,6 +22,25 @@ from ftengine.synthesis.center import choose_center_released, margin_vox
 from ftengine.synthesis.released import ABDOMEN_SIGMAS, CHEST_SIGMAS, TextureFields, released_blend
 from ftengine.synthesis.shape import PatchDraw, draw_patch, organs_in_patch
 from ftengine.types import Painted
+
+
+class _Buffers(threading.local):
+    """Tensors of each thread that are kept from batch to batch."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, torch.Tensor] = {}
+
+    def take(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """A tensor like ``like``; holds what the last user left, at first 0."""
+        kept = self._kept.get(name)
+        if (
+            kept is None
+            or (kept.dtype, kept.device) != (like.dtype, like.device)
+            or kept.shape[1:] != like.shape[1:]
+            or len(kept) < len(like)
+        ):
+            kept = self._kept[name] = torch.zeros_like(like, memory_format=torch.contiguous_format)
+        return kept[: len(like)]
 
 
 @dataclass(frozen=True)
@@ -126,6 +146,7 @@ class Synthesizer:
         self._retries = retries
         self._spacing = spacing_mm_zyx or region.spacing_mm_zyx
         self._is_chest = "lung" in region.organs
+        self._buffers = _Buffers()
         self._fields = TextureFields(seed, CHEST_SIGMAS if self._is_chest else ABDOMEN_SIGMAS)
 
     def draw(
@@ -170,8 +191,12 @@ class Synthesizer:
         channels = [self.region.organ_channel[d.organ] for d in placement.draws]
         return output[list(range(len(channels))), channels]
 
-    def blend(self, x: torch.Tensor, g: torch.Tensor, placement: Placement) -> torch.Tensor:
-        """Eq. 1 with the drawn textures: float32 [R, z, y, x]; differentiable in ``g``. x, g: [R, z, y, x]."""
+    def blend(self, x: torch.Tensor, g: torch.Tensor, placement: Placement, *, in_place: bool = False) -> torch.Tensor:
+        """Eq. 1 with the drawn textures: float32 [R, z, y, x]; differentiable in ``g``. x, g: [R, z, y, x].
+
+        in_place: paint into ``x``, with buffers that are kept from call to call; no gradients then. A fresh tensor of this size costs
+        more than a small tumour. (The released variant makes a new tensor all the same.)
+        """
         if self.config.variant == "released":
             return self._blend_released(x, g, placement)
         draws = placement.draws
@@ -181,12 +206,19 @@ class Synthesizer:
             sigma = mm_to_vox(self.config.edge_sigma_mm, self._spacing)
             reach = np.array([int(TRUNCATE * s + 0.5) for s in sigma], dtype=np.int64)
             box = box + upload(np.stack([-reach, reach]), box.device)
-            mask = gaussian_blur(mask.to(x.dtype), sigma, box=box).mul_(placement.organ)
-        texture = gaussian_blur(x, [mm_to_vox(d.texture_sigma_mm, self._spacing) for d in draws], box=box)
+            soft = self._buffers.take("mask", x) if in_place else torch.empty_like(x)
+            soft.copy_(mask)  # 0 outside the grown box, as it stays
+            mask = gaussian_blur(soft, sigma, box=box, out=soft).mul_(placement.organ)
+        texture = gaussian_blur(
+            x,
+            [mm_to_vox(d.texture_sigma_mm, self._spacing) for d in draws],
+            box=box,
+            out=self._buffers.take("texture", x) if in_place else None,
+        )
         factors = np.array([d.contrast_factor for d in draws], dtype=np.float32)
         if (factors != 1).any():
             texture = texture.mul_(upload(factors, x.device).view(-1, 1, 1, 1))
-        return masked_blend(x, g, texture, mask)
+        return masked_blend(x, g, texture, mask, box=box, out=x if in_place else None)
 
     def paint(self, image: torch.Tensor, label: torch.Tensor, addresses: Sequence[Address]) -> Painting:
         """Paint every eligible patch of a batch, judge it, and give failed ones back as they were (Eq. 5).
@@ -207,13 +239,11 @@ class Synthesizer:
                 if draw == 0:
                     g_of_row = dict(zip(placement.rows, self.difference(x, placement), strict=True))
                 g = torch.stack([g_of_row[row] for row in placement.rows])
-                failed = self._accept(out, x, self.blend(x[:, 0], g, placement), placement, draw)
+                failed = self._accept(out, self.blend(x[:, 0], g, placement, in_place=True), placement, draw)
                 pending = self.draw(label, addresses, draw=draw + 1, rows=failed) if draw < self._retries else {}
         return out
 
-    def _accept(
-        self, out: Painting, x: torch.Tensor, painted: torch.Tensor, placement: Placement, draw: int
-    ) -> list[int]:
+    def _accept(self, out: Painting, painted: torch.Tensor, placement: Placement, draw: int) -> list[int]:
         """Write accepted patches into ``out``; returns the rows that failed."""
         tumor_values = [self.region.organs[d.organ].tumor for d in placement.draws]
         centers = placement.centers.tolist()
