@@ -68,11 +68,13 @@ def gaussian_blur(x: Tensor, sigma_vox_zyx: Any, *, box: Any = None, out: Tensor
     in float32 for the others, from weights computed in float64. With N = the sum of 2 r + 2 over the axes with a
     radius r = int(4 sigma + 0.5) > 0 a result is off by at most N u / (1 - N u) max|x|, u = 2**-24 or 2**-53 (and
     underflow); float16 and bfloat16 results are rounded once more, at the end. CPU and CUDA give the same bits.
-    Memory on CUDA: none besides the result, but a copy of x where ``out`` is x, and, where a radius exceeds 8, one
-    tensor of float32 (float64) like x if there is a box or x is float16 or bfloat16. Up to radius 8 and with sigma and
-    host boxes fixed, a call can be captured in a CUDA graph; a box on the device may change between replays.
+    Memory besides the result: on the CPU 2 r + 1 planes a thread, and the box in float32 for float16 and bfloat16; on
+    CUDA up to radius 8 a copy of x where ``out`` is x, above it one float32 (float64) tensor like x where there is a box
+    or x is float16 or bfloat16. Up to radius 8 a call can be captured in a CUDA graph, which keeps the values of sigma
+    and of a host box; a box on the device may change between replays.
     Raises KernelInputError, before any launch, for a wrong type, dtype, shape, device or memory order, a sigma that
-    is negative, not finite or requires a gradient, an axis that with its window exceeds 12,288 voxels (float64: 6,144), and a graph capture with a radius above 8.
+    is negative, not finite or requires a gradient, an axis that with its window exceeds 12,288 voxels (float64: 6,144),
+    and a graph capture with a radius above 8.
     Source: FreeTumor, Eq. 1 (g, "the Gaussian filter to blur the textures"); truncation and boundary are those of
     the released code's blurs.
     """
@@ -117,7 +119,7 @@ def _box_table(box: Any, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             boxes = torch.tensor(box, dtype=torch.int64)
         else:
-            boxes = torch.from_numpy(host_integers(_NAME, "box", box))
+            boxes = torch.from_numpy(host_integers(_NAME, "box", box)).contiguous()
     elif box.device.type == "cpu":
         if box.is_floating_point() or box.is_complex() or box.dtype == torch.bool:
             host_integers(_NAME, "box", box)  # says what is wrong with it
@@ -179,7 +181,9 @@ def _fill(out: Tensor, x: Tensor, sigma: Tensor, box: Tensor | None, source: Ten
     if x.numel() == 0:
         return
     radii, half_windows = _half_windows(rows)
-    work = _Work(radii, half_windows, _reached(target, counted, radii), counted)
+    if source is not None:
+        target = _reached(target, counted, radii)
+    work = _Work(radii, half_windows, target, counted)
     if not _launch.uses_kernel(x):
         for_each(len(x), lambda b: _blur_sample(out[b], x[b], work, b, cut=source is not None))
         return
@@ -198,22 +202,23 @@ def _checked_sigma(sigma: Tensor, x: Tensor) -> NDArray[np.float64]:
         raise KernelInputError(
             f"{_NAME}: sigma_vox_zyx holds {rows.min()}; want 0 or more voxels. Check the spacing it was computed with."
         )
-    padded = np.array(x.shape[1:]) + 2 * np.floor(TRUNCATE * rows + 0.5)
     most = MAX_LINE_VOX_FLOAT64 if x.dtype == torch.float64 else MAX_LINE_VOX
+    padded = np.array(x.shape[1:]) + 2 * np.floor(TRUNCATE * rows + 0.5)
     if padded.size and padded.max() > most:
         raise KernelInputError(
             f"{_NAME}: an axis with its window takes {int(padded.max())} voxels (shape_zyx={tuple(x.shape[1:])}, "
             f"largest sigma {rows.max()}); want at most {most}. Give sigma in voxels, not micrometres."
         )
-    return np.broadcast_to(rows, (x.shape[0], 3))
+    return rows if rows.ndim == 2 else np.tile(rows, (x.shape[0], 1))
 
 
 def _checked_regions(table: Tensor | None, x: Tensor) -> Regions:
     """Boxes on the host, clamped to the volume; the whole volume for none, and for those that only the device knows."""
-    shape = np.array(x.shape[1:], dtype=np.int64)
     if table is None or _is_on_device(table):
-        return np.broadcast_to(np.stack([np.zeros_like(shape), shape]), (x.shape[0], 2, 3))
-    return np.clip(host_integers(_NAME, "box", table), 0, shape)
+        whole = np.zeros((x.shape[0], 2, 3), dtype=np.int64)
+        whole[:, 1] = x.shape[1:]
+        return whole
+    return np.clip(host_integers(_NAME, "box", table), 0, np.array(x.shape[1:]))
 
 
 def _half_windows(sigma: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from ftengine.errors import KernelInputError
-from ftengine.kernels import gaussian_blur
+from ftengine.kernels import _launch, gaussian_blur
 from ftengine.kernels.gaussian_blur_ref import gaussian_blur_ref
 from tests.kernels.cuda_cpu import THREAD_ORDERS
 from tests.kernels.support import (
@@ -217,27 +217,43 @@ def test_kernels_give_the_same_bits_at_each_radius(on_cpu: KernelsOnCpu, radius:
         assert same_bits(gaussian_blur(case.x, case.sigma), expected)
 
 
-def awkward_floats(dtype: torch.dtype) -> torch.Tensor:
-    """Every bit pattern of 16 bits in one volume, NaN and infinities as 0."""
-    x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).view(1, 16, 64, 64)
-    return torch.where(torch.isfinite(x), x, torch.zeros_like(x))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_voxels_are_read_exactly(on_cpu: KernelsOnCpu, dtype: torch.dtype) -> None:
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).view(1, 4, 128, 128)
+    finite = torch.where(every.isfinite(), every, torch.zeros_like(every))
+    expected = gaussian_blur(finite, (0.5, 0.3, 0.4))
+    with on_cpu("forward"):
+        kept = gaussian_blur(every, (0, 0, 0))
+        assert torch.equal(kept.isnan(), every.isnan())
+        assert same_bits(kept[~every.isnan()], every[~every.isnan()])
+        assert same_bits(gaussian_blur(finite, (0.5, 0.3, 0.4)), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_16_bit_storage_is_rounded_as_torch_does(on_cpu: KernelsOnCpu, dtype: torch.dtype) -> None:
-    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).view(1, 4, 128, 128)
-    x = awkward_floats(dtype)
-    small = torch.rand(1, 16, 64, 64, generator=torch.Generator().manual_seed(0)) * 2e-5  # subnormal in float16
-    volumes = (x, small.to(dtype), x.abs().clamp(min=6e4))
-    expected = [gaussian_blur(volume, (0.5, 0.3, 0.4)) for volume in volumes]
-    for path in KERNEL_PATHS:
-        with path(on_cpu, "forward"):
-            kept = gaussian_blur(every, (0, 0, 0.2)) if path is by_axes else gaussian_blur(every, (0, 0, 0))
-            if path is in_chunks:
-                assert torch.equal(kept.isnan(), every.isnan())
-                assert same_bits(kept[~every.isnan()], every[~every.isnan()])
-            for volume, wanted in zip(volumes, expected, strict=True):
-                assert same_bits(gaussian_blur(volume, (0.5, 0.3, 0.4)), wanted)
+def test_16_bit_voxels_are_rounded_as_torch_does(on_cpu: KernelsOnCpu, dtype: torch.dtype) -> None:
+    """The one-axis kernel with a window of one tap only stores: float32 of all kinds, and every tie."""
+    patterns = np.random.default_rng(0).integers(0, 2**32, 2**16, dtype=np.uint32)
+    voxels = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).float()
+    voxels = voxels[voxels.isfinite() & (voxels >= 0)].sort().values
+    ties = torch.cat([(voxels[1:] + voxels[:-1]) / 2, torch.tensor([65519.996, 65520.0, 65535.0])])
+    values = torch.cat([torch.from_numpy(patterns.view(np.float32)), ties, -ties, voxels])
+    stored = torch.zeros(values.shape, dtype=dtype)
+    window, radii = torch.ones(1), torch.zeros(3, dtype=torch.int32)
+    with on_cpu("forward"):
+        _launch.launch(
+            "gaussian_blur.cu",
+            f"blur_axis_float32_{str(dtype).removeprefix('torch.')}",
+            (-(-len(values) // 32),),
+            (256,),
+            (
+                *(_launch.pointer(t) for t in (stored, values, window, radii, None, None)),
+                *(np.int32(n) for n in (0, 0, 1, 1, 1, 1, len(values), len(values), len(values), 32)),
+            ),
+            values.device,
+            shared_bytes=4 * 33,
+        )
+    assert torch.equal(stored.isnan(), values.isnan())
+    assert same_bits(stored[~values.isnan()], values.to(dtype)[~values.isnan()])
 
 
 @PROPERTY
