@@ -131,9 +131,9 @@ def soft_chain(inputs: Inputs, center: Tensor, buffers: Buffers) -> Tensor:
     )
     box = box + inputs.edge_reach
     buffers.soft.copy_(mask)
-    soft = gaussian_blur(buffers.soft, inputs.edge_sigma, box=box, out=buffers.soft).mul_(inputs.organ)
+    soft = gaussian_blur(buffers.soft, inputs.edge_sigma, box=box, out=buffers.soft)
     texture = gaussian_blur(inputs.x, inputs.texture_sigma, box=box, out=buffers.texture)
-    return masked_blend(buffers.image, inputs.g, texture, soft, box=box, out=buffers.image)
+    return masked_blend(buffers.image, inputs.g, texture, soft, organ=inputs.organ, box=box, out=buffers.image)
 
 
 @dataclass(frozen=True)

@@ -185,7 +185,7 @@ def _fill(out: Tensor, x: Tensor, sigma: Tensor, box: Tensor | None, source: Ten
         target = _reached(target, counted, radii)
     work = _Work(radii, half_windows, target, counted)
     if not _launch.uses_kernel(x):
-        for_each(len(x), lambda b: _blur_sample(out[b], x[b], work, b, cut=source is not None))
+        _blur_on_cpu(out, x, work, cut=source is not None)
         return
     blur = _blur_at_once if radii.max() <= _MAX_RADIUS else _blur_by_axes
     blur(out, x, work, box, source)
@@ -382,6 +382,22 @@ def _lines_per_block(padded: int, real: torch.dtype) -> int:
 # ---- CPU path ----
 
 
+def _blur_on_cpu(out: Tensor, x: Tensor, work: _Work, *, cut: bool) -> None:
+    """Sample by sample; Python's share of a sample is one call, so that threads do not wait for its lock."""
+    cost = (work.target[:, 1] - work.target[:, 0]).clip(min=0).prod(axis=1).tolist()
+    real = _real(x)
+    if cut or x.dtype != real:
+        for_each(len(x), lambda b: _blur_sample(out[b], x[b], work, b, cut=cut), cost=cost)
+        return
+    results, given = out.detach().numpy(), x.detach().numpy()
+    half_windows = work.half_windows.astype(given.dtype)
+    for_each(
+        len(x),
+        lambda b: _blur_directly(results[b], given[b], work.target[b], work.radii[b], half_windows[b]),
+        cost=cost,
+    )
+
+
 def _blur_sample(out: Tensor, x: Tensor, work: _Work, b: int, *, cut: bool) -> None:
     """One volume; x counts as 0 outside the source where it is to be cut."""
     first, last = work.target[b]
@@ -421,6 +437,36 @@ def _blur_sample(out: Tensor, x: Tensor, work: _Work, b: int, *, cut: bool) -> N
 
 def _slices(first: NDArray[np.int64], last: NDArray[np.int64]) -> tuple[slice, ...]:
     return tuple(slice(int(a), int(b)) for a, b in zip(first, last, strict=True))
+
+
+@numba.njit(nogil=True, cache=True)
+def _blur_directly(out: Any, x: Any, target: Any, radii: Any, half_windows: Any) -> None:  # pragma: no cover
+    """One volume, from memory of the result's dtype into such memory."""
+    first, last = target
+    for axis in range(3):
+        if first[axis] >= last[axis]:
+            return
+    if radii[0] == 0 and radii[1] == 0 and radii[2] == 0:
+        for z in range(first[0], last[0]):
+            for y in range(first[1], last[1]):
+                for x_ in range(first[2], last[2]):
+                    out[z, y, x_] = x[z, y, x_]
+        return
+    shape = np.array(x.shape, np.int64)
+    zero = np.zeros(3, np.int64)
+    window_z = _both_sides(half_windows[0], radii[0])
+    window_y = _both_sides(half_windows[1], radii[1])
+    window_x = _both_sides(half_windows[2], radii[2])
+    _blur_box(out, zero, x, zero, shape, first, last, window_z, window_y, window_x)
+
+
+@numba.njit(nogil=True, cache=True)
+def _both_sides(half: Any, radius: Any) -> Any:  # pragma: no cover
+    """The 2 r + 1 weights of a window from those of one side."""
+    window = np.empty(2 * radius + 1, half.dtype)
+    for i in range(2 * radius + 1):
+        window[i] = half[abs(i - radius)]
+    return window
 
 
 @numba.njit(nogil=True, cache=True)

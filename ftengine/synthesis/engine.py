@@ -208,7 +208,7 @@ class Synthesizer:
             box = box + upload(np.stack([-reach, reach]), box.device)
             soft = self._buffers.take("mask", x) if in_place else torch.empty_like(x)
             soft.copy_(mask)  # 0 outside the grown box, as it stays
-            mask = gaussian_blur(soft, sigma, box=box, out=soft).mul_(placement.organ)
+            mask = gaussian_blur(soft, sigma, box=box, out=soft)
         texture = gaussian_blur(
             x,
             [mm_to_vox(d.texture_sigma_mm, self._spacing) for d in draws],
@@ -218,7 +218,7 @@ class Synthesizer:
         factors = np.array([d.contrast_factor for d in draws], dtype=np.float32)
         if (factors != 1).any():
             texture = texture.mul_(upload(factors, x.device).view(-1, 1, 1, 1))
-        return masked_blend(x, g, texture, mask, box=box, out=x if in_place else None)
+        return masked_blend(x, g, texture, mask, organ=placement.organ, box=box, out=x if in_place else None)
 
     def paint(self, image: torch.Tensor, label: torch.Tensor, addresses: Sequence[Address]) -> Painting:
         """Paint every eligible patch of a batch, judge it, and give failed ones back as they were (Eq. 5).

@@ -250,10 +250,12 @@ def test_operator_keeps_torchs_rules(leaf: int | None) -> None:
     inputs = list(case.inputs)
     if leaf is not None:
         inputs[leaf] = inputs[leaf].clone().requires_grad_()
-    check_operator(torch.ops.ftengine.masked_blend.default, (*inputs, -1, None))
+    check_operator(torch.ops.ftengine.masked_blend.default, (*inputs, -1, None, None))
     if leaf is None:
         whole = torch.tensor([[[0, 0, 0], [3, 4, 5]]] * 2)
-        check_operator(torch.ops.ftengine.masked_blend_out.default, (*inputs, 1, whole, torch.empty_like(case.x)))
+        check_operator(
+            torch.ops.ftengine.masked_blend_out.default, (*inputs, 1, case.mask, whole, torch.empty_like(case.x))
+        )
 
 
 def test_compiled_in_one_graph_it_gives_the_same() -> None:
@@ -298,6 +300,34 @@ def test_a_box_that_holds_the_mask_changes_nothing(case: Case, data: st.DataObje
         masked_blend(case.x, g, case.texture, case.mask, box=box).backward(case.grad_out)
         gradients.append(g.grad)
     assert torch.equal(gradients[0], gradients[1])
+
+
+def check_organ_bounds_the_mask(device: torch.device) -> None:
+    for dtype in MASK_DTYPES:
+        case = case_of(13, (2, 5, 6, 7), dtype, mask_fraction=0.7).to(device)
+        organ = (random_volumes(14, 2, 5, 6, 7) > 0).to(torch.uint8).to(device)
+        bounded = torch.where(organ > 0, case.mask, torch.zeros((), dtype=dtype, device=device))
+        results = []
+        for mask, within in ((bounded, None), (case.mask, organ), (case.mask, organ.bool())):
+            g = case.g.clone().requires_grad_()
+            painted = masked_blend(case.x, g, case.texture, mask, organ=within)
+            painted.backward(case.grad_out)
+            assert g.grad is not None
+            results.append((painted.detach(), g.grad))
+        for painted, gradient in results[1:]:
+            assert same_bits(painted, results[0][0])
+            assert torch.equal(gradient, results[0][1])
+
+
+def test_the_organ_bounds_the_mask(on_cpu: KernelsOnCpu) -> None:
+    check_organ_bounds_the_mask(torch.device("cpu"))
+    with on_cpu("forward"):
+        check_organ_bounds_the_mask(torch.device("cpu"))
+
+
+@pytest.mark.gpu
+def test_gpu_bounds_the_mask_by_the_organ(cuda: torch.device) -> None:
+    check_organ_bounds_the_mask(cuda)
 
 
 def test_threads_change_no_bit() -> None:
@@ -350,6 +380,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         r"Call texture\.contiguous\(\)",
     ),
     ("sign without a direction", {"sign": 0}, r"sign is 0; want -1 \(Eq\. 1\) or 1"),
+    ("organ of labels", {"organ": A.long()}, r"organ is int64; want uint8 or bool"),
+    ("organ of another shape", {"organ": A[:, :2].byte()}, r"organ has shape \(1, 2, 4, 5\); want \(1, 3, 4, 5\)"),
     ("one box for two samples", {"box": [[0, 0, 0], [1, 1, 1]]}, r"box has shape \(2, 3\); want \(1, 2, 3\)"),
     ("box of floats", {"box": [[[0.0, 0, 0], [1, 1, 1]]]}, r"box holds float64; want integers"),
     ("mask of labels", {"mask": A.to(torch.int64)}, r"mask is int64; want float32 or uint8 or bool"),
