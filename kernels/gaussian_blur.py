@@ -16,6 +16,7 @@ from torch import Tensor
 from ftengine.errors import KernelInputError
 from ftengine.kernels import _launch
 from ftengine.kernels._checks import (
+    MASK_DTYPES,
     dtype_name,
     host_floats,
     host_integers,
@@ -25,7 +26,7 @@ from ftengine.kernels._checks import (
     require_tensor,
 )
 from ftengine.kernels._ops import register
-from ftengine.kernels._threads import for_each
+from ftengine.kernels._threads import for_each, for_shares
 
 TRUNCATE = 4.0  # the window ends at this many sigmas: SciPy's default, and what the released code uses
 MAX_LINE_VOX = 12_288  # an axis and its window at both ends must fit the 48 KiB of shared memory of every device
@@ -34,7 +35,7 @@ COMPILE_OPTIONS = ("--fmad=false",)  # the CPU path rounds each product, so the 
 
 _NAME = "gaussian_blur"
 _FILE = "gaussian_blur.cu"
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, *MASK_DTYPES)
 _THREADS = 256  # of every block
 
 # The kernel that does all axes in one pass; constants of the .cu file.
@@ -51,7 +52,8 @@ Regions: TypeAlias = NDArray[np.int64]  # [B, 2, 3]: first voxel z y x, and the 
 def gaussian_blur(x: Tensor, sigma_vox_zyx: Any, *, box: Any = None, out: Tensor | None = None) -> Tensor:
     """Blur each sample as ``scipy.ndimage.gaussian_filter(sample, sigma, mode="reflect", truncate=4)`` does.
 
-    x: [B, z, y, x] float32, float64, float16 or bfloat16, C-contiguous, cpu or cuda. A NaN or an infinity spreads over
+    x: [B, z, y, x] float32, float64, float16 or bfloat16, C-contiguous, cpu or cuda; or uint8 or bool, a mask, which is
+        blurred as float32. A NaN or an infinity spreads over
         the voxels whose windows hold it and no further.
     sigma_vox_zyx: standard deviation in voxels, z y x, finite and >= 0: one triple for all samples or [B, 3]; nested
         sequence, NumPy array or CPU tensor (it decides the launch, so it must be on the host). An axis with 0, or
@@ -59,7 +61,7 @@ def gaussian_blur(x: Tensor, sigma_vox_zyx: Any, *, box: Any = None, out: Tensor
     box: the voxels to compute, integers [B, 2, 3]: first voxel z y x, and the one behind the last. None for all. From
         the host (nested sequence, array, CPU tensor) or an int64 tensor on x's device. A box is clamped to the volume,
         so that one may be grown without knowing the volume; where first >= last on an axis it is empty.
-    out: of x's dtype, shape and device, or None; may be x itself. Only where no gradient is required.
+    out: of x's dtype (float32 for a mask), shape and device, or None; may be x itself. Only where no gradient is required.
 
     Returns ``out`` or a new tensor. Inside the box are the bits of the whole blur; outside, ``out`` keeps what it held,
     and a new tensor is 0. Differentiable in x as often as wanted: the gradient is the blur of the incoming one, which
@@ -69,7 +71,7 @@ def gaussian_blur(x: Tensor, sigma_vox_zyx: Any, *, box: Any = None, out: Tensor
     radius r = int(4 sigma + 0.5) > 0 a result is off by at most N u / (1 - N u) max|x|, u = 2**-24 or 2**-53 (and
     underflow); float16 and bfloat16 results are rounded once more, at the end. CPU and CUDA give the same bits.
     Memory besides the result: on the CPU 2 r + 1 planes a thread, and the box in float32 for float16 and bfloat16; on
-    CUDA up to radius 8 a copy of x where ``out`` is x, above it one float32 (float64) tensor like x where there is a box
+    CUDA a mask in float32, up to radius 8 a copy of x where ``out`` is x, above it one float32 (float64) tensor like x where there is a box
     or x is float16 or bfloat16. Up to radius 8 a call can be captured in a CUDA graph, which keeps the values of sigma
     and of a host box; a box on the device may change between replays.
     Raises KernelInputError, before any launch, for a wrong type, dtype, shape, device or memory order, a sigma that
@@ -89,7 +91,7 @@ def gaussian_blur(x: Tensor, sigma_vox_zyx: Any, *, box: Any = None, out: Tensor
             f"{_NAME}: out was given but x requires a gradient; want a new tensor. "
             "Drop out, or call under torch.no_grad()."
         )
-    require_buffer(_NAME, out, x.dtype, tuple(x.shape), x.device)
+    require_buffer(_NAME, out, _result_dtype(x), tuple(x.shape), x.device)
     _blur_out(x, sigma, boxes, out)
     return out
 
@@ -154,7 +156,8 @@ class _Work:
 
 def _run(x: Tensor, sigma: Tensor, box: Tensor | None, source: Tensor | None) -> Tensor:
     """The blur inside ``box``, 0 outside; x counts as 0 outside ``source``. Each is the other's in the adjoint."""
-    out = torch.empty_like(x) if box is None and source is None else torch.zeros_like(x)
+    make = torch.empty_like if box is None and source is None else torch.zeros_like
+    out = make(x, dtype=_result_dtype(x))
     _fill(out, x, sigma, box, source)
     return out
 
@@ -187,6 +190,8 @@ def _fill(out: Tensor, x: Tensor, sigma: Tensor, box: Tensor | None, source: Ten
     if not _launch.uses_kernel(x):
         _blur_on_cpu(out, x, work, cut=source is not None)
         return
+    if x.dtype in MASK_DTYPES:
+        x = x.to(torch.float32)
     blur = _blur_at_once if radii.max() <= _MAX_RADIUS else _blur_by_axes
     blur(out, x, work, box, source)
 
@@ -247,6 +252,10 @@ def _reached(target: Regions, source: Regions, radii: NDArray[np.int64]) -> Regi
     last = np.minimum(target[:, 1], source[:, 1] + radii)
     empty = (source[:, 0] >= source[:, 1]).any(axis=1, keepdims=True)
     return np.stack([first, np.where(empty, first, last)], axis=1)
+
+
+def _result_dtype(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.dtype in MASK_DTYPES else x.dtype
 
 
 def _real(x: Tensor) -> torch.dtype:
@@ -383,19 +392,16 @@ def _lines_per_block(padded: int, real: torch.dtype) -> int:
 
 
 def _blur_on_cpu(out: Tensor, x: Tensor, work: _Work, *, cut: bool) -> None:
-    """Sample by sample; Python's share of a sample is one call, so that threads do not wait for its lock."""
-    cost = (work.target[:, 1] - work.target[:, 0]).clip(min=0).prod(axis=1).tolist()
     real = _real(x)
-    if cut or x.dtype != real:
-        for_each(len(x), lambda b: _blur_sample(out[b], x[b], work, b, cut=cut), cost=cost)
+    if x.dtype == torch.bool:
+        x = x.view(torch.uint8)
+    if cut or x.dtype not in {real, torch.uint8}:
+        for_each(len(x), lambda b: _blur_sample(out[b], x[b], work, b, cut=cut))
         return
     results, given = out.detach().numpy(), x.detach().numpy()
-    half_windows = work.half_windows.astype(given.dtype)
-    for_each(
-        len(x),
-        lambda b: _blur_directly(results[b], given[b], work.target[b], work.radii[b], half_windows[b]),
-        cost=cost,
-    )
+    half_windows = work.half_windows.astype(results.dtype)
+    cost = (work.target[:, 1] - work.target[:, 0]).clip(min=0).prod(axis=1).tolist()
+    for_shares(cost, lambda share: _blur_share(results, given, work.target, work.radii, half_windows, share))
 
 
 def _blur_sample(out: Tensor, x: Tensor, work: _Work, b: int, *, cut: bool) -> None:
@@ -440,9 +446,15 @@ def _slices(first: NDArray[np.int64], last: NDArray[np.int64]) -> tuple[slice, .
 
 
 @numba.njit(nogil=True, cache=True)
+def _blur_share(out: Any, x: Any, target: Any, radii: Any, half_windows: Any, share: Any) -> None:  # pragma: no cover
+    """Some of a batch's volumes, from memory of the result's dtype into such memory."""
+    for b in share:
+        _blur_directly(out[b], x[b], target[b], radii[b], half_windows[b])
+
+
+@numba.njit(nogil=True, cache=True)
 def _blur_directly(out: Any, x: Any, target: Any, radii: Any, half_windows: Any) -> None:  # pragma: no cover
-    """One volume, from memory of the result's dtype into such memory."""
-    first, last = target
+    first, last = target[0], target[1]
     for axis in range(3):
         if first[axis] >= last[axis]:
             return
@@ -497,11 +509,11 @@ def _blur_box(  # pragma: no cover
     size = height * width
     num_slots = min(2 * rz + 1, min(nz, z1 + rz) - low_z)
 
-    mirrored = np.empty((high_y - low_y) * pitch, x.dtype)
+    mirrored = np.empty((high_y - low_y) * pitch, out.dtype)
     along_x = np.empty_like(mirrored)
-    stacked = np.empty((height + 2 * ry) * width, x.dtype)
-    ring = np.empty(num_slots * size, x.dtype)
-    plane = np.empty(size, x.dtype)
+    stacked = np.empty((height + 2 * ry) * width, out.dtype)
+    ring = np.empty(num_slots * size, out.dtype)
+    plane = np.empty(size, out.dtype)
     flat_out = out.reshape(out.size)
     left, right = np.empty(rx, np.int64), np.empty(rx, np.int64)  # where the mirrored ends of a row come from
     for i in range(rx):
@@ -615,7 +627,7 @@ def _reflected(i: int, n: int) -> int:  # pragma: no cover
 _blur = register(
     "gaussian_blur(Tensor x, Tensor sigma_vox_zyx, Tensor? box, Tensor? source) -> Tensor",
     _run,
-    lambda x, _sigma, _box, _source: torch.empty_like(x),
+    lambda x, _sigma, _box, _source: torch.empty_like(x, dtype=_result_dtype(x)),
     backward=_backward,
     save=_save,
 )

@@ -6,19 +6,30 @@
 __device__ float tanh_of(float g) { return tanhf(g); }
 __device__ double tanh_of(double g) { return tanh(g); }
 
-// The mask, 0 outside the organ; organ may be null. It is read only where the mask is not 0.
+// The mask of voxel i, 0 outside the organ and outside the sample's box; both may be null, and are looked at only where
+// the mask is not 0. box: [sample][first, behind the last][z y x], in any relation to the volume.
 template <typename Mask>
-__device__ Mask weight(Mask mask, const unsigned char* organ, long long i) {
-    return mask == 0 || organ == nullptr || organ[i] != 0 ? mask : (Mask)0;
+__device__ Mask weight(Mask mask, long long i, const unsigned char* organ, const long long* box, long long nz, long long ny,
+                       long long nx) {
+    if (mask == 0 || (organ != nullptr && organ[i] == 0)) return 0;
+    if (box == nullptr) return mask;
+    const long long* const first = box + 6 * (i / (nx * ny * nz));
+    const long long place[3] = {i / (nx * ny) % nz, i / nx % ny, i % nx};
+    for (int axis = 0; axis < 3; ++axis) {
+        if (place[axis] < first[axis] || place[axis] >= first[3 + axis]) return 0;
+    }
+    return mask;
 }
 
 // out may be any of the inputs: a thread reads its voxel before it writes it. sign: -1 as in Eq. 1, or 1.
 template <typename Real, typename Mask>
-__device__ void blend(Real* out, const Real* x, const Real* g, const Real* texture, const Mask* mask, const unsigned char* organ, int sign,
-                      long long num_voxels) {
-    const long long step = (long long)gridDim.x * blockDim.x;  // 64 bit: a batch can pass 2^31 voxels
+__device__ void blend(Real* out, const Real* x, const Real* g, const Real* texture, const Mask* mask,
+                      const unsigned char* organ, const long long* box, int sign, long long batch, long long nz,
+                      long long ny, long long nx) {
+    const long long num_voxels = batch * nz * ny * nx;  // 64 bit: a batch can pass 2^31 voxels
+    const long long step = (long long)gridDim.x * blockDim.x;
     for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < num_voxels; i += step) {
-        const Real m = (Real)weight(mask[i], organ, i);
+        const Real m = (Real)weight(mask[i], i, organ, box, nz, ny, nx);
         out[i] = m == 0 ? x[i] : x[i] + (Real)sign * (m * (tanh_of(g[i]) * texture[i]));
     }
 }
@@ -27,10 +38,12 @@ __device__ void blend(Real* out, const Real* x, const Real* g, const Real* textu
 // gradient itself.
 template <typename Real, typename Mask>
 __device__ void blend_backward(Real* grad_g, Real* grad_texture, const Real* grad_out, const Real* g,
-                               const Real* texture, const Mask* mask, const unsigned char* organ, int sign, long long num_voxels) {
+                               const Real* texture, const Mask* mask, const unsigned char* organ, const long long* box,
+                               int sign, long long batch, long long nz, long long ny, long long nx) {
+    const long long num_voxels = batch * nz * ny * nx;
     const long long step = (long long)gridDim.x * blockDim.x;
     for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < num_voxels; i += step) {
-        const Real m = (Real)weight(mask[i], organ, i);
+        const Real m = (Real)weight(mask[i], i, organ, box, nz, ny, nx);
         Real to_g = 0, to_texture = 0;
         if (m != 0) {
             const Real contrast = tanh_of(g[i]);
@@ -44,45 +57,60 @@ __device__ void blend_backward(Real* grad_g, Real* grad_texture, const Real* gra
 }
 
 extern "C" __global__ void blend_float32_float32(float* out, const float* x, const float* g, const float* texture,
-                                                 const float* mask, const unsigned char* organ, int sign, long long num_voxels) {
-    blend(out, x, g, texture, mask, organ, sign, num_voxels);
+                                                 const float* mask, const unsigned char* organ, const long long* box,
+                                                 int sign, long long batch, long long nz, long long ny,
+                                                 long long nx) {
+    blend(out, x, g, texture, mask, organ, box, sign, batch, nz, ny, nx);
 }
 
 extern "C" __global__ void blend_float32_uint8(float* out, const float* x, const float* g, const float* texture,
-                                               const unsigned char* mask, const unsigned char* organ, int sign, long long num_voxels) {
-    blend(out, x, g, texture, mask, organ, sign, num_voxels);
+                                               const unsigned char* mask, const unsigned char* organ,
+                                               const long long* box, int sign, long long batch, long long nz,
+                                               long long ny, long long nx) {
+    blend(out, x, g, texture, mask, organ, box, sign, batch, nz, ny, nx);
 }
 
 extern "C" __global__ void blend_float64_float32(double* out, const double* x, const double* g, const double* texture,
-                                                 const float* mask, const unsigned char* organ, int sign, long long num_voxels) {
-    blend(out, x, g, texture, mask, organ, sign, num_voxels);
+                                                 const float* mask, const unsigned char* organ, const long long* box,
+                                                 int sign, long long batch, long long nz, long long ny,
+                                                 long long nx) {
+    blend(out, x, g, texture, mask, organ, box, sign, batch, nz, ny, nx);
 }
 
 extern "C" __global__ void blend_float64_uint8(double* out, const double* x, const double* g, const double* texture,
-                                               const unsigned char* mask, const unsigned char* organ, int sign, long long num_voxels) {
-    blend(out, x, g, texture, mask, organ, sign, num_voxels);
+                                               const unsigned char* mask, const unsigned char* organ,
+                                               const long long* box, int sign, long long batch, long long nz,
+                                               long long ny, long long nx) {
+    blend(out, x, g, texture, mask, organ, box, sign, batch, nz, ny, nx);
 }
 
 extern "C" __global__ void blend_backward_float32_float32(float* grad_g, float* grad_texture, const float* grad_out,
                                                           const float* g, const float* texture, const float* mask,
-                                                          const unsigned char* organ, int sign, long long num_voxels) {
-    blend_backward(grad_g, grad_texture, grad_out, g, texture, mask, organ, sign, num_voxels);
+                                                          const unsigned char* organ, const long long* box, int sign,
+                                                          long long batch, long long nz, long long ny, long long nx) {
+    blend_backward(grad_g, grad_texture, grad_out, g, texture, mask, organ, box, sign, batch, nz, ny, nx);
 }
 
 extern "C" __global__ void blend_backward_float32_uint8(float* grad_g, float* grad_texture, const float* grad_out,
                                                         const float* g, const float* texture,
-                                                        const unsigned char* mask, const unsigned char* organ, int sign, long long num_voxels) {
-    blend_backward(grad_g, grad_texture, grad_out, g, texture, mask, organ, sign, num_voxels);
+                                                        const unsigned char* mask, const unsigned char* organ,
+                                                        const long long* box, int sign, long long batch, long long nz,
+                                                        long long ny, long long nx) {
+    blend_backward(grad_g, grad_texture, grad_out, g, texture, mask, organ, box, sign, batch, nz, ny, nx);
 }
 
-extern "C" __global__ void blend_backward_float64_float32(double* grad_g, double* grad_texture, const double* grad_out,
-                                                          const double* g, const double* texture, const float* mask,
-                                                          const unsigned char* organ, int sign, long long num_voxels) {
-    blend_backward(grad_g, grad_texture, grad_out, g, texture, mask, organ, sign, num_voxels);
+extern "C" __global__ void blend_backward_float64_float32(double* grad_g, double* grad_texture,
+                                                          const double* grad_out, const double* g,
+                                                          const double* texture, const float* mask,
+                                                          const unsigned char* organ, const long long* box, int sign,
+                                                          long long batch, long long nz, long long ny, long long nx) {
+    blend_backward(grad_g, grad_texture, grad_out, g, texture, mask, organ, box, sign, batch, nz, ny, nx);
 }
 
 extern "C" __global__ void blend_backward_float64_uint8(double* grad_g, double* grad_texture, const double* grad_out,
                                                         const double* g, const double* texture,
-                                                        const unsigned char* mask, const unsigned char* organ, int sign, long long num_voxels) {
-    blend_backward(grad_g, grad_texture, grad_out, g, texture, mask, organ, sign, num_voxels);
+                                                        const unsigned char* mask, const unsigned char* organ,
+                                                        const long long* box, int sign, long long batch, long long nz,
+                                                        long long ny, long long nx) {
+    blend_backward(grad_g, grad_texture, grad_out, g, texture, mask, organ, box, sign, batch, nz, ny, nx);
 }

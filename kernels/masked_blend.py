@@ -24,7 +24,7 @@ from ftengine.kernels._checks import (
     small_table,
 )
 from ftengine.kernels._ops import register
-from ftengine.kernels._threads import for_each
+from ftengine.kernels._threads import for_shares
 
 _NAME = "masked_blend"
 _FILE = "masked_blend.cu"
@@ -50,9 +50,8 @@ def masked_blend(
     mask: the same shape, float32 in [0, 1], or uint8 or bool of 0 and 1. Its values are not checked.
     sign: -1 as in Eq. 1, which darkens where g is positive; 1 adds instead.
     organ: the same shape, uint8 or bool, or None; where it is 0 the mask counts as 0, so that a soft edge stays inside.
-    box: a promise that the mask is 0 outside, int64 [B, 2, 3] as ``tumor_mask_and_box`` gives it, clamped to the volume, on
-        the host or on x's device; or None. The CPU path then looks nowhere else: painting in place costs what the
-        tumour costs. The CUDA kernel reads the whole mask either way.
+    box: int64 [B, 2, 3] as ``tumor_mask_and_box`` gives it, clamped to the volume, on the host or on x's device, or None;
+        outside the mask counts as 0. The CPU path looks nowhere else: painting in place costs what the tumour costs.
     out: of x's dtype, shape and device, or None; may be any of the inputs. Only where no gradient is required.
 
     Returns ``out`` or a new tensor. Where the mask is 0 x comes back bit-identical, whatever g and texture hold
@@ -69,7 +68,7 @@ def masked_blend(
     refuse_gradient(_NAME, "mask", mask, "Eq. 1 is differentiated in x, g and texture only")
     if sign not in {-1, 1}:
         raise KernelInputError(f"{_NAME}: sign is {sign}; want -1 (Eq. 1) or 1. Put other factors into the texture.")
-    boxes = None if box is None else small_table(_NAME, "box", box, torch.int64, x.device)
+    boxes = None if box is None else small_table(_NAME, "box", box, torch.int64, x.device).contiguous()
     if boxes is not None and tuple(boxes.shape) != (len(x), 2, 3):
         raise KernelInputError(
             f"{_NAME}: box has shape {tuple(boxes.shape)}; want {(len(x), 2, 3)}: for each sample the first voxel z y x and "
@@ -106,11 +105,13 @@ def _run_out(
     inputs = [("x", x), ("g", g), ("texture", texture), ("mask", mask)]
     require_apart(_NAME, out, may_be=inputs if organ is None else [*inputs, ("organ", organ)])
     if _launch.uses_kernel(x):
-        _launch_elementwise("blend", (out, x, g, texture), mask, organ, sign, x)
+        _launch_elementwise("blend", (out, x, g, texture), mask, organ, box, sign, x)
+        return
+    if x.numel() == 0:
         return
     o, a, c, t = (_flat(tensor) for tensor in (out, x, g, texture))
     place = _Place(mask, organ, box)
-    for_each(len(x), lambda b: _paint(o[b], a[b], c[b], t[b], place, b, sign), cost=place.cost)
+    for_shares(place.cost, lambda share: _paint(o, a, c, t, place, share, sign))
 
 
 def _run(
@@ -137,25 +138,17 @@ def _run_backward(
     grad_out = grad_out.contiguous()
     wanted = [t if needed else None for t, needed in ((grad_g, needs_g), (grad_texture, needs_texture))]
     if _launch.uses_kernel(g):
-        _launch_elementwise("blend_backward", (*wanted, grad_out, g, texture), mask, organ, sign, g)
+        _launch_elementwise("blend_backward", (*wanted, grad_out, g, texture), mask, organ, box, sign, g)
+        return grad_g, grad_texture
+    for tensor in wanted:
+        if tensor is not None:
+            tensor.zero_()
+    if g.numel() == 0:
         return grad_g, grad_texture
     to_g, to_texture = (None if tensor is None else _flat(tensor) for tensor in wanted)
     o, c, t = (_flat(tensor) for tensor in (grad_out, g, texture))
     place = _Place(mask, organ, box)
-    for_each(
-        len(g),
-        lambda b: _differentiate(
-            None if to_g is None else to_g[b],
-            None if to_texture is None else to_texture[b],
-            o[b],
-            c[b],
-            t[b],
-            place,
-            b,
-            sign,
-        ),
-        cost=place.cost,
-    )
+    for_shares(place.cost, lambda share: _differentiate(to_g, to_texture, o, c, t, place, share, sign))
     return grad_g, grad_texture
 
 
@@ -206,16 +199,25 @@ def _refuse_second(_ctx: Any, *_gradients: Tensor) -> None:
 
 
 def _launch_elementwise(
-    kernel: str, tensors: tuple[Tensor | None, ...], mask: Tensor, organ: Tensor | None, sign: int, like: Tensor
+    kernel: str,
+    tensors: tuple[Tensor | None, ...],
+    mask: Tensor,
+    organ: Tensor | None,
+    box: Tensor | None,
+    sign: int,
+    like: Tensor,
 ) -> None:
     if mask.numel() == 0:
         return
+    if box is not None and box.device != mask.device:
+        box = _launch.upload(box.numpy(), mask.device)
+    pointers = [_launch.pointer(tensor) for tensor in (*tensors, mask, organ, box)]
     _launch.launch(
         _FILE,
         f"{kernel}_{dtype_name(like.dtype)}_{dtype_name(mask.dtype)}",
         (_launch.blocks_for(mask.numel(), _THREADS),),
         (_THREADS,),
-        (*(_launch.pointer(tensor) for tensor in (*tensors, mask, organ)), np.int32(sign), np.int64(mask.numel())),
+        (*pointers, np.int32(sign), *(np.int64(n) for n in mask.shape)),
         mask.device,
     )
 
@@ -224,34 +226,44 @@ def _launch_elementwise(
 
 
 class _Place:
-    """Where a batch is painted: masks, organs and boxes as arrays, one a sample."""
+    """Where a batch is painted: masks, organs and boxes as arrays."""
 
     def __init__(self, mask: Tensor, organ: Tensor | None, box: Tensor | None) -> None:
         shape = np.array(mask.shape[1:], dtype=np.int64)
         whole = np.stack([np.zeros_like(shape), shape])
         self._boxes = np.tile(whole, (len(mask), 1, 1)) if box is None else np.clip(box.numpy(), 0, shape)
-        self.masks = mask.detach().numpy()
-        self._organs = self.masks if organ is None else organ.numpy()
+        self._masks = mask.detach().numpy()
+        self._organs = self._masks if organ is None else organ.numpy()
+        self.weights = self._masks.reshape(-1)
         self.cost = (self._boxes[:, 1] - self._boxes[:, 0]).clip(min=0).prod(axis=1).tolist()
 
-    def pick(self, b: int, values: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[Any]]:
-        """Flat indices of what is painted of a sample, and the values there."""
-        painted, picked = _pick(values, self.masks[b], self._organs[b], self._boxes[b])
-        return painted, picked
+    def pick(self, share: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Indices into the flat batch of what is painted of some samples."""
+        painted: NDArray[np.int64] = _pick(self._masks, self._organs, self._boxes, share)
+        return painted
 
 
 def _paint(
-    out: NDArray[Any], x: NDArray[Any], g: NDArray[Any], texture: NDArray[Any], place: _Place, b: int, sign: int
+    out: NDArray[Any],
+    x: NDArray[Any],
+    g: NDArray[Any],
+    texture: NDArray[Any],
+    place: _Place,
+    share: NDArray[np.int64],
+    sign: int,
 ) -> None:
-    """One sample, flat. Everything is read before ``out`` is written, which may be any of the inputs.
+    """Some samples of a flat batch. Everything is read before ``out`` is written, which may be any of the inputs.
 
     NumPy's tanh works on several voxels at a time; a compiled loop would call the C library for each.
     """
-    painted, values = place.pick(b, g)
+    painted = place.pick(share)
+    values = _taken(g, painted)
     np.tanh(values, out=values)
-    _blend_picked(values, x, texture, place.masks[b].ravel(), painted, x.dtype.type(sign))
+    _blend_picked(values, x, texture, place.weights, painted, x.dtype.type(sign))
     if out.ctypes.data != x.ctypes.data:
-        np.copyto(out, x)
+        size = x.size // len(place.cost)
+        for b in share:
+            np.copyto(out[b * size : (b + 1) * size], x[b * size : (b + 1) * size])
     _put(out, painted, values)
 
 
@@ -262,51 +274,62 @@ def _differentiate(
     g: NDArray[Any],
     texture: NDArray[Any],
     place: _Place,
-    b: int,
+    share: NDArray[np.int64],
     sign: int,
 ) -> None:
-    """One sample, flat."""
-    painted, contrast = place.pick(b, g)
+    """Some samples of a flat batch; the gradients are 0 before."""
+    painted = place.pick(share)
+    contrast = _taken(g, painted)
     np.tanh(contrast, out=contrast)
-    common = grad_out.take(painted)
-    common *= place.masks[b].ravel().take(painted)
+    common = _taken(grad_out, painted)
+    common *= place.weights.take(painted)
     common *= sign
     if grad_g is not None:
-        grad_g.fill(0)
-        grad_g[painted] = common * texture.take(painted) * (1 - contrast * contrast)
+        _put(grad_g, painted, common * _taken(texture, painted) * (1 - contrast * contrast))
     if grad_texture is not None:
-        grad_texture.fill(0)
-        grad_texture[painted] = common * contrast
+        _put(grad_texture, painted, common * contrast)
 
 
 @numba.njit(nogil=True, cache=True)
-def _pick(values: Any, mask: Any, organ: Any, box: Any) -> Any:
-    """Flat indices of the voxels inside the box, of one sample [z, y, x], where mask and organ are not 0; and their values."""
-    first, last = box[0], box[1]
-    in_row = np.zeros((max(last[0] - first[0], 0), max(last[1] - first[1], 0)), np.int64)
-    total = 0
-    for z in range(first[0], last[0]):
-        for y in range(first[1], last[1]):
-            row = mask[z, y, first[2] : last[2]]
-            count = 0
-            for x in range(row.size):  # several voxels at a time: most rows hold nothing
-                count += row[x] != 0
-            in_row[z - first[0], y - first[1]] = count
-            total += count
+def _pick(mask: Any, organ: Any, box: Any, share: Any) -> Any:
+    """Indices into the flat batch of the voxels inside the boxes where mask and organ, [B, z, y, x], are not 0."""
+    nz, ny, nx = mask.shape[1:]
+    num_rows = 0
+    for b in share:
+        num_rows += max(box[b, 1, 0] - box[b, 0, 0], 0) * max(box[b, 1, 1] - box[b, 0, 1], 0)
+    in_row = np.zeros(num_rows, np.int64)
+    total, number = 0, 0
+    for b in share:
+        for z in range(box[b, 0, 0], box[b, 1, 0]):
+            for y in range(box[b, 0, 1], box[b, 1, 1]):
+                row = mask[b, z, y, box[b, 0, 2] : box[b, 1, 2]]
+                count = 0
+                for x in range(row.size):  # several voxels at a time: most rows hold nothing
+                    count += row[x] != 0
+                in_row[number] = count
+                number += 1
+                total += count
     found = np.empty(total + 1, np.int64)  # without a branch a voxel is written before it is known to count
-    k = 0
-    for z in range(first[0], last[0]):
-        for y in range(first[1], last[1]):
-            if in_row[z - first[0], y - first[1]] == 0:
-                continue
-            start = (z * mask.shape[1] + y) * mask.shape[2]
-            for x in range(first[2], last[2]):
-                found[k] = start + x
-                k += (mask[z, y, x] != 0) & (organ[z, y, x] != 0)
-    picked = np.empty(k, values.dtype)
-    for i in range(k):
-        picked[i] = values[found[i]]
-    return found[:k], picked
+    k, number = 0, 0
+    for b in share:
+        for z in range(box[b, 0, 0], box[b, 1, 0]):
+            for y in range(box[b, 0, 1], box[b, 1, 1]):
+                number += 1
+                if in_row[number - 1] == 0:
+                    continue
+                start = ((b * nz + z) * ny + y) * nx
+                for x in range(box[b, 0, 2], box[b, 1, 2]):
+                    found[k] = start + x
+                    k += (mask[b, z, y, x] != 0) & (organ[b, z, y, x] != 0)
+    return found[:k]
+
+
+@numba.njit(nogil=True, cache=True)
+def _taken(values: Any, painted: Any) -> Any:
+    taken = np.empty(painted.size, values.dtype)
+    for k in range(painted.size):
+        taken[k] = values[painted[k]]
+    return taken
 
 
 @numba.njit(nogil=True, cache=True)
@@ -324,8 +347,8 @@ def _put(out: Any, painted: Any, values: Any) -> None:
 
 
 def _flat(tensor: Tensor) -> NDArray[Any]:
-    """[B, voxels], on the tensor's own memory."""
-    return tensor.detach().flatten(1).numpy()
+    """The whole batch, on the tensor's own memory."""
+    return tensor.detach().view(-1).numpy()
 
 
 _blend = register(

@@ -38,7 +38,7 @@ from ftengine.kernels._checks import (
     small_table,
 )
 from ftengine.kernels._ops import register
-from ftengine.kernels._threads import for_each
+from ftengine.kernels._threads import for_shares
 
 MAX_RADIUS_VOX = 4096.0  # more is a unit error, and its tables would not be small any more
 
@@ -221,9 +221,10 @@ def _run_checked(center: Tensor, radii: Tensor, warp: Tensor, organ: Tensor | No
         return
     masks, boxes, centers, warps = out.numpy(), box.numpy(), center.numpy(), warp.numpy()
     organs = masks if organ is None else organ.numpy()
-    for_each(
-        len(masks),
-        lambda b: _mask_sample(masks[b], boxes[b], centers[b], radii_zyx[b], warps[b], organs[b], organ is not None),
+    cost = np.ceil(4 * radii_zyx).prod(axis=2).sum(axis=1).tolist()
+    for_shares(
+        cost,
+        lambda share: _mask_share(masks, boxes, centers, radii_zyx, warps, organs, organ is not None, share),
     )
 
 
@@ -346,6 +347,15 @@ def _on_host(table: Tensor) -> bool:
 
 
 # ---- CPU path: the same lookups as tables; the same operations in the same order as the CUDA kernel ----
+
+
+@numba.njit(nogil=True, cache=True)
+def _mask_share(
+    out: Any, box: Any, center_zyx: Any, radii_zyx: Any, warp: Any, organ: Any, has_organ: Any, share: Any
+) -> None:
+    """Some of a batch's samples."""
+    for b in share:
+        _mask_sample(out[b], box[b], center_zyx[b], radii_zyx[b], warp[b], organ[b], has_organ)
 
 
 @numba.njit(nogil=True, cache=True)

@@ -206,9 +206,7 @@ class Synthesizer:
             sigma = mm_to_vox(self.config.edge_sigma_mm, self._spacing)
             reach = np.array([int(TRUNCATE * s + 0.5) for s in sigma], dtype=np.int64)
             box = box + upload(np.stack([-reach, reach]), box.device)
-            soft = self._buffers.take("mask", x) if in_place else torch.empty_like(x)
-            soft.copy_(mask)  # 0 outside the grown box, as it stays
-            mask = gaussian_blur(soft, sigma, box=box, out=soft)
+            mask = gaussian_blur(mask, sigma, box=box, out=self._buffers.take("mask", x) if in_place else None)
         texture = gaussian_blur(
             x,
             [mm_to_vox(d.texture_sigma_mm, self._spacing) for d in draws],

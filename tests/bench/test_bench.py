@@ -27,7 +27,7 @@ def test_kernel_bench_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(len(seconds) == 1 for seconds in samples.values())
     figures = kernels.summary(document)
     assert figures["hard_chain_ms"] / figures["unit_ms"] == pytest.approx(figures["hard_chain_of_unit"])
-    assert figures["hard_batch_2_two_threads"] > 0
+    assert figures["hard_medium_batch_2_two_threads"] > 0
     kernels.run(patch_zyx=(24, 24, 24), batches=[1], rounds=1)
     assert "mask, texture, edge blur, blend" in capsys.readouterr().out
 

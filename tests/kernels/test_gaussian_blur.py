@@ -622,6 +622,22 @@ def test_columns_are_cut_where_the_gpu_would_idle() -> None:
 # ---- refusals ----
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool])
+def test_a_mask_is_blurred_as_float32(on_cpu: KernelsOnCpu, dtype: torch.dtype) -> None:
+    mask = (random_volumes(22, 2, 6, 7, 8) > 0).to(dtype)
+    boxes = [[[1, 0, 2], [5, 7, 7]], [[0, 0, 0], [6, 7, 8]]]
+    for sigma in ((1.0, 0.7, 1.2), (0.0, 0.0, 0.0)):
+        wanted = gaussian_blur(mask.float(), sigma, box=boxes)
+        assert same_bits(gaussian_blur(mask, sigma, box=boxes), wanted)
+        out = torch.full_like(wanted, 7.0)
+        gaussian_blur(mask, sigma, out=out)
+        assert same_bits(out, gaussian_blur(mask.float(), sigma))
+        with on_cpu("forward"):
+            assert same_bits(gaussian_blur(mask, sigma, box=boxes), wanted)
+    with pytest.raises(KernelInputError, match=r"out is uint8; want float32"):
+        gaussian_blur(mask, (1, 1, 1), out=mask.to(torch.uint8))
+
+
 def test_a_box_is_clamped_to_the_volume(on_cpu: KernelsOnCpu) -> None:
     x = random_volumes(21, 2, 6, 7, 8)
     grown = [[[-3, 2, -1], [4, 99, 5]], [[5, 0, 0], [2, 7, 8]]]  # the second has its corners swapped: empty
@@ -648,7 +664,7 @@ REFUSED: list[tuple[str, Any, Any, dict[str, Any], str]] = [
         X.int(),
         (1, 1, 1),
         {},
-        r"x is int32; want float32 or float64 or float16 or bfloat16\. Convert it: x\.to\(torch\.float32\)",
+        r"x is int32; want float32 or float64 or float16 or bfloat16 or uint8 or bool\. Convert it: x\.to\(torch\.float32\)",
     ),
     ("axes", X[0], (1, 1, 1), {}, r"x has shape \(3, 4, 5\); want four axes, batch z y x"),
     ("memory order", X.transpose(2, 3), (1, 1, 1), {}, r"x has strides .* Call x\.contiguous\(\)"),

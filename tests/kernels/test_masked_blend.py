@@ -279,27 +279,52 @@ def test_compiled_in_one_graph_it_gives_the_same() -> None:
     assert same_bits(out, masked_blend(case.x, case.x, case.x, case.mask))
 
 
-@PROPERTY
-@given(case=cases(), data=st.data())
-def test_a_box_that_holds_the_mask_changes_nothing(case: Case, data: st.DataObject) -> None:
-    """The tight box, and larger ones that leave the volume."""
-    grow = data.draw(st.integers(0, 3))
-    boxes = torch.zeros(len(case.mask), 2, 3, dtype=torch.int64)
-    for b, mask in enumerate(case.mask):
-        if mask.any():
-            places = mask.nonzero()
-            boxes[b] = torch.stack((places.amin(0) - grow, places.amax(0) + 1 + grow))
-    wanted = masked_blend(*case.inputs)
+def assert_box_bounds_the_mask(case: Case, boxes: torch.Tensor) -> None:
+    inside = torch.zeros_like(case.mask)
+    for one, box in zip(inside, boxes.tolist(), strict=True):
+        one[tuple(slice(max(a, 0), max(b, 0)) for a, b in zip(*box, strict=True))] = 1
+    wanted = masked_blend(case.x, case.g, case.texture, case.mask * inside)
     assert same_bits(masked_blend(*case.inputs, box=boxes), wanted)
     in_place = case.x.clone()
     masked_blend(in_place, case.g, case.texture, case.mask, box=boxes, out=in_place)
     assert same_bits(in_place, wanted)
-    gradients = []
-    for box in (None, boxes):
+    gradients: list[torch.Tensor] = []
+    for mask, box in ((case.mask * inside, None), (case.mask, boxes)):
         g = case.g.clone().requires_grad_()
-        masked_blend(case.x, g, case.texture, case.mask, box=box).backward(case.grad_out)
+        masked_blend(case.x, g, case.texture, mask, box=box).backward(case.grad_out)
+        assert g.grad is not None
         gradients.append(g.grad)
     assert torch.equal(gradients[0], gradients[1])
+
+
+@st.composite
+def cases_with_boxes(draw: st.DrawFn) -> tuple[Case, torch.Tensor]:
+    """Boxes of any corners: also empty ones and ones that leave the volume."""
+    case = draw(cases())
+    corner = st.lists(st.integers(-2, 11), min_size=3, max_size=3)
+    count = len(case.mask)
+    return case, torch.tensor(draw(st.lists(st.tuples(corner, corner), min_size=count, max_size=count)))
+
+
+@PROPERTY
+@given(given_case=cases_with_boxes())
+def test_the_box_bounds_the_mask(given_case: tuple[Case, torch.Tensor]) -> None:
+    assert_box_bounds_the_mask(*given_case)
+
+
+@FEW
+@given(given_case=cases_with_boxes())
+def test_kernel_bounds_the_mask_by_the_box(on_cpu: KernelsOnCpu, given_case: tuple[Case, torch.Tensor]) -> None:
+    with on_cpu("shuffled"):
+        assert_box_bounds_the_mask(*given_case)
+
+
+@pytest.mark.gpu
+def test_gpu_bounds_the_mask_by_the_box(cuda: torch.device) -> None:
+    case = case_of(15, (2, 9, 10, 11), torch.uint8).to(cuda)
+    boxes = torch.tensor([[[1, 2, 3], [5, 99, 7]], [[-3, 0, 0], [4, 4, 4]]])
+    assert_box_bounds_the_mask(case, boxes)
+    assert_box_bounds_the_mask(case, boxes.to(cuda))
 
 
 def check_organ_bounds_the_mask(device: torch.device) -> None:
