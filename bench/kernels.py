@@ -38,6 +38,7 @@ EDGE_SIGMA_MM = 1.2
 UNIT = "SciPy's Gaussian filter"
 _CLASSES = 7
 _WARM_LAUNCHES = 20
+_CALLS_IN_A_ROW = 5
 
 
 @dataclass(frozen=True)
@@ -248,7 +249,8 @@ def _run_on_cpu(patch_zyx: IntZYX, batches: Sequence[int], rounds: int) -> dict[
 def _run_batches(patch_zyx: IntZYX, batches: Sequence[int], rounds: int) -> dict[str, list[float]]:
     """The chains with one thread and with two, on batches of one class and on mixed ones, where every class stands equally often.
 
-    A sample is one thread's work: where one large tumour is most of a batch, two threads cannot gain much.
+    A sample is one thread's work: where one large tumour is most of a batch, two threads cannot gain much. Each timing is the mean of
+    a few calls in a row, as a loader makes them: buffers and threads are warm, as in one_patch_one_thread they are not.
     """
     threads_before = torch.get_num_threads()
     candidates: dict[str, Callable[[], object]] = {}
@@ -265,7 +267,8 @@ def _run_batches(patch_zyx: IntZYX, batches: Sequence[int], rounds: int) -> dict
                         threads, chain, inputs, center
                     )
     try:
-        return {row.name: row.samples_s for row in interleave(candidates, rounds=rounds)}
+        rows = interleave(candidates, rounds=rounds)
+        return {row.name: [seconds / _CALLS_IN_A_ROW for seconds in row.samples_s] for row in rows}
     finally:
         torch.set_num_threads(threads_before)
 
@@ -277,7 +280,9 @@ def _with_threads(
 
     def call() -> object:
         torch.set_num_threads(threads)
-        return chain(inputs, center, buffers)
+        for _ in range(_CALLS_IN_A_ROW):
+            chain(inputs, center, buffers)
+        return None
 
     return call
 
