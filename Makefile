@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 EXTRAS ?= dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-gpu demo bench clean
+.PHONY: help setup check test test-gpu sanitize demo bench clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -15,7 +15,7 @@ setup: $(STAMP)  ## Make .venv with the pinned packages
 
 # torch comes first and alone: its pin decides between the CPU build and gigabytes of CUDA packages
 $(STAMP): pyproject.toml constraints.txt
-	@echo "making $(VENV) (once; about two minutes and 3 GB)"
+	@echo "making $(VENV) (once; about three minutes and 3 GB)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
@@ -36,6 +36,11 @@ test-gpu: setup  ## The tests that need an NVIDIA GPU (skipped, with the reason,
 
 demo: setup  ## The whole road on phantom CT: demo/report.html
 	$(BIN)/ftengine demo --out demo
+
+sanitize: setup  ## compute-sanitizer over the kernels' GPU tests (needs an NVIDIA GPU and the CUDA toolkit)
+	for tool in memcheck racecheck initcheck; do \
+		compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m pytest -m gpu tests/kernels -k "not 2_to_31" || exit 1; \
+	done
 
 bench: setup  ## Side-by-side measurements; results are printed
 	$(BIN)/ftengine bench store
