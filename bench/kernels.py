@@ -220,13 +220,17 @@ def run(
     patch_zyx: IntZYX = (96, 96, 96),
     batches: Sequence[int] = (1, 4, 16),
     rounds: int = 9,
+    devices: Sequence[str] = ("cpu", "gpu"),
     as_json: bool = False,
 ) -> dict[str, Any]:
-    """Time everything; returns and prints one document with all samples (seconds a call)."""
+    """Time everything on ``devices``; returns and prints one document with all samples (seconds a call)."""
     check(patch_zyx)
     document: dict[str, Any] = {"environment": environment(), "patch_zyx": patch_zyx, "rounds": rounds}
-    document |= _run_on_cpu(patch_zyx, batches, rounds)
-    document["gpu"] = _run_on_gpu(patch_zyx, batches, rounds) if torch.cuda.is_available() else None
+    if "cpu" in devices:
+        document |= _run_on_cpu(patch_zyx, batches, rounds)
+    document["gpu"] = (
+        _run_on_gpu(patch_zyx, batches, rounds) if "gpu" in devices and torch.cuda.is_available() else None
+    )
     print(json.dumps(document, indent=2) if as_json else _as_text(document))
     return document
 
@@ -377,6 +381,11 @@ def summary(document: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _as_text(document: Mapping[str, Any]) -> str:
+    cpu = _cpu_text(document) if "one_patch_one_thread" in document else []
+    return "\n".join([*cpu, *_gpu_text(document["gpu"])])
+
+
+def _cpu_text(document: Mapping[str, Any]) -> list[str]:
     samples = document["one_patch_one_thread"]
     figures = summary(document)
     kernels = [name.removesuffix(" | tiny") for name in samples if name.endswith(" | tiny")]
@@ -409,7 +418,7 @@ def _as_text(document: Mapping[str, Any]) -> str:
             two = statistics.median(document["batches"][f"{chain} | {content} | {batch} | 2"])
             one = statistics.median(seconds)
             lines.append(f"| {chain} | {content} | {batch} | {one * 1e3:.2f} | {two * 1e3:.2f} | {one / two:.2f} |")
-    return "\n".join([*lines, "", *_gpu_text(document["gpu"])])
+    return [*lines, ""]
 
 
 def _gpu_text(gpu: Mapping[str, Any] | None) -> list[str]:
@@ -436,9 +445,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="ftengine bench kernels", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--device", choices=("cpu", "gpu"), nargs="+", default=["cpu", "gpu"])
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
-    run(batches=options.batch, rounds=options.rounds, as_json=options.json)
+    run(batches=options.batch, rounds=options.rounds, devices=options.device, as_json=options.json)
 
 
 if __name__ == "__main__":
