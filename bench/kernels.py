@@ -317,10 +317,11 @@ def _run_on_gpu(patch_zyx: IntZYX, batches: Sequence[int], rounds: int) -> dict[
         inputs = _mixed(batch, patch_zyx, device)
         cases = make_cases(inputs)
         calls: dict[str, Callable[[], object]] = {case.name: case.call for case in cases}
-        samples = _gpu_samples(calls, rounds)
+        samples, busy = _gpu_samples(calls, rounds), _busy_samples(calls, rounds)
         document["batches"][str(batch)] = {
             name: {
                 "samples_s": seconds,
+                "busy_s": busy[name],
                 "bytes": next((case.num_bytes for case in cases if case.name == name), None),
             }
             for name, seconds in samples.items()
@@ -355,6 +356,22 @@ def _gpu_samples(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict
                 torch.cuda.set_sync_debug_mode("default")
             ended.synchronize()
             samples[name].append(started.elapsed_time(ended) / 1e3 / _WARM_LAUNCHES)
+    return samples
+
+
+def _busy_samples(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds a call that the device itself works, by the profiler: kernels and copies, without the gaps between them."""
+    from torch.profiler import ProfilerActivity, profile
+
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+                for _ in range(_WARM_LAUNCHES):
+                    call()
+                torch.cuda.synchronize()
+            busy_us = sum(event.self_device_time_total for event in profiler.key_averages())
+            samples[name].append(busy_us / 1e6 / _WARM_LAUNCHES)
     return samples
 
 
@@ -428,15 +445,15 @@ def _gpu_text(gpu: Mapping[str, Any] | None) -> list[str]:
     lines = [
         f"### GPU; its own copy moves {bandwidth / 1e9:.0f} GB/s",
         "",
-        "| batch | kernel | median ms | GB/s | of the copy |",
-        "|---|---|---|---|---|",
+        "| batch | kernel | launched one by one, median ms | device busy, median ms | GB/s while busy | of the copy |",
+        "|---|---|---|---|---|---|",
     ]
     for batch, cases in gpu["batches"].items():
         for name, case in cases.items():
-            seconds = statistics.median(case["samples_s"])
-            rate = "" if case["bytes"] is None else f"{case['bytes'] / seconds / 1e9:.0f}"
-            share = "" if case["bytes"] is None else f"{case['bytes'] / seconds / bandwidth:.2f}"
-            lines.append(f"| {batch} | {name} | {seconds * 1e3:.4f} | {rate} | {share} |")
+            seconds, busy = statistics.median(case["samples_s"]), statistics.median(case["busy_s"])
+            rate = "" if case["bytes"] is None else f"{case['bytes'] / busy / 1e9:.0f}"
+            share = "" if case["bytes"] is None else f"{case['bytes'] / busy / bandwidth:.2f}"
+            lines.append(f"| {batch} | {name} | {seconds * 1e3:.4f} | {busy * 1e3:.4f} | {rate} | {share} |")
     return lines
 
 

@@ -1,5 +1,6 @@
 """How a kernel is started: on torch's current stream, over torch's memory, without waiting for the device."""
 
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -43,6 +44,23 @@ def upload(array: NDArray[Any], device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
+class _TorchStream:
+    """A stream of torch's for CuPy, by the CUDA stream protocol."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._handle  # version of the protocol, cudaStream_t
+
+
+@lru_cache(maxsize=256)  # torch takes its streams from pools of 32
+def _cupy_stream(handle: int) -> Any:
+    import cupy
+
+    return cupy.cuda.Stream.from_external(_TorchStream(handle))
+
+
 def launch(
     file: str,
     name: str,
@@ -62,6 +80,5 @@ def launch(
     kernel = compiled(file, name, device.index, options)
     import cupy  # after compiled(), which explains its absence
 
-    stream = torch.cuda.current_stream(device)
-    with cupy.cuda.Device(device.index), cupy.cuda.ExternalStream(stream.cuda_stream, device.index):
+    with cupy.cuda.Device(device.index), _cupy_stream(torch.cuda.current_stream(device).cuda_stream):
         kernel(grid, block, args, shared_mem=shared_bytes)

@@ -25,13 +25,17 @@ union Word {
 
 __device__ float widened(float voxel) { return voxel; }
 __device__ double widened(double voxel) { return voxel; }
+// In integers, but for subnormals, which are normal in float32: CuPy has NVRTC flush the subnormals of float32.
 __device__ float widened(Float16 voxel) {
     const unsigned sign = (voxel.bits & 0x8000u) << 16, magnitude = voxel.bits & 0x7FFFu;
-    Word word, rebase;
-    word.bits = magnitude << 13;
-    rebase.bits = 0x77800000u;  // 2^112, from float16's exponent to float32's; exact, subnormals too
-    word.value *= rebase.value;
-    if (magnitude >= 0x7C00u) word.bits = magnitude << 13 | 0x7F800000u;  // infinity, NaN
+    Word word;
+    if (magnitude < 0x0400u) {
+        word.value = (float)magnitude * 5.9604644775390625e-8f;  // 2^-24
+    } else if (magnitude < 0x7C00u) {
+        word.bits = (magnitude << 13) + 0x38000000u;  // 112, from float16's exponent to float32's
+    } else {
+        word.bits = magnitude << 13 | 0x7F800000u;  // infinity, NaN
+    }
     word.bits |= sign;
     return word.value;
 }

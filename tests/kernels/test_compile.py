@@ -74,7 +74,7 @@ def test_missing_cupy_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
         ConfigError,
         match=r"masked_blend\.cu: a CUDA tensor was given but CuPy cannot be imported .* Install ftengine\[cuda\]",
     ):
-        _compile.compiled("masked_blend.cu", "blend_uint8", 99)
+        _compile.compiled("masked_blend.cu", "blend_float32_uint8", 99)
 
 
 def test_grid_covers_every_item_or_is_as_large_as_a_grid_can_be() -> None:
@@ -86,6 +86,6 @@ def test_grid_covers_every_item_or_is_as_large_as_a_grid_can_be() -> None:
 
 @pytest.mark.gpu
 def test_kernel_is_compiled_once(cuda: object) -> None:
-    first = _compile.compiled("masked_blend.cu", "blend_uint8", 0)
-    assert _compile.compiled("masked_blend.cu", "blend_uint8", 0) is first
-    assert _compile.compiled("masked_blend.cu", "blend_uint8", 0, ("--fmad=false",)) is not first
+    first = _compile.compiled("masked_blend.cu", "blend_float32_uint8", 0)
+    assert _compile.compiled("masked_blend.cu", "blend_float32_uint8", 0) is first
+    assert _compile.compiled("masked_blend.cu", "blend_float32_uint8", 0, ("--fmad=false",)) is not first

@@ -305,6 +305,21 @@ def test_nan_and_infinity_stay_in_their_windows(on_cpu: KernelsOnCpu) -> None:
             check_nan_stays_in_its_window()
 
 
+def test_float16_survives_flushed_subnormals(on_cpu: KernelsOnCpu) -> None:
+    """CuPy compiles with -ftz=true; here the processor flushes as well, for every one of the 65,536 float16 numbers."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.float16).reshape(1, 1, 256, 256)
+    with on_cpu("forward"):
+        assert torch.set_flush_denormal(True)
+        try:
+            same, blurred = gaussian_blur(x, (0, 0, 0)), gaussian_blur(x[..., :1, :].nan_to_num(0, 0, 0), (0, 0, 3))
+        finally:
+            torch.set_flush_denormal(False)
+    is_nan = x.isnan()
+    assert torch.equal(same.isnan(), is_nan)
+    assert same_bits(same[~is_nan], x[~is_nan])
+    assert same_bits(blurred, gaussian_blur(x[..., :1, :].nan_to_num(0, 0, 0), (0, 0, 3)))
+
+
 def check_out_may_be_x(device: torch.device) -> None:
     for dtype in DTYPES:
         for sigma in ([[1.0, 0.7, 2.0], [0.0, 1.5, 0.3]], [[3.0, 0.7, 2.0], [0.0, 1.5, 0.3]], [[0, 2.5, 0]] * 2):

@@ -614,8 +614,9 @@ def test_gpu_works_on_the_current_stream_without_a_sync(cuda: torch.device) -> N
     expected = tumor_mask(**batch(cuda))
     late = run_behind_a_late_copy(batch(cuda)["organ"], lambda organ: tumor_mask(**batch(organ=organ)))
     assert same_bits(late, expected)
-    center = torch.from_numpy(batch()["center_zyx"]).to(cuda)
-    late = run_behind_a_late_copy(center, lambda c: tumor_mask(**batch(cuda, center_zyx=c)))
+    on_gpu = batch(cuda)
+    center = torch.from_numpy(on_gpu["center_zyx"]).to(cuda)
+    late = run_behind_a_late_copy(center, lambda c: tumor_mask(**(on_gpu | {"center_zyx": c})))
     assert same_bits(late, expected)
 
 
