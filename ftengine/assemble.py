@@ -15,7 +15,6 @@ from ftengine.errors import ConfigError
 from ftengine.geometry import Box, FloatZYX, int_zyx
 from ftengine.kernels import choose_center
 from ftengine.loader.loader import Loader
-from ftengine.loader.pipeline import PatchPipeline
 from ftengine.loader.plan import Mix, Plan
 from ftengine.loader.stages import Stage
 from ftengine.quality.gate import QualityGate, Tally
@@ -75,18 +74,28 @@ def build_loader(
     split: str | None = None,
     held_out_fold: int | None = None,
     stages: tuple[Stage, ...] = (),
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Loader:
     """A loader of batches from ``store``: iterable of Batch, with ``state_dict`` and ``load_state_dict``.
 
     mix: "annotated" draws from tumour-annotated volumes only, "mixed" also from organ-labelled ones, ``loader.annotated_fraction`` of a
-    batch from the former. split: only rows of that split; held_out_fold: all but that fold. stages: run on each batch, e.g. a ``SynthesisStage``. Raises ConfigError where
-    store and configuration do not fit each other.
+    batch from the former. split: only rows of that split; held_out_fold: all but that fold. stages: run on each batch, e.g. a
+    ``SynthesisStage``. rank of world_size processes: whose part of each step's patches; no two ranks get the same.
+    Raises ConfigError where store and configuration do not fit each other, before anything is read.
     """
     check_region(config, store)
     device = resolve_device(config.device)
-    plan = Plan(config, store, mix=mix, split=split, held_out_fold=held_out_fold)
-    device_id = None if device.type == "cpu" else device.index or 0
-    return Loader(store, plan, lambda: PatchPipeline(config, plan.batch_size, device_id=device_id), stages)
+    plan = Plan(
+        config,
+        store,
+        mix=mix,
+        split=split,
+        held_out_fold=held_out_fold,
+        rank=rank,
+        world_size=world_size,
+    )
+    return Loader(store, plan, stages, device=device)
 
 
 def check_region(config: Config, store: Store) -> None:

@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -23,7 +23,14 @@ Range = tuple[float, float]
 
 # Mappings that are one value: a user's table replaces the preset's, so that an organ can also be taken away.
 _WHOLE_TABLES = frozenset(
-    {"region.labels", "region.organs", "synthesis.sizes", "synthesis.size_weights", "synthesis.realistic_shapes"}
+    {
+        "region.labels",
+        "region.organs",
+        "loader.dataset_weights",
+        "synthesis.sizes",
+        "synthesis.size_weights",
+        "synthesis.realistic_shapes",
+    }
 )
 POOLED_SHAPE = "pooled"  # the law of organs without one of their own in ``synthesis.realistic_shapes``
 
@@ -86,17 +93,27 @@ class RegionConfig(_Section):
 class LoaderConfig(_Section):
     """Which patches are read, and how far ahead."""
 
-    reader_threads: int = Field(default=2, ge=1, le=256)  # never changes a batch, only its speed
-    reads_in_flight: int = Field(default=16, ge=1)  # patches read ahead of the pipeline
+    # how fast batches come, never what is in them
+    SPEED_ONLY: ClassVar[tuple[str, ...]] = ("reader_threads", "reads_in_flight", "queue_batches", "max_bad_fraction")
+
+    reader_threads: int = Field(default=2, ge=1, le=256)  # that decode chunks
+    reads_in_flight: int = Field(default=16, ge=1)  # reads issued ahead of the pipeline; over a network, take many
     queue_batches: int = Field(default=2, ge=1)  # finished batches waiting for the training step
     positive_fraction: Probability = 0.5  # released code, stage 2: pos:neg 1:1
     class_balanced: bool = (
         False  # draw the class of a positive patch first, all alike, as nnU-Net; released code: by voxels
     )
-    annotated_fraction: Probability = (
-        0.5  # patches from tumour-annotated volumes in a mixed batch; few-labels trial: 1:1
+    annotated_fraction: Probability | None = (
+        0.5  # patches from tumour-annotated volumes in a mixed batch; few-labels trial: 1:1. None: by dataset_weights
     )
+    # visits of each volume of a data set in a pass, on average (the released code's repeat factors); 1 for one that is not named
+    dataset_weights: dict[str, Annotated[float, Field(ge=0.0)]] = {}
+    # patches, of as many batches in a row, that are cut from one read; measured in bench/results: reads are not what is slow
+    crops_per_read: int = Field(default=1, ge=1, le=16)
     patches_per_epoch: int | None = Field(default=None, ge=1)  # None: one patch of each volume in the mix
+    small_volumes: Literal["pad", "refuse"] = "pad"  # smaller than the patch; padded with air, as MONAI and nnU-Net do
+    absent_classes: Literal["refuse", "allow"] = "refuse"  # classes of the label table that no volume of the run holds
+    max_bad_fraction: Probability = 0.01  # of the reads of a run (of at least 100): more that fail stop it
 
 
 class AugmentConfig(_Section):

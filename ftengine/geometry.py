@@ -40,6 +40,10 @@ class Box:
         stop = [min(max(e, 0), n) for e, n in zip(self.end_zyx, shape_zyx, strict=True)]
         return Box(int_zyx(start), int_zyx(max(0, b - a) for a, b in zip(start, stop, strict=True)))
 
+    def moved(self, origin_zyx: IntZYX) -> "Box":
+        """The same box, seen from another one that begins at ``origin_zyx``."""
+        return Box(int_zyx(a - b for a, b in zip(self.origin_zyx, origin_zyx, strict=True)), self.shape_zyx)
+
     def slices(self) -> tuple[slice, slice, slice]:
         """Numpy slices of the box; only for boxes without negative coordinates."""
         z, y, x = (slice(o, o + n) for o, n in zip(self.origin_zyx, self.shape_zyx, strict=True))

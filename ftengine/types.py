@@ -64,6 +64,7 @@ class PatchRequest:
     annotated: bool  # tumours of this volume are labelled
     box: Box
     augmentation: Augmentation
+    read: Box  # what is read for it, perhaps for other patches too; ``box`` lies in it
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ class PatchRecord:
 
     request: PatchRequest
     painted: Painted | None = None
+    # voxels of each label value, counted before anything ran on a device
+    label_voxels: tuple[int, ...] | None = None
 
 
 @dataclass

@@ -14,7 +14,7 @@ k    transpose_yx  flip_zyx
 Flips before the turn act on the other axis behind a transpose: exchange those of y and x for k = 1 and 3, then
 combine (exclusive or) with the table.
 
-In float32 the result equals that of the loader's DALI graph on the CPU bit by bit: both round after each operation.
+In float32 the result equals that of DALI's own operators on the CPU bit by bit: both round after each operation.
 """
 
 import math
@@ -87,7 +87,7 @@ def prepare_patch(
     there a crop that leaves its read is moved to the nearest place inside, NaN gives NaN, and because a transpose is not
     known both orientations of the crop must fit the read. A CUDA graph needs all of them on the device, or None.
     Returns ``out`` or new tensors: image [B, z, y, x] of ``dtype`` in [0, 1], label uint8 [B, z, y, x]. The same bits
-    on both paths, and for float32 those of ``ftengine.loader.pipeline`` on the CPU: float32, each operation rounded,
+    on both paths, and for float32 those of DALI's own operators on the CPU: float32, each operation rounded,
     (HU - low) * (1 / (high - low)) with the reciprocal taken in float64. On CUDA only the parameters that lie on the
     host are copied, through one small buffer. Not differentiable.
     Raises KernelInputError, before any launch, for wrong types, dtypes, shapes, devices or memory order, a crop outside

@@ -20,7 +20,7 @@ ALLOWED = {
     "volume": BASE,
     "datasets": {"errors", "config", "volume"},
     "store": BASE | {"volume", "datasets"},
-    "loader": BASE | {"store"},
+    "loader": BASE | {"store", "kernels"},
     "synthesis": BASE | {"kernels"},
     "quality": BASE | {"kernels"},
     "training": BASE | {"loader", "synthesis", "quality"},

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, isnan, prod
 from pathlib import Path
 from typing import Any
@@ -192,7 +192,7 @@ class _Painter:
     ) -> None:
         device = _device(config)
         self._config, self._store = config, store
-        self._pipeline = PatchPipeline(config, 1, device_id=None if device.type == "cpu" else device.index or 0)
+        self._pipeline = PatchPipeline(config, 1, device=device)
         self._witness = None if judge is None else _Witness(judge)
         self._segmenter = segmenter.to(device).eval() if isinstance(segmenter, nn.Module) else segmenter
         self._synthesizer = Synthesizer(
@@ -211,7 +211,7 @@ class _Painter:
         if reason is not None:
             refused[reason] += 1
             return None
-        image, label = self._pipeline([patch], [Augmentation()])
+        image, label, _ = self._pipeline([patch], [replace(request, augmentation=Augmentation(), read=request.box)])
         painting = self._synthesizer.paint(image, label, [Address(request.epoch, request.index)])
         painted = painting.painted[0]
         if painted is None or painted.num_voxels == 0:

@@ -1,47 +1,63 @@
-"""The loader: reader threads, a bounded number of reads ahead, the DALI graph, stages, a bounded queue of finished batches."""
+"""The loader: reads issued ahead, the DALI graph, stages, each in a thread of its own, with bounded queues between.
 
-import queue
+::
+
+    plan ─> AsyncReads ──────────> batches ───────────────> stages ────────────────> consumer
+            thread ftengine-reads  thread ftengine-batches  thread ftengine-stages   the training loop
+            tensorstore's threads  DALI, prepare_patch      synthesis, QC
+            loader.reads_in_flight               1 prepared batch       loader.queue_batches
+
+On a GPU the two threads launch on streams of their own; a batch is handed over with an event behind its last kernel, and the stages'
+thread gives it to the consumer when that event has come: a batch in the last queue is really there, so the wait that the consumer
+measures is all there is, and no launch waits for the device.
+"""
+
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
-from zlib import crc32
 
-from ftengine.errors import ConfigError
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ftengine.errors import ConfigError, StoreError
+from ftengine.geometry import IntZYX
+from ftengine.loader.channel import Channel, Closed
+from ftengine.loader.counting import count_values
+from ftengine.loader.failures import Failures
 from ftengine.loader.pipeline import PatchPipeline
 from ftengine.loader.plan import Plan
 from ftengine.loader.stages import BusyClock, Stage
+from ftengine.store.async_reads import AsyncReads
 from ftengine.store.reader import Store
 from ftengine.types import Batch, Patch, PatchRecord, PatchRequest
 
-STATE_VERSION = 1
-_POLL_S = 0.1  # how soon a blocked thread notices that it should stop
+STATE_VERSION = 2
+_PREPARED_BATCHES = 1  # between the two threads: the stages' thread works on another one
+_ATTEMPTS = 10  # volumes tried for one patch
 
 
 class Loader:
     """Iterable over the batches of an epoch; batches are made ahead, across the end of an epoch too.
 
     ``iter(loader)`` yields the batches from the current position to the end of the epoch; the next ``iter`` starts the next epoch. After
-    leaving a loop early, the next ``iter`` goes on behind the last batch delivered. Batches are a function of (seed, epoch, step)
-    alone: thread counts, timing and restarts change nothing. An error of any thread is raised in the consumer at the batch it
-    concerns. ``close`` ends all threads; a loader is also a context manager.
+    leaving a loop early, the next ``iter`` goes on behind the last batch delivered. Batches are a function of (seed, epoch, step, rank,
+    world size) and of which volumes can be read: thread counts, timing and restarts change nothing. An error of any thread is raised in
+    the consumer at the next batch it asks for. ``close`` ends all threads; a loader is also a context manager.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        plan: Plan,
-        make_pipeline: Callable[[], PatchPipeline],
-        stages: Sequence[Stage] = (),
-    ) -> None:
+    def __init__(self, store: Store, plan: Plan, stages: Sequence[Stage] = (), *, device: torch.device) -> None:
         self._store = store
         self.plan = plan
-        self._make_pipeline = make_pipeline
         self.stages = tuple(stages)
+        self._device = device
         self.clock = BusyClock()
+        self.failures = Failures(plan.config.loader.max_bad_fraction)
         self.last_wait_s = 0.0  # how long the consumer waited for the batch it got last: the stall meter
         self._epoch, self._step = 0, 0
         self._producer: _Producer | None = None
@@ -51,6 +67,11 @@ class Loader:
     def epoch(self) -> int:
         """Epoch of the next batch."""
         return self._epoch
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the plan found in the store that a user should know, one sentence each."""
+        return self.plan.notes
 
     def __len__(self) -> int:
         return self.plan.batches_per_epoch
@@ -63,38 +84,58 @@ class Loader:
     def _next(self) -> Batch:
         if self._producer is None:
             self._producer = _Producer(
-                self._store, self.plan, self._make_pipeline, self.stages, self.clock, (self._epoch, self._step)
+                self._store,
+                self.plan,
+                self.stages,
+                self._device,
+                self.clock,
+                self.failures,
+                (self._epoch, self._step),
             )
             self._finalizer = weakref.finalize(self, self._producer.stop)
         started = time.perf_counter()
         try:
-            item = self._producer.get()
+            batch = self._producer.get()
         except BaseException:
             self.close()
             raise
         self.last_wait_s = time.perf_counter() - started
-        self._epoch, self._step = self.plan_position_after(self._epoch, self._step)
-        return item
-
-    def plan_position_after(self, epoch: int, step: int) -> tuple[int, int]:
-        """The (epoch, step) that follows."""
-        return (epoch, step + 1) if step + 1 < self.plan.batches_per_epoch else (epoch + 1, 0)
+        self._epoch, self._step = _after(self.plan, (self._epoch, self._step))
+        return batch
 
     def queue_level(self) -> int:
         """Finished batches that wait for the consumer."""
-        return 0 if self._producer is None else self._producer.ready.qsize()
+        return self.levels()["ready"]
+
+    def levels(self) -> dict[str, int]:
+        """How full each queue is: reads that have come and wait for their batch, prepared batches, finished batches."""
+        return dict.fromkeys(self.capacities(), 0) if self._producer is None else self._producer.levels()
+
+    def capacities(self) -> dict[str, int]:
+        """What each queue of ``levels`` holds at most."""
+        settings = self.plan.config.loader
+        reads = _batches_ahead(self.plan) // self.plan.crops_per_read * self.plan.batch_size
+        return {"reads": reads, "prepared": _PREPARED_BATCHES, "ready": settings.queue_batches}
 
     def state_dict(self) -> dict[str, Any]:
         """Where the consumer stands: enough to deliver the same next batch in another process. Plain JSON values."""
-        return {"version": STATE_VERSION, "epoch": self._epoch, "step": self._step, "plan": self._fingerprint()}
+        return {
+            "version": STATE_VERSION,
+            "epoch": self._epoch,
+            "step": self._step,
+            "plan": self.plan.fingerprint(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state`` was taken. Raises ConfigError if the plan is another one (other store, seed, batch or patch size)."""
+        """Go on where ``state`` was taken, by any rank of that run.
+
+        Raises ConfigError if the plan is another one: other store, seed, batch or patch size, sampling, augmentation, world size.
+        """
         if state.get("version") != STATE_VERSION:
             raise ConfigError(
                 f"loader state has version {state.get('version')!r}; want {STATE_VERSION}. Start the run anew."
             )
-        mine = self._fingerprint()
+        mine = self.plan.fingerprint()
         changed = [
             f"{key}: was {state['plan'].get(key)}, is {mine[key]}"
             for key in mine
@@ -120,106 +161,233 @@ class Loader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _fingerprint(self) -> dict[str, Any]:
-        config = self.plan.config
-        return {
-            "seed": config.seed,
-            "volumes": self.plan.num_volumes,
-            "cases": crc32("\n".join(self._store.cases).encode()),
-            "batch_size": self.plan.batch_size,
-            "batches_per_epoch": self.plan.batches_per_epoch,
-            "patch_zyx": list(config.region.patch_zyx),
-        }
+
+class _Read:
+    """One read and its patch, once it has come: shared by the batches that take their crops from it."""
+
+    def __init__(self, future: Future[Patch]) -> None:
+        self.future = future
+        self.attempt = 0  # which volume of those that are tried
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A batch whose reads are under way."""
+
+    position: tuple[int, int]
+    indices: list[int]
+    reads: list[_Read]
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A batch on its way, with what must outlive the device's work on it."""
+
+    batch: Batch
+    position: tuple[int, int]
+    held: tuple[Any, ...] = ()
+    done: torch.cuda.Event | None = None
 
 
 class _Producer:
-    """Makes batches ahead, in order, in one thread of its own plus the reader threads. Knows nothing of the Loader's life."""
+    """Makes batches ahead, in order. Knows nothing of the Loader's life, so that a forgotten loader can end it."""
 
     def __init__(
         self,
         store: Store,
         plan: Plan,
-        make_pipeline: Callable[[], PatchPipeline],
         stages: Sequence[Stage],
+        device: torch.device,
         clock: BusyClock,
+        failures: Failures,
         start: tuple[int, int],
     ) -> None:
         settings = plan.config.loader
-        self.ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=settings.queue_batches)
-        self._store, self._plan, self._make_pipeline, self._stages, self._clock = (
+        self._plan, self._stages, self._device, self._clock, self._failures = plan, stages, device, clock, failures
+        self._next_position = start
+        self._asked: tuple[_Asked, ...] = ()  # replaced, never changed: other threads look at it
+        self._stopping = False
+        self._error: BaseException | None = None
+        self._reads = AsyncReads(
             store,
-            plan,
-            make_pipeline,
-            stages,
-            clock,
+            threads=settings.reader_threads,
+            in_flight=settings.reads_in_flight,
+            allocate=_pinned if device.type == "cuda" else np.empty,
         )
-        self._batches_ahead = max(1, -(-settings.reads_in_flight // plan.batch_size))
-        self._position = start
-        self._stopping = threading.Event()
-        self._readers = ThreadPoolExecutor(settings.reader_threads, thread_name_prefix="ftengine-read")
-        self._thread = threading.Thread(target=self._run, name="ftengine-batches", daemon=True)
-        self._thread.start()
+        self._prepared: Channel[_Made] = Channel(_PREPARED_BATCHES)
+        self._ready: Channel[_Made] = Channel(settings.queue_batches)
+        self._threads = [
+            threading.Thread(target=self._run, args=(work,), name=f"ftengine-{name}", daemon=True)
+            for name, work in (("batches", self._make_batches), ("stages", self._run_stages))
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def get(self) -> Batch:
-        """The next batch; raises what a thread raised while making it."""
-        while True:
-            try:
-                item = self.ready.get(timeout=_POLL_S)
-            except queue.Empty:
-                if not self._thread.is_alive() and self.ready.empty():
-                    raise RuntimeError("the loader's thread ended without a result or an error") from None
-                continue
-            if isinstance(item, BaseException):
-                raise item
-            return item
+        """The next batch; raises what a thread raised, as soon as it did."""
+        try:
+            made = self._ready.get()
+        except Closed:
+            if self._error is None:
+                raise RuntimeError("the loader was closed while a batch was asked for") from None
+            raise self._error from None
+        if made.done is not None:
+            _used_on(torch.cuda.current_stream(self._device), made.batch)
+        return made.batch
+
+    def levels(self) -> dict[str, int]:
+        """Items in each queue."""
+        reads = {id(read): read for asked in self._asked for read in asked.reads}
+        arrived = sum(read.future.done() for read in reads.values())
+        return {"reads": arrived, "prepared": len(self._prepared), "ready": len(self._ready)}
 
     def stop(self) -> None:
         """End all threads and wait for them."""
-        self._stopping.set()
-        self._readers.shutdown(wait=False, cancel_futures=True)
-        if self._thread is not threading.current_thread():
-            self._thread.join()
-        self._readers.shutdown(wait=True)
+        self._stopping = True
+        self._prepared.close()
+        self._ready.close()
+        self._reads.close()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
 
-    def _run(self) -> None:
+    def _run(self, work: Callable[[], None]) -> None:
         try:
-            self._produce()
+            with self._on_own_stream():
+                work()
         except BaseException as error:  # noqa: BLE001 - handed to the consumer, whatever it is
-            if not self._stopping.is_set():
-                self._put(error)
+            if not self._stopping and not isinstance(error, Closed) and self._error is None:
+                error.add_note(f"in the loader's thread {threading.current_thread().name}")
+                self._error = error
+            self._prepared.close()
+            self._ready.close()
 
-    def _produce(self) -> None:
-        pipeline = self._make_pipeline()
-        pending: deque[tuple[list[PatchRequest], list[Future[Patch]]]] = deque()
-        while not self._stopping.is_set():
-            while len(pending) < self._batches_ahead:
-                pending.append(self._issue_reads())
-            requests, reads = pending.popleft()
+    def _on_own_stream(self) -> AbstractContextManager[Any]:
+        if self._device.type != "cuda":
+            return nullcontext()
+        torch.cuda.set_device(self._device)
+        return torch.cuda.stream(torch.cuda.Stream(self._device))
+
+    def _event(self) -> torch.cuda.Event | None:
+        """Recorded behind all work of this thread so far; None on the CPU, where work is done when its call returns."""
+        if self._device.type != "cuda":
+            return None
+        event = torch.cuda.Event(blocking=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    # ---- thread ftengine-batches ----
+
+    def _make_batches(self) -> None:
+        plan = self._plan
+        ahead = _batches_ahead(plan)
+        self._ask(ahead)
+        pipeline = PatchPipeline(plan.config, plan.batch_size, device=self._device)
+        while True:
+            asked = self._asked[0]
             with self._clock.measure("wait for reads"):
-                patches = [read.result() for read in reads]
-            with self._clock.measure("dali"):
-                image, label = pipeline(patches, [r.augmentation for r in requests])
-            batch = Batch(image, label, [PatchRecord(r) for r in requests])
+                requests, patches = self._collect(asked)
+            self._asked = self._asked[1:]
+            self._ask(ahead)
+            with self._clock.measure("prepare"):
+                counts = [None] * len(requests) if not self._stages else _label_voxels(patches, requests)
+                prepared = pipeline(patches, requests)
+            records = [PatchRecord(r, label_voxels=n) for r, n in zip(requests, counts, strict=True)]
+            done = self._event()
+            batch = Batch(prepared.image, prepared.label, records)
+            with self._clock.measure("wait for stages"):
+                self._prepared.put(_Made(batch, asked.position, () if done is None else prepared.held, done))
+
+    def _ask(self, batches_ahead: int) -> None:
+        """Issue the reads of the next batches."""
+        while len(self._asked) < batches_ahead:
+            epoch, step = self._next_position
+            requests = self._plan.batch(epoch, step)
+            last = self._asked[-1] if self._asked else None
+            if step % self._plan.crops_per_read and last is not None and last.position == (epoch, step - 1):
+                reads = last.reads
+            else:
+                reads = [_Read(self._reads.submit(request.case, request.read)) for request in requests]
+            self._asked = (*self._asked, _Asked((epoch, step), [r.index for r in requests], reads))
+            self._next_position = _after(self._plan, (epoch, step))
+
+    def _collect(self, asked: _Asked) -> tuple[list[PatchRequest], list[Patch]]:
+        """Wait for the reads of a batch; one that fails is replaced by another volume of its kind."""
+        requests, patches = [], []
+        for index, read in zip(asked.indices, asked.reads, strict=True):
+            while True:
+                request = self._plan.request(asked.position[0], index, attempt=read.attempt)
+                try:
+                    patch = read.future.result()
+                except StoreError as error:
+                    self._failures.bad(request.case, error)
+                    read.attempt += 1
+                    if read.attempt == _ATTEMPTS:
+                        raise
+                    request = self._plan.request(asked.position[0], index, attempt=read.attempt)
+                    read.future = self._reads.submit(request.case, request.read)
+                else:
+                    break
+            self._failures.good()
+            requests.append(request)
+            patches.append(patch)
+        return requests, patches
+
+    # ---- thread ftengine-stages ----
+
+    def _run_stages(self) -> None:
+        while True:
+            made = self._prepared.get()
+            batch = made.batch
+            if made.done is not None:
+                stream = torch.cuda.current_stream(self._device)
+                stream.wait_event(made.done)
+                _used_on(stream, batch)
             for stage in self._stages:
-                with self._clock.measure(stage.name):
+                with self._clock.measure(stage.name), _said_where(made.position):
                     batch = stage(batch)
+            done = self._event()
+            if done is not None:
+                with self._clock.measure("wait for the device"):
+                    done.synchronize()
             with self._clock.measure("wait for training"):
-                self._put(batch)
+                self._ready.put(_Made(batch, made.position, (), done))
 
-    def _issue_reads(self) -> tuple[list[PatchRequest], list[Future[Patch]]]:
-        epoch, step = self._position
-        requests = self._plan.batch(epoch, step)
-        self._position = (epoch, step + 1) if step + 1 < self._plan.batches_per_epoch else (epoch + 1, 0)
-        return requests, [self._readers.submit(self._read, request) for request in requests]
 
-    def _read(self, request: PatchRequest) -> Patch:
-        with self._clock.measure("read (all threads)"):
-            return self._store.read(request.case, request.box.origin_zyx, request.box.shape_zyx)
+def _after(plan: Plan, position: tuple[int, int]) -> tuple[int, int]:
+    """The (epoch, step) that follows."""
+    epoch, step = position
+    return (epoch, step + 1) if step + 1 < plan.batches_per_epoch else (epoch + 1, 0)
 
-    def _put(self, item: Batch | BaseException) -> None:
-        while not self._stopping.is_set():
-            try:
-                self.ready.put(item, timeout=_POLL_S)
-            except queue.Full:
-                continue
-            return
+
+def _batches_ahead(plan: Plan) -> int:
+    return -(-plan.config.loader.reads_in_flight // plan.batch_size) * plan.crops_per_read
+
+
+def _pinned(shape_zyx: IntZYX, dtype: type[Any]) -> NDArray[Any]:
+    """Memory that a GPU copies from while the host goes on."""
+    return torch.empty(shape_zyx, dtype=torch.int16 if dtype is np.int16 else torch.uint8, pin_memory=True).numpy()
+
+
+def _used_on(stream: torch.cuda.Stream, batch: Batch) -> None:
+    """The memory of a batch is free for others only when ``stream`` is done with it, too."""
+    batch.image.record_stream(stream)
+    batch.label.record_stream(stream)
+
+
+def _label_voxels(patches: Sequence[Patch], requests: Sequence[PatchRequest]) -> list[tuple[int, ...] | None]:
+    """Voxels of each label value in each patch, from the label as it was read."""
+    return [
+        tuple(count_values(patch.label[request.box.moved(patch.box.origin_zyx).slices()]).tolist())
+        for patch, request in zip(patches, requests, strict=True)
+    ]
+
+
+@contextmanager
+def _said_where(position: tuple[int, int]) -> Iterator[None]:
+    """An error inside says which batch it was."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"at epoch {position[0]}, step {position[1]} of the loader")
+        raise

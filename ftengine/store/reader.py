@@ -3,10 +3,11 @@
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import tensorstore as ts
@@ -19,7 +20,8 @@ from ftengine.store.location import LocalLocation, Location, locate
 from ftengine.store.rows import Rows
 from ftengine.types import Patch
 
-_MAX_OPEN_ARRAYS = 512  # open arrays hold metadata and a file path only, no descriptor
+MAX_OPEN_ARRAYS = 512  # open arrays hold metadata and a file path only, no descriptor
+Allocate: TypeAlias = Callable[[IntZYX, type[Any]], NDArray[Any]]  # an array whose contents do not matter
 
 
 def open_store(place: str | Path | Location) -> "Store":
@@ -117,34 +119,53 @@ class Store:
         """Read a box: image int16 HU and label uint8 [z, y, x]; outside the volume -1024 and 0, label 0 for a case without one.
 
         Both arrays are fetched at the same time. Raises StoreError naming the volume when a chunk is missing, fails its checksum
-        or does not fit the index.
+        or does not fit the index. ``AsyncReads`` does the same for many boxes ahead.
         """
-        volume_shape = self.shape_zyx(case)
-        box = Box(int_zyx(origin_zyx), int_zyx(shape_zyx))
+        cut = self.cut(case, Box(int_zyx(origin_zyx), int_zyx(shape_zyx)))
+        try:
+            pending = [self._array(case, name, cut.volume_shape_zyx)[cut.source].read(order="C") for name in cut.arrays]
+            return cut.filled([future.result() for future in pending])
+        except (ValueError, OSError) as error:
+            raise self.damaged(case, error) from error
+
+    def cut(self, case: str, box: Box) -> "Cut":
+        """Which voxels of which arrays a box of a case takes. Raises StoreError for an unknown case, ConfigError for a box without voxels."""
+        row = self.row_number(case)
         if min(box.shape_zyx) < 1:
             raise ConfigError(f"{case}: shape_zyx={box.shape_zyx}; want at least one voxel on each axis.")
-        image = np.full(box.shape_zyx, layout.AIR_HU, dtype=np.int16)
-        label = np.zeros(box.shape_zyx, dtype=np.uint8)
+        volume_shape = int_zyx(self.column("shape_zyx")[row].as_py())
         inside = box.inside(volume_shape)
+        arrays: tuple[str, ...] = ()
         if min(inside.shape_zyx) > 0:
-            place = Box(
-                int_zyx(i - o for i, o in zip(inside.origin_zyx, box.origin_zyx, strict=True)), inside.shape_zyx
-            ).slices()
-            source = inside.slices()
-            targets: list[tuple[str, NDArray[Any]]] = [("0", image[place])]
-            if self.has_label(case):
-                targets.append(("labels/seg/0", label[place]))
-            try:
-                pending = [self._array(case, name, volume_shape)[source].read(order="C") for name, _ in targets]
-                for (_, target), future in zip(targets, pending, strict=True):
-                    target[...] = future.result()
-            except (ValueError, OSError) as error:
-                raise self._damaged(case, error) from error
-        return Patch(case, box, image, label)
+            arrays = ("0", "labels/seg/0") if self.column("annotation")[row].as_py() != "none" else ("0",)
+        return Cut(case, box, volume_shape, inside, arrays)
 
     def read_volume(self, case: str) -> Patch:
         """Read a whole volume as one patch."""
         return self.read(case, (0, 0, 0), self.shape_zyx(case))
+
+    def spec(self, case: str, name: str) -> dict[str, Any]:
+        """tensorstore's description of an array of a volume: "0", the image, or "labels/seg/0"."""
+        return {
+            "driver": "zarr3",
+            "kvstore": self.volumes.kvstore(f"{layout.volume_path(case)}/{name}"),
+            "fill_missing_data_reads": False,  # a missing chunk is an error, not air
+        }
+
+    def check_shape(self, case: str, name: str, found_zyx: Sequence[int], volume_shape_zyx: IntZYX) -> None:
+        """StoreError where an array has another shape than its row says."""
+        if tuple(found_zyx) != volume_shape_zyx:
+            raise StoreError(
+                f"{self.volumes.child(f'{layout.volume_path(case)}/{name}')}: shape_zyx is {tuple(found_zyx)}, the index says {volume_shape_zyx}. "
+                "Convert this case again."
+            )
+
+    def damaged(self, case: str, error: Exception) -> StoreError:
+        """What to tell of a volume that tensorstore could not read."""
+        what = " ".join(str(error).split("[source locations", maxsplit=1)[0].split())
+        return StoreError(
+            f"{self.volumes.child(layout.volume_path(case))}: a chunk is missing or damaged ({what[:300]}). Convert this case again."
+        )
 
     def _array(self, case: str, name: str, shape_zyx: IntZYX) -> Any:
         key = f"{layout.volume_path(case)}/{name}"
@@ -152,27 +173,47 @@ class Store:
             if key in self._open:
                 self._open.move_to_end(key)
                 return self._open[key]
-        spec = {
-            "driver": "zarr3",
-            "kvstore": self.volumes.kvstore(key),
-            "fill_missing_data_reads": False,  # a missing chunk is an error, not air
-        }
-        array = ts.open(spec, open=True, read=True, context=self._context).result()
-        if tuple(array.shape) != shape_zyx:
-            raise StoreError(
-                f"{self.volumes.child(key)}: shape_zyx is {tuple(array.shape)}, the index says {shape_zyx}. Convert this case again."
-            )
+        array = ts.open(self.spec(case, name), open=True, read=True, context=self._context).result()
+        self.check_shape(case, name, array.shape, shape_zyx)
         with self._lock:
             self._open[key] = array
-            while len(self._open) > _MAX_OPEN_ARRAYS:
+            while len(self._open) > MAX_OPEN_ARRAYS:
                 self._open.popitem(last=False)
         return array
 
-    def _damaged(self, case: str, error: Exception) -> StoreError:
-        what = " ".join(str(error).split("[source locations", maxsplit=1)[0].split())
-        return StoreError(
-            f"{self.volumes.child(layout.volume_path(case))}: a chunk is missing or damaged ({what[:300]}). Convert this case again."
+
+@dataclass(frozen=True)
+class Cut:
+    """The part of a volume that a box takes: ``arrays`` to read at ``source``; none where the box lies outside the volume."""
+
+    case: str
+    box: Box
+    volume_shape_zyx: IntZYX
+    inside: Box
+    arrays: tuple[str, ...]
+
+    @property
+    def source(self) -> tuple[slice, ...]:
+        """Where to read in each array."""
+        return self.inside.slices()
+
+    def filled(self, voxels: Sequence[NDArray[Any]], allocate: Allocate = np.empty) -> Patch:
+        """The patch made of what was read from ``arrays``: -1024 HU and label 0 elsewhere. Read arrays are used as they are where they can be."""
+        whole = self.inside == self.box and allocate is np.empty
+        read: dict[str, NDArray[Any]] = dict(zip(self.arrays, voxels, strict=True))
+        image, label = (
+            read[name] if whole and name in read else self._padded(read.get(name), dtype, fill, allocate)
+            for name, dtype, fill in (("0", np.int16, layout.AIR_HU), ("labels/seg/0", np.uint8, 0))
         )
+        return Patch(self.case, self.box, image, label)
+
+    def _padded(self, voxels: NDArray[Any] | None, dtype: type[Any], fill: int, allocate: Allocate) -> NDArray[Any]:
+        padded = allocate(self.box.shape_zyx, dtype)
+        if voxels is None or self.inside != self.box:
+            padded[...] = fill
+        if voxels is not None:
+            padded[self.inside.moved(self.box.origin_zyx).slices()] = voxels
+        return padded
 
 
 def _volumes_of(location: Location, attributes: Mapping[str, Any]) -> Location:

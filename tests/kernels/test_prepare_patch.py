@@ -20,9 +20,9 @@ from ftengine.geometry import Box, IntZYX
 from ftengine.kernels import _launch, prepare_patch
 from ftengine.kernels.prepare_patch import _launch_kernel
 from ftengine.kernels.prepare_patch_ref import prepare_patch_ref
-from ftengine.loader.pipeline import PatchPipeline
 from ftengine.types import Augmentation, Patch
 from tests.kernels.cuda_cpu import THREAD_ORDERS
+from tests.kernels.dali_graph import DaliGraph
 from tests.kernels.support import (
     EPS32,
     FEW,
@@ -194,11 +194,11 @@ def test_a_grid_smaller_than_the_batch_walks_over_it(on_cpu: KernelsOnCpu, monke
         assert_equals_reference(case)
 
 
-# ---- the loader's graph ----
+# ---- DALI's own operators ----
 
 
-def by_dali(pipeline: PatchPipeline, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the loader makes of the case; the crop is the store's part there."""
+def by_dali(pipeline: DaliGraph, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """What DALI makes of the case, cropped before."""
     z, y, x = case.shape_zyx
     patches, augmentations = [], []
     for b, (oz, oy, ox) in enumerate(case.origin_zyx.tolist()):
@@ -214,14 +214,14 @@ def by_dali(pipeline: PatchPipeline, case: Case) -> tuple[torch.Tensor, torch.Te
 
 
 @pytest.fixture(scope="module")
-def pipeline() -> PatchPipeline:
-    return PatchPipeline(CONFIG, BATCH)
+def pipeline() -> DaliGraph:
+    return DaliGraph(CONFIG, BATCH)
 
 
 @PROPERTY
 @given(seed=st.integers(0, 2**32 - 1), z=st.integers(1, 5), y=st.integers(1, 40), x=st.integers(1, 40))
-def test_float32_is_bit_by_bit_what_the_loaders_graph_gives(
-    pipeline: PatchPipeline, on_cpu: KernelsOnCpu, seed: int, z: int, y: int, x: int
+def test_float32_is_bit_by_bit_what_dali_gives(
+    pipeline: DaliGraph, on_cpu: KernelsOnCpu, seed: int, z: int, y: int, x: int
 ) -> None:
     case = case_of(seed, BATCH, (z, y, x))
     wanted = by_dali(pipeline, case)
@@ -231,7 +231,7 @@ def test_float32_is_bit_by_bit_what_the_loaders_graph_gives(
 
 
 @pytest.mark.parametrize("preset", ["abdomen", "chest", "demo"])
-def test_every_hu_is_windowed_as_the_loaders_graph_does_it(on_cpu: KernelsOnCpu, preset: str) -> None:
+def test_every_hu_is_windowed_as_dali_does_it(on_cpu: KernelsOnCpu, preset: str) -> None:
     """All of int16 in the windows of the presets, with intensities of all signs."""
     config = Config.preset(preset)
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(1, 16, 64, 64)
@@ -252,14 +252,14 @@ def test_every_hu_is_windowed_as_the_loaders_graph_does_it(on_cpu: KernelsOnCpu,
     case = Case(
         hu, hu.to(torch.uint8), (16, 64, 64), none.astype(np.int64), none[:, 0] > 0, none > 0, scale, shift, config.region.window_hu
     )  # fmt: skip
-    wanted = by_dali(PatchPipeline(config, batch), case)
+    wanted = by_dali(DaliGraph(config, batch), case)
     assert all(same_bits(a, b) for a, b in zip(case.prepared(), wanted, strict=True))
     with on_cpu("forward"):
         assert all(same_bits(a, b) for a, b in zip(case.prepared(), wanted, strict=True))
 
 
 @pytest.mark.parametrize("inside", ["batch", "sample"])
-def test_inside_a_python_function_of_dali_it_gives_the_same(pipeline: PatchPipeline, inside: str) -> None:
+def test_inside_a_python_function_of_dali_it_gives_the_same(pipeline: DaliGraph, inside: str) -> None:
     """DLPack both ways; the crop is made here instead of in the store."""
     case = case_of(4, BATCH, (3, 20, 20))
 
@@ -610,7 +610,7 @@ def test_gpu_equals_reference_and_the_cpu_path(cuda: torch.device, shape: IntZYX
 
 
 @pytest.mark.gpu
-def test_gpu_equals_the_loaders_graph_on_the_cpu(cuda: torch.device, pipeline: PatchPipeline) -> None:
+def test_gpu_equals_dali_on_the_cpu(cuda: torch.device, pipeline: DaliGraph) -> None:
     case = case_of(12, BATCH, (5, 40, 40))
     for a, b in zip(case.to(cuda).prepared(), by_dali(pipeline, case), strict=True):
         assert same_bits(a, b)

@@ -51,7 +51,12 @@ def test_a_positive_patch_holds_labelled_tissue(store: Store, index_: int) -> No
 
 @pytest.mark.parametrize("patch", [(8, 16, 16), (16, 64, 64), (96, 96, 96)])
 def test_positive_patches_of_any_size_hold_a_single_labelled_voxel(tmp_path: Path, patch: IntZYX) -> None:
-    config = small_config(region__patch_zyx=patch, loader__positive_fraction=1.0, loader__patches_per_epoch=40)
+    config = small_config(
+        region__patch_zyx=patch,
+        loader__positive_fraction=1.0,
+        loader__patches_per_epoch=40,
+        loader__absent_classes="allow",
+    )
     shape = (40, 70, 70)
     label = np.zeros(shape, dtype=np.uint8)
     label[33, 5, 68] = 2
@@ -130,7 +135,7 @@ def test_a_store_without_annotated_volumes_says_so(tmp_path: Path) -> None:
 
 
 def test_a_volume_of_air_can_be_drawn_from(tmp_path: Path) -> None:
-    config = small_config()
+    config = small_config(loader__absent_classes="allow")
     grid = ras_grid_at((20, 20, 20))
     root = create_store(tmp_path / "s.zarr", config.region)
     air = np.full((20, 20, 20), -1024, dtype=np.int16)

@@ -1,0 +1,117 @@
+"""Many boxes read ahead: one thread that waits for all of them, tensorstore's threads that fetch and decode.
+
+=======  ==========================================================================================
+input    ``Store.cut`` of a case and a box
+does     opens arrays, issues reads, at most ``in_flight`` boxes at a time; image and label of a box go out together
+output   a future of ``Patch``, the same voxels as ``Store.read``
+raises   in the future: StoreError naming the volume
+=======  ==========================================================================================
+"""
+
+import asyncio
+import threading
+from collections import OrderedDict
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from ftengine.geometry import Box, IntZYX
+from ftengine.store.reader import MAX_OPEN_ARRAYS, Allocate, Cut, Store
+from ftengine.types import Patch
+
+_REQUESTS_A_BOX = 64  # inner chunks that a 96-voxel patch touches: as many requests may wait for a bucket at the same time
+
+
+class AsyncReads:
+    """Reads boxes of a store ahead of their use. ``close`` cancels what is under way and ends the thread.
+
+    A box waits for the network three times at first (metadata, index of the shard, chunks), and all boxes wait together: over a slow
+    network the rate grows with ``in_flight`` until the threads that decode are busy.
+    """
+
+    def __init__(self, store: Store, *, threads: int, in_flight: int, allocate: Allocate = np.empty) -> None:
+        """threads: that decode chunks. allocate: gives the patches' memory, e.g. pinned for a GPU."""
+        self._store = store
+        self._allocate = allocate
+        requests = {"limit": max(32, in_flight * _REQUESTS_A_BOX)}
+        self._context = ts.Context(
+            {
+                "cache_pool": {"total_bytes_limit": 0},
+                "data_copy_concurrency": {"limit": threads},
+                "s3_request_concurrency": requests,
+                "gcs_request_concurrency": requests,
+            }
+        )
+        self._arrays: OrderedDict[tuple[str, str], asyncio.Future[Any]] = OrderedDict()
+        self._slots = asyncio.Semaphore(in_flight)
+        self._closing = threading.Lock()
+        self._is_closed = False
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="ftengine-reads", daemon=True)
+        self._thread.start()
+
+    def submit(self, case: str, box: Box) -> Future[Patch]:
+        """Read a box; the future also has ``cancel``. Raises RuntimeError after ``close``."""
+        with self._closing:  # a read that is submitted is one that close() cancels
+            if self._is_closed:
+                raise RuntimeError("the reads of this store were closed")
+            return asyncio.run_coroutine_threadsafe(self._read(case, box), self._loop)
+
+    def close(self) -> None:
+        """Cancel all reads and end the thread."""
+        with self._closing:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            cancelling = asyncio.run_coroutine_threadsafe(self._cancel_all(), self._loop)
+        cancelling.result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _cancel_all(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _read(self, case: str, box: Box) -> Patch:
+        async with self._slots:
+            cut = self._store.cut(case, box)
+            try:
+                return cut.filled(await self._voxels(cut), self._allocate)
+            except (ValueError, OSError) as error:
+                raise self._store.damaged(case, error) from error
+
+    async def _voxels(self, cut: Cut) -> list[Any]:
+        arrays = await asyncio.gather(*(self._array(cut, name) for name in cut.arrays))
+        together = ts.Batch()  # one request for neighbouring chunks, one for the index of a shard
+        reads = [array[cut.source].read(order="C", batch=together) for array in arrays]
+        together.submit()
+        return [await read for read in reads]
+
+    async def _array(self, cut: Cut, name: str) -> Any:
+        """An open array; opened once also where many boxes ask at the same time."""
+        key = (cut.case, name)
+        opening = self._arrays.get(key)
+        if opening is None:
+            opening = asyncio.ensure_future(self._open(cut.case, name, cut.volume_shape_zyx))
+            opening.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen, also if nobody waits
+            self._arrays[key] = opening
+            while len(self._arrays) > MAX_OPEN_ARRAYS:
+                self._arrays.popitem(last=False)
+        else:
+            self._arrays.move_to_end(key)
+        try:
+            return await asyncio.shield(opening)
+        except BaseException:
+            if opening.done():  # not kept: the next one tries again
+                self._arrays.pop(key, None)
+            raise
+
+    async def _open(self, case: str, name: str, shape_zyx: IntZYX) -> Any:
+        array = await ts.open(self._store.spec(case, name), open=True, read=True, context=self._context)
+        self._store.check_shape(case, name, array.shape, shape_zyx)
+        return array
