@@ -71,13 +71,15 @@ def test_batches_keep_their_contract(store: Store) -> None:
 
 
 @pytest.mark.parametrize("delivered", [0, 2, 3, 5])
-def test_a_saved_state_goes_on_with_the_next_batch(store: Store, delivered: int) -> None:
-    with build_loader(CONFIG, store) as loader:
+@pytest.mark.parametrize("crops", [1, 2])
+def test_a_saved_state_goes_on_with_the_next_batch(store: Store, delivered: int, crops: int) -> None:
+    config = CONFIG.with_overrides({"loader.crops_per_read": crops})
+    with build_loader(config, store) as loader:
         all_batches = _take(loader, 8)
-    with build_loader(CONFIG, store) as first:
+    with build_loader(config, store) as first:
         _take(first, delivered)
         state = json.loads(json.dumps(first.state_dict()))
-    with build_loader(CONFIG, store) as second:
+    with build_loader(config, store) as second:
         second.load_state_dict(state)
         assert _equal(_take(second, 8 - delivered), all_batches[delivered:])
 
@@ -90,6 +92,33 @@ def test_a_state_of_another_run_is_refused(store: Store) -> None:
             other.load_state_dict(state)
         with pytest.raises(ConfigError, match="loader state has version 99"):
             other.load_state_dict(state | {"version": 99})
+    for key, value in {
+        "loader.positive_fraction": 0.1,
+        "loader.crops_per_read": 2,
+        "augment.flip_probability": 0.9,
+    }.items():
+        with build_loader(CONFIG.with_overrides({key: value}), store) as other:
+            with pytest.raises(ConfigError, match=r"its data changed .*loader and augment sections"):
+                other.load_state_dict(state)
+    with build_loader(CONFIG, store, rank=1, world_size=2) as other:
+        with pytest.raises(ConfigError, match="world_size: was 1, is 2"):
+            other.load_state_dict(state)
+    faster = CONFIG.with_overrides({"loader.reader_threads": 7, "loader.queue_batches": 5, "loader.reads_in_flight": 3})
+    with build_loader(faster, store) as other:
+        other.load_state_dict(state)
+
+
+def test_ranks_resume_from_the_state_of_any_rank(store: Store) -> None:
+    config = CONFIG.with_overrides({"loader.patches_per_epoch": 18})
+    with build_loader(config, store, rank=0, world_size=2) as rank_0:
+        _take(rank_0, 2)
+        state = rank_0.state_dict()
+    with (
+        build_loader(config, store, rank=1, world_size=2) as unbroken,
+        build_loader(config, store, rank=1, world_size=2) as resumed,
+    ):
+        resumed.load_state_dict(state)
+        assert _equal(_take(unbroken, 5)[2:], _take(resumed, 3))
 
 
 def test_iteration_goes_on_behind_a_break(store: Store) -> None:
@@ -157,11 +186,49 @@ def test_the_wait_for_data_is_measured(store: Store) -> None:
     with build_loader(CONFIG, store) as loader:
         next(iter(loader))
         deadline = time.monotonic() + 10
-        while loader.queue_level() < 2 and time.monotonic() < deadline:
+        while loader.levels() != loader.capacities() and time.monotonic() < deadline:
             time.sleep(0.01)
         assert loader.queue_level() == 2  # never more than queue_batches
+        assert loader.levels() == loader.capacities() == {"reads": 18, "prepared": 1, "ready": 2}
         next(iter(loader))
         assert loader.last_wait_s < 0.05
+
+
+def test_label_voxels_are_counted_where_a_stage_asks_for_them(store: Store) -> None:
+    class Look:
+        name = "look"
+
+        def __call__(self, batch: Batch) -> Batch:
+            for record, label in zip(batch.records, batch.label, strict=True):
+                assert record.label_voxels == tuple(torch.bincount(label.flatten().long()).tolist())
+            return batch
+
+    config = CONFIG.with_overrides({"loader.crops_per_read": 2})
+    with build_loader(config, store, stages=(Look(),)) as loader:
+        _take(loader, 4)
+    with build_loader(config, store) as loader:
+        assert _take(loader, 1)[0].records[0].label_voxels is None
+
+
+@pytest.mark.gpu
+def test_gpu_batches_are_those_of_the_cpu_and_no_launch_waits(store: Store) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    for crops in (1, 3):
+        config = CONFIG.with_overrides({"loader.crops_per_read": crops})
+        with build_loader(config.with_overrides({"device": "cpu"}), store) as loader:
+            wanted = _take(loader, 7)
+        with build_loader(config.with_overrides({"device": "cuda"}), store) as loader:
+            got = _take(loader, 1)  # what is compiled and allocated for the first time may wait
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                got += _take(loader, 6)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        for a, b in zip(wanted, got, strict=True):
+            assert b.image.device.type == "cuda"
+            assert torch.equal(a.image, b.image.cpu())
+            assert torch.equal(a.label, b.label.cpu())
 
 
 def test_a_store_of_another_region_is_refused(store: Store) -> None:

@@ -26,7 +26,9 @@ def _patches(seed: int) -> tuple[list[Patch], list[PatchRequest]]:
     reads, requests = [], []
     for index in range(2):
         read = Box((5, -3, 7), READ)
-        origin = tuple(o + int(rng.integers(0, n - p + 1)) for o, n, p in zip(read.origin_zyx, READ, PATCH, strict=True))
+        origin = tuple(
+            o + int(rng.integers(0, n - p + 1)) for o, n, p in zip(read.origin_zyx, READ, PATCH, strict=True)
+        )
         rng_of_patch = patch_rng(0, Purpose.CROP_AND_AUGMENT, epoch=seed, index=index)
         image, label = rng.integers(-1024, 3000, READ).astype(np.int16), rng.integers(0, 3, READ).astype(np.uint8)
         reads.append(Patch("c", read, image, label))
