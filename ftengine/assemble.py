@@ -32,7 +32,7 @@ from ftengine.types import Batch
 def resolve_device(name: str) -> torch.device:
     """``auto`` is the first GPU where there is one, else the CPU. Raises ConfigError for a device that is not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -43,7 +43,7 @@ def resolve_device(name: str) -> torch.device:
         raise ConfigError(
             f"device={name}: this machine has {torch.cuda.device_count()} CUDA devices. 'ftengine doctor' shows why."
         )
-    return device
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
 class SynthesisStage:

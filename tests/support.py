@@ -3,11 +3,14 @@
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from ftengine.config import Config
@@ -74,6 +77,18 @@ def make_store(
             )
     index.compact_index(root)
     return open_store(root)
+
+
+@contextmanager
+def host_syncs_forbidden() -> Iterator[None]:
+    """Inside the block, a host sync of torch's on any thread is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that its sync detector is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from ftengine.errors import ConfigError, StoreError
 from ftengine.loader.loader import Loader
 from ftengine.store.reader import Store, open_store
 from ftengine.types import Batch
-from tests.support import make_store, small_config
+from tests.support import host_syncs_forbidden, make_store, small_config
 
 CONFIG = small_config(training__batch_size=3, loader__patches_per_epoch=9)
 
@@ -220,11 +220,8 @@ def test_gpu_batches_are_those_of_the_cpu_and_no_launch_waits(store: Store) -> N
             wanted = _take(loader, 7)
         with build_loader(config.with_overrides({"device": "cuda"}), store) as loader:
             got = _take(loader, 1)  # what is compiled and allocated for the first time may wait
-            torch.cuda.set_sync_debug_mode("error")
-            try:
+            with host_syncs_forbidden():
                 got += _take(loader, 6)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
         for a, b in zip(wanted, got, strict=True):
             assert b.image.device.type == "cuda"
             assert torch.equal(a.image, b.image.cpu())
