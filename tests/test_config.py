@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from ftengine.config import POOLED_SHAPE, Config, preset_names
+from ftengine.datasets.registry import load_registry
 from ftengine.errors import ConfigError
 
 
@@ -24,7 +25,18 @@ def test_presets_have_the_papers_grids() -> None:
         (96, 96, 96),
     )
     assert (chest.spacing_mm_zyx, chest.window_hu, chest.patch_zyx) == ((5.0, 1.25, 1.25), (-1000, 500), (32, 192, 192))
-    assert preset_names() == ["abdomen", "chest", "demo"]
+    assert [name for name in preset_names() if "released" not in name] == ["abdomen", "chest", "demo"]
+
+
+def test_presets_of_the_released_mixes_weigh_known_data_sets_and_change_nothing_else() -> None:
+    known = set(load_registry().entries)
+    for name in ("abdomen-released-synth", "abdomen-released-seg", "chest-released"):
+        config, plain = Config.preset(name), Config.preset(name.split("-")[0])
+        assert set(config.loader.dataset_weights) <= known
+        assert config.loader.annotated_fraction is None
+        same = {"loader.dataset_weights": {}, "loader.annotated_fraction": 0.5}
+        assert config.with_overrides(same) == plain
+    assert Config.preset("abdomen-released-synth").loader.dataset_weights == {"lits": 200, "msd07": 100, "kits23": 100}
 
 
 def test_overrides_change_only_their_key() -> None:
