@@ -86,6 +86,7 @@ class PatchRecord:
 
     request: PatchRequest
     painted: Painted | None = None
+    label_voxels: tuple[int, ...] | None = None  # voxels of each label value, counted before anything ran on a device
 
 
 @dataclass
