@@ -76,17 +76,19 @@ def box_shape(draw: PatchDraw, patch_zyx: IntZYX, margin_vox_zyx: IntZYX, least_
 
 
 def choose_regions(
-    draws: Sequence[PatchDraw], centers: torch.Tensor, patch_zyx: IntZYX, margin_vox_zyx: IntZYX, least_vox: int
+    draws: Sequence[PatchDraw], shapes: Sequence[IntZYX | None], centers: torch.Tensor, patch_zyx: IntZYX
 ) -> Regions:
-    """Group patches by the size of their boxes and lay the boxes around the tumours. centers: int64 [R, N, 3].
+    """Group patches by the size of their boxes and lay the boxes around the tumours.
+
+    shapes: of each patch's box, as ``box_shape`` gives it. centers: int64 [R, N, 3], the tumours' voxels, on the batch's device.
 
     A box holds the mask: before it is moved into the patch it starts half of what is left over before the tumour's first voxel, and so
     it ends behind the last one; moved inwards, it ends at the patch's border, behind which no mask is. For the same reason at least the
     margin lies between the mask and each side of the box that is not the patch's own.
     """
     members: dict[IntZYX | None, list[int]] = {}
-    for i, draw in enumerate(draws):
-        members.setdefault(box_shape(draw, patch_zyx, margin_vox_zyx, least_vox), []).append(i)
+    for i, shape in enumerate(shapes):
+        members.setdefault(shape, []).append(i)
     whole = members.pop(None, [])
     boxes = [
         _boxes(chosen, [draws[i].tumors[0] for i in chosen], centers, patch_zyx, shape)

@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 
 from ftengine.config import RegionConfig, SynthesisConfig
-from ftengine.geometry import FloatZYX, mm_to_vox
+from ftengine.geometry import FloatZYX, IntZYX, int_zyx, mm_to_vox
 from ftengine.kernels import choose_center, gaussian_blur, masked_blend, tumor_mask_and_box, upload
 from ftengine.kernels.gaussian_blur import TRUNCATE
-from ftengine.synthesis.box import Regions, choose_regions, margin_for
+from ftengine.synthesis.box import Regions, box_shape, choose_regions, margin_for
 from ftengine.synthesis.center import choose_center_released, margin_vox
 from ftengine.synthesis.painting import Canvas, Painting, Verdicts, take_rows
 from ftengine.synthesis.released import ABDOMEN_SIGMAS, CHEST_SIGMAS, TextureFields, released_blend
@@ -278,13 +278,18 @@ class Synthesizer:
             centers=placement.centers,
         )
 
+    def box_of(self, draw: PatchDraw, patch_zyx: IntZYX) -> IntZYX | None:
+        """The shape of the box that G and S look at where a patch is painted like this; None for the whole patch."""
+        if self.config.box == "full":
+            return None
+        margin = margin_for(self.config.box_context_mm, self._edge_reach, self._spacing)
+        return box_shape(draw, patch_zyx, margin, self.config.box_least_vox)
+
     def _regions(self, placement: Placement) -> Regions:
         """Where G and S look."""
-        if self.config.box == "full" or (self._generator is None and self._judge is None):
-            return Regions(list(range(len(placement.rows))), [])
-        margin = margin_for(self.config.box_context_mm, self._edge_reach, self._spacing)
-        z, y, x = placement.mask.shape[1:]
-        return choose_regions(placement.draws, placement.centers, (z, y, x), margin, self.config.box_least_vox)
+        patch_zyx = int_zyx(placement.mask.shape[1:])
+        shapes = [self.box_of(d, patch_zyx) for d in placement.draws]
+        return choose_regions(placement.draws, shapes, placement.centers, patch_zyx)
 
     def _contrast(
         self, x: torch.Tensor, placement: Placement, regions: Regions, known: dict[int, torch.Tensor]

@@ -1,7 +1,5 @@
 """How the frozen networks G and S are evaluated: in which precision, memory order, and whether compiled."""
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -37,16 +35,16 @@ class Inference(nn.Module):
                 module.use_checkpoint = False  # saves memory for gradients only
         # Module.to does not name this format in its annotations
         self.network: nn.Module = network.to(memory_format=self._memory_format)  # type: ignore[call-overload]
-        self._compiled: Any = None
+        self._is_compiled = config.compile
         if config.compile:
             mode = "reduce-overhead" if device.type == "cuda" else "default"
-            self._compiled = torch.compile(self.network, dynamic=False, mode=mode)
+            self.network = torch.compile(self.network, dynamic=False, mode=mode)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Evaluate: float32 [B, 1, z, y, x] -> [B, channels, z, y, x] in the dtype of ``precision``."""
         with torch.no_grad(), torch.autocast(self._device_type, self._dtype, enabled=self._dtype != torch.float32):
             x = x.contiguous(memory_format=self._memory_format)
-            result: torch.Tensor = self.network(x) if self._compiled is None else self._one_by_one(x)
+            result: torch.Tensor = self._one_by_one(x) if self._is_compiled else self.network(x)
         return result
 
     def _one_by_one(self, x: torch.Tensor) -> torch.Tensor:
@@ -54,7 +52,7 @@ class Inference(nn.Module):
         for patch in x.split(1):
             torch.compiler.cudagraph_mark_step_begin()
             try:
-                results.append(self._compiled(patch).clone())  # a CUDA graph writes to the same memory each time
+                results.append(self.network(patch).clone())  # a CUDA graph writes to the same memory each time
             except torch._dynamo.exc.BackendCompilerFailed as error:
                 raise ConfigError(
                     f"synthesis.compile=true: torch.compile failed ({str(error).splitlines()[0]}); want a C++ compiler, on a GPU Triton. "

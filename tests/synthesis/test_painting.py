@@ -86,13 +86,18 @@ def _reads() -> Iterator[list[str]]:
     """The reads inside the block, by name; ``numpy`` is how kernels look at tables that lie on the host anyway."""
     with pytest.MonkeyPatch.context() as patch, _Reads() as mode:
         for name in ("cpu", "item", "tolist", "__bool__", "__int__", "__float__"):
-
-            def read(tensor: torch.Tensor, _name: str = name, _real: Any = getattr(torch.Tensor, name)) -> Any:
-                mode.found.append(_name)
-                return _real(tensor)
-
-            patch.setattr(torch.Tensor, name, read)
+            patch.setattr(torch.Tensor, name, _noting(name, mode.found))
         yield mode.found
+
+
+def _noting(name: str, found: list[str]) -> Any:
+    real = getattr(torch.Tensor, name)
+
+    def read(tensor: torch.Tensor) -> Any:
+        found.append(name)
+        return real(tensor)
+
+    return read
 
 
 def test_nothing_is_read_back_before_the_records(on_cpu: KernelsOnCpu) -> None:
