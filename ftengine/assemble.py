@@ -22,6 +22,7 @@ from ftengine.quality.judge import SegmenterJudge
 from ftengine.store.reader import Store, open_store
 from ftengine.synthesis.center import margin_vox
 from ftengine.synthesis.engine import Address, Generator, Judge, Synthesizer
+from ftengine.synthesis.inference import Inference
 from ftengine.training.checkpoint import load_generator, load_segmenter
 from ftengine.training.run import Progress, TrainingResult
 from ftengine.training.segmentation import train_segmenter
@@ -58,8 +59,9 @@ class SynthesisStage:
     def __call__(self, batch: Batch) -> Batch:
         """Paint a batch; raises RejectionError where almost nothing passes."""
         addresses = [Address(r.request.epoch, r.request.index) for r in batch.records]
-        painting = self._synthesizer.paint(batch.image, batch.label, addresses)
-        for record, painted in zip(batch.records, painting.painted, strict=True):
+        voxels = [r.label_voxels for r in batch.records]
+        painting = self._synthesizer.paint(batch.image, batch.label, addresses, label_voxels=voxels)
+        for record, painted in zip(batch.records, painting.records(), strict=True):
             record.painted = painted
             if painted is not None:
                 self.gate.record(painted)
@@ -140,17 +142,22 @@ def build_judge(config: Config, segmenter: nn.Module) -> SegmenterJudge:
 def load_painters(
     config: Config, generator_path: str | Path | None, judge_path: str | Path | None
 ) -> tuple[nn.Module | None, SegmenterJudge | None]:
-    """Generator and judge from their checkpoints, frozen, on the configured device; None for a path that is not given."""
+    """Generator and judge from their checkpoints, frozen, on the configured device; None for a path that is not given.
+
+    Both are evaluated as ``synthesis.precision``, ``channels_last`` and ``compile`` say.
+    """
     device = resolve_device(config.device)
-    generator = judge = None
+    generator: nn.Module | None = None
+    judge: SegmenterJudge | None = None
     if generator_path is not None:
-        generator, trained = load_generator(generator_path)
+        network, trained = load_generator(generator_path)
         _same_region(config, trained, generator_path)
-        generator.to(device).requires_grad_(requires_grad=False)
+        generator = Inference(network.to(device).requires_grad_(requires_grad=False), config.synthesis, device)
     if judge_path is not None:
         segmenter, trained = load_segmenter(judge_path)
         _same_region(config, trained, judge_path)
-        judge = build_judge(config, segmenter.to(device).requires_grad_(requires_grad=False))
+        frozen = segmenter.to(device).requires_grad_(requires_grad=False)
+        judge = build_judge(config, Inference(frozen, config.synthesis, device))
     return generator, judge
 
 
@@ -343,7 +350,7 @@ def synthesize(
         spacing_mm_zyx=spacing,
     )
     painting = synthesizer.paint(image_batch, label_batch, [Address(0, 0)])
-    painted = painting.painted[0]
+    painted = painting.records()[0]
     assert painted is not None  # noqa: S101 - fraction 1 and an organ that is there: always painted
     mask = np.zeros(label.shape, dtype=np.uint8)
     mask[place] = painting.mask[0, 0].cpu().numpy()

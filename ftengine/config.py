@@ -222,6 +222,15 @@ class SynthesisConfig(_Section):
     fixed_contrast: float = Field(
         default=0.2, gt=-1.0, lt=1.0
     )  # in place of tanh(G(x)) where no generator is given: about -50 HU in liver
+    # below the cost floor (docs/synthesis-cost.md); the defaults are the paper's way
+    box: Literal["full", "auto"] = "full"  # auto: G and S see a box around the tumour
+    box_context_mm: float = Field(default=18.0, ge=0.0)  # tissue around it: small tumours at 1.5 mm fit boxes of 64
+    box_least_vox: int = Field(default=64, ge=32, multiple_of=32)  # a box's side: SwinUNETR wants 64, a U-Net takes 32
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = (
+        "auto"  # of G and S; auto: bf16 on a GPU that has it, else fp32
+    )
+    channels_last: bool = False  # G and S with channels last in memory
+    compile: bool = False  # G and S through torch.compile
 
     @field_validator("realistic_shapes", mode="before")
     @classmethod
@@ -230,6 +239,8 @@ class SynthesisConfig(_Section):
 
     @model_validator(mode="after")
     def _tables_fit(self) -> Self:
+        if self.box == "auto" and self.variant == "released":
+            raise ValueError("box=auto with variant=released: its texture reaches beyond a box; set one of them back")
         if self.shape == "realistic" and self.variant == "released":
             raise ValueError(
                 "shape=realistic with variant=released: the released code knows its own shapes only; set one of them to paper"

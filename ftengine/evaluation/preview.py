@@ -39,7 +39,7 @@ from ftengine.loader.pipeline import PatchPipeline
 from ftengine.loader.plan import Mix, Plan
 from ftengine.store.reader import Store
 from ftengine.synthesis.engine import Address, Generator, Judge, Synthesizer
-from ftengine.synthesis.shape import organs_in_patch
+from ftengine.synthesis.shape import count_labels, organs_in_patch
 from ftengine.types import Augmentation, Painted, Patch, PatchRequest
 
 TRIES_PER_SHEET = (
@@ -197,7 +197,7 @@ class _Painter:
         self._segmenter = segmenter.to(device).eval() if isinstance(segmenter, nn.Module) else segmenter
         self._synthesizer = Synthesizer(
             config.region,
-            config.synthesis.model_copy(update={"fraction": 1.0}),
+            config.synthesis.model_copy(update={"fraction": 1.0, "box": "full"}),  # the judge sees what is drawn
             seed=config.seed,
             generator=generator,
             judge=self._witness,
@@ -213,7 +213,7 @@ class _Painter:
             return None
         image, label, _ = self._pipeline([patch], [replace(request, augmentation=Augmentation(), read=request.box)])
         painting = self._synthesizer.paint(image, label, [Address(request.epoch, request.index)])
-        painted = painting.painted[0]
+        painted = painting.records()[0]
         if painted is None or painted.num_voxels == 0:
             refused["the drawn tumour holds no voxel of the organ"] += 1
             return None
@@ -230,7 +230,7 @@ class _Painter:
 
     def _ineligible(self, patch: Patch) -> str | None:
         region = self._config.region
-        if organs_in_patch(patch.label, region, self._config.synthesis.min_organ_voxels):
+        if organs_in_patch(count_labels(patch.label), region, self._config.synthesis.min_organ_voxels):
             return None
         if np.isin(patch.label, region.tumor_values).any():
             return "a labelled tumour in the patch"

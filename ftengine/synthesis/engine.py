@@ -15,13 +15,14 @@ import torch
 from numpy.typing import NDArray
 
 from ftengine.config import RegionConfig, SynthesisConfig
-from ftengine.geometry import FloatZYX, int_zyx, mm_to_vox
+from ftengine.geometry import FloatZYX, IntZYX, int_zyx, mm_to_vox
 from ftengine.kernels import choose_center, gaussian_blur, masked_blend, tumor_mask_and_box, upload
 from ftengine.kernels.gaussian_blur import TRUNCATE
+from ftengine.synthesis.box import Regions, box_shape, choose_regions, margin_for
 from ftengine.synthesis.center import choose_center_released, margin_vox
+from ftengine.synthesis.painting import Canvas, Painting, Verdicts, take_rows
 from ftengine.synthesis.released import ABDOMEN_SIGMAS, CHEST_SIGMAS, TextureFields, released_blend
-from ftengine.synthesis.shape import PatchDraw, draw_patch, organs_in_patch
-from ftengine.types import Painted
+from ftengine.synthesis.shape import PatchDraw, count_labels, draw_patch, organs_in_patch
 
 
 class _Buffers(threading.local):
@@ -30,8 +31,8 @@ class _Buffers(threading.local):
     def __init__(self) -> None:
         self._kept: dict[str, torch.Tensor] = {}
 
-    def take(self, name: str, like: torch.Tensor) -> torch.Tensor:
-        """A tensor like ``like``; holds what the last user left, at first 0."""
+    def take(self, name: str, like: torch.Tensor, *, fill: float = 0.0) -> torch.Tensor:
+        """A tensor like ``like``; holds what the last user left, at first ``fill``. On a GPU for one stream a thread."""
         kept = self._kept.get(name)
         if (
             kept is None
@@ -39,7 +40,7 @@ class _Buffers(threading.local):
             or kept.shape[1:] != like.shape[1:]
             or len(kept) < len(like)
         ):
-            kept = self._kept[name] = torch.zeros_like(like, memory_format=torch.contiguous_format)
+            kept = self._kept[name] = torch.full_like(like, fill, memory_format=torch.contiguous_format)
         return kept[: len(like)]
 
 
@@ -113,16 +114,6 @@ class Placement:
     organ: torch.Tensor
 
 
-@dataclass(frozen=True)
-class Painting:
-    """A batch after synthesis and quality control; tensors as in ``Batch``. mask: uint8 [B, 1, z, y, x], also of rejected patches."""
-
-    image: torch.Tensor
-    label: torch.Tensor
-    mask: torch.Tensor
-    painted: list[Painted | None]
-
-
 class Synthesizer:
     """Paints tumours for one region and configuration. Holds no random state: everything follows from seed and addresses."""
 
@@ -146,17 +137,30 @@ class Synthesizer:
         self._retries = retries
         self._spacing = spacing_mm_zyx or region.spacing_mm_zyx
         self._is_chest = "lung" in region.organs
+        self._edge_reach = [int(TRUNCATE * s + 0.5) for s in mm_to_vox(config.edge_sigma_mm, self._spacing)]
         self._buffers = _Buffers()
         self._fields = TextureFields(seed, CHEST_SIGMAS if self._is_chest else ABDOMEN_SIGMAS)
 
     def draw(
-        self, label: torch.Tensor, addresses: Sequence[Address], *, draw: int = 0, rows: Sequence[int] | None = None
+        self,
+        label: torch.Tensor,
+        addresses: Sequence[Address],
+        *,
+        draw: int = 0,
+        rows: Sequence[int] | None = None,
+        label_voxels: Sequence[Sequence[int] | None] | None = None,
     ) -> dict[int, PatchDraw]:
-        """Decide, for each patch of a batch (or the given rows), whether and what to paint: {row: draw}. label: uint8 [B, 1, z, y, x]."""
+        """Decide, for each patch of a batch (or the given rows), whether and what to paint: {row: draw}. label: uint8 [B, 1, z, y, x].
+
+        label_voxels: of each patch of the batch the voxels of each label value (``shape.count_labels``). Where they are given the
+        label is not looked at; where they are not it is copied to the host, which on a GPU waits for it.
+        """
+        rows = range(len(addresses)) if rows is None else rows
+        counts = self._counts(label, rows, label_voxels)
         drawn = {}
-        for row in range(len(addresses)) if rows is None else rows:
+        for row in rows:
             address = addresses[row]
-            organs = organs_in_patch(label[row].cpu().numpy(), self.region, self.config.min_organ_voxels)
+            organs = organs_in_patch(counts[row], self.region, self.config.min_organ_voxels)
             patch_draw = draw_patch(
                 organs, self.config, self._spacing, seed=self._seed, epoch=address.epoch, index=address.index, draw=draw
             )
@@ -168,7 +172,7 @@ class Synthesizer:
         """Choose the centres inside the organs and rasterise the masks. label: uint8 [B, 1, z, y, x]."""
         rows, draws = list(drawn), list(drawn.values())
         values = upload(np.array([self.region.organs[d.organ].organ for d in draws], dtype=np.uint8), label.device)
-        organ = (label[rows, 0] == values.view(-1, 1, 1, 1)).to(torch.uint8)
+        organ = (take_rows(label, rows)[:, 0] == values.view(-1, 1, 1, 1)).contiguous().view(torch.uint8)
         centers = self._centers(organ, draws)
         table = _EllipsoidTable.of(draws)
         placed = centers
@@ -183,13 +187,7 @@ class Synthesizer:
         """G(x) before its activation, on the channel of each patch's organ: float32 [R, z, y, x]. x: [R, 1, z, y, x]."""
         if self._generator is None:
             return torch.full_like(x[:, 0], math.atanh(self.config.fixed_contrast))
-        output = self._generator(x)
-        if (
-            self.config.variant == "released"
-        ):  # renamed to label 1 before the channel is picked: always channel 0 (reference 1.6 #12)
-            return output[:, 0]
-        channels = [self.region.organ_channel[d.organ] for d in placement.draws]
-        return output[list(range(len(channels))), channels]
+        return self._evaluate(self._generator, x, [d.organ for d in placement.draws])
 
     def blend(self, x: torch.Tensor, g: torch.Tensor, placement: Placement, *, in_place: bool = False) -> torch.Tensor:
         """Eq. 1 with the drawn textures: float32 [R, z, y, x]; differentiable in ``g``. x, g: [R, z, y, x].
@@ -204,7 +202,7 @@ class Synthesizer:
         if self.config.edge_sigma_mm > 0:
             # the edge fades inside the organ and into M, never into tissue that holds no tumour
             sigma = mm_to_vox(self.config.edge_sigma_mm, self._spacing)
-            reach = np.array([int(TRUNCATE * s + 0.5) for s in sigma], dtype=np.int64)
+            reach = np.array(self._edge_reach, dtype=np.int64)
             box = box + upload(np.stack([-reach, reach]), box.device)
             mask = gaussian_blur(mask, sigma, box=box, out=self._buffers.take("mask", x) if in_place else None)
         texture = gaussian_blur(
@@ -218,57 +216,123 @@ class Synthesizer:
             texture = texture.mul_(upload(factors, x.device).view(-1, 1, 1, 1))
         return masked_blend(x, g, texture, mask, organ=placement.organ, box=box, out=x if in_place else None)
 
-    def paint(self, image: torch.Tensor, label: torch.Tensor, addresses: Sequence[Address]) -> Painting:
+    def paint(
+        self,
+        image: torch.Tensor,
+        label: torch.Tensor,
+        addresses: Sequence[Address],
+        *,
+        label_voxels: Sequence[Sequence[int] | None] | None = None,
+    ) -> Painting:
         """Paint every eligible patch of a batch, judge it, and give failed ones back as they were (Eq. 5).
 
-        image: float32 [B, 1, z, y, x] in [0, 1]; label: uint8 [B, 1, z, y, x]. The inputs are not changed. A patch is eligible when it
-        holds at least ``min_organ_voxels`` of an organ and no labelled tumour. The label inside an accepted M becomes the organ's
-        tumour class. A failed patch is drawn again up to ``retries`` times; G, which never sees M, runs once for all draws.
+        image: float32 [B, 1, z, y, x] in [0, 1]; label: uint8 [B, 1, z, y, x]; label_voxels as ``draw`` takes them. The inputs are not
+        changed. A patch is eligible when it holds at least ``min_organ_voxels`` of an organ and no labelled tumour. The label inside an
+        accepted M becomes the organ's tumour class. A failed patch is drawn again up to ``retries`` times; G, which never sees M, runs
+        once for all draws. With ``box: auto`` G and the judge look at boxes (``synthesis.box``), and G runs for each draw in a box.
+
+        On a GPU, with ``label_voxels``, everything is queued on the current stream and nothing is waited for: ``Painting.records`` does.
+        With ``retries`` each further draw first waits for the verdicts of the one before it. Variant released chooses its centres on the
+        host and waits for the organs.
         """
-        out = Painting(image.clone(), label.clone(), torch.zeros_like(label), [None] * len(addresses))
         with torch.no_grad():
-            pending = self.draw(label, addresses)
-            g_of_row: dict[int, torch.Tensor] = {}
-            for draw in range(self._retries + 1):
+            counts = self._counts(label, range(len(addresses)), label_voxels)
+            canvas = Canvas(image, label)
+            known: dict[int, torch.Tensor] = {}
+            verdicts: list[Verdicts] = []
+            pending = self.draw(label, addresses, label_voxels=counts)
+            for number in range(self._retries + 1):
                 if not pending:
                     break
                 placement = self.place(label, pending)
-                x = image[placement.rows]
-                if draw == 0:
-                    g_of_row = dict(zip(placement.rows, self.difference(x, placement), strict=True))
-                g = torch.stack([g_of_row[row] for row in placement.rows])
-                failed = self._accept(out, self.blend(x[:, 0], g, placement, in_place=True), placement, draw)
-                pending = self.draw(label, addresses, draw=draw + 1, rows=failed) if draw < self._retries else {}
-        return out
+                verdicts.append(self._paint_once(canvas, placement, number, known))
+                if number < self._retries:
+                    failed = verdicts[-1].failed()
+                    pending = self.draw(label, addresses, draw=number + 1, rows=failed, label_voxels=counts)
+            return Painting(*canvas.finished(), verdicts)
 
-    def _accept(self, out: Painting, painted: torch.Tensor, placement: Placement, draw: int) -> list[int]:
-        """Write accepted patches into ``out``; returns the rows that failed."""
+    def _paint_once(
+        self, canvas: Canvas, placement: Placement, number: int, known: dict[int, torch.Tensor]
+    ) -> Verdicts:
+        """One draw: Eq. 1, the judge, and what passes onto the canvas. known: G of whole patches by row, from earlier draws too."""
+        regions = self._regions(placement)
+        x = canvas.copy_of(placement.rows)
+        painted = self.blend(x, self._contrast(x, placement, regions, known), placement, in_place=True)
         tumor_values = [self.region.organs[d.organ].tumor for d in placement.draws]
-        centers = placement.centers.tolist()
-        num_voxels = placement.mask.flatten(1).sum(1, dtype=torch.int64).tolist()
+        num_voxels = placement.mask.flatten(1).sum(1, dtype=torch.int64)
+        passed = num_voxels > 0
         if self._judge is None:
-            proportions = [float("nan")] * len(num_voxels)
-            passed = [n > 0 for n in num_voxels]
+            proportion = torch.full(passed.shape, float("nan"), device=passed.device)
+            canvas.write(placement.rows, painted, placement.mask, tumor_values, None)
         else:
-            proportion, verdict = self._judge(painted.unsqueeze(1), placement.mask, tumor_values)
-            proportions = proportion.tolist()
-            passed = [v and n > 0 for v, n in zip(verdict.tolist(), num_voxels, strict=True)]
-        for i, row in enumerate(placement.rows):
-            out.mask[row, 0] = placement.mask[i]
-            if passed[i]:
-                out.image[row, 0] = painted[i]
-                out.label[row, 0].masked_fill_(placement.mask[i].bool(), tumor_values[i])
-            out.painted[row] = Painted(
-                organ=placement.draws[i].organ,
-                size_class=placement.draws[i].tumors[0].size_class,
-                center_zyx=tuple(int_zyx(c) for c in centers[i]),
-                radii_vox_zyx=tuple(t.radii_vox_zyx for t in placement.draws[i].tumors),
-                num_voxels=num_voxels[i],
-                proportion=proportions[i],
-                passed=passed[i],
-                num_draws=draw + 1,
-            )
-        return [row for i, row in enumerate(placement.rows) if not passed[i]]
+            proportion, verdict = _judge_regions(self._judge, painted, placement.mask, tumor_values, regions)
+            passed = passed & verdict
+            canvas.write(placement.rows, painted, placement.mask, tumor_values, passed)
+        return Verdicts.of(
+            placement.rows,
+            placement.draws,
+            number,
+            proportion=proportion,
+            passed=passed,
+            num_voxels=num_voxels,
+            centers=placement.centers,
+        )
+
+    def box_of(self, draw: PatchDraw, patch_zyx: IntZYX) -> IntZYX | None:
+        """The shape of the box that G and S look at where a patch is painted like this; None for the whole patch."""
+        if self.config.box == "full":
+            return None
+        margin = margin_for(self.config.box_context_mm, self._edge_reach, self._spacing)
+        return box_shape(draw, patch_zyx, margin, self.config.box_least_vox)
+
+    def _regions(self, placement: Placement) -> Regions:
+        """Where G and S look."""
+        patch_zyx = int_zyx(placement.mask.shape[1:])
+        shapes = [self.box_of(d, patch_zyx) for d in placement.draws]
+        return choose_regions(placement.draws, shapes, placement.centers, patch_zyx)
+
+    def _contrast(
+        self, x: torch.Tensor, placement: Placement, regions: Regions, known: dict[int, torch.Tensor]
+    ) -> torch.Tensor:
+        """G(x) before its activation, [R, z, y, x]: right where the regions are, any number elsewhere. x: [R, z, y, x]."""
+        if self._generator is None:
+            return self._buffers.take("contrast", x, fill=math.atanh(self.config.fixed_contrast))
+        organs = [d.organ for d in placement.draws]
+        new = [i for i in regions.whole if placement.rows[i] not in known]
+        if new:
+            evaluated = self._evaluate(self._generator, take_rows(x, new).unsqueeze(1), [organs[i] for i in new])
+            known.update(zip((placement.rows[i] for i in new), evaluated, strict=True))
+            if len(new) == len(x):
+                return evaluated
+        g = self._buffers.take("difference", x)
+        for i in regions.whole:
+            g[i].copy_(known[placement.rows[i]])
+        for boxes in regions.boxes:
+            inside = boxes.crop(x).unsqueeze(1)
+            boxes.paste(g, self._evaluate(self._generator, inside, [organs[i] for i in boxes.members]))
+        return g
+
+    def _counts(
+        self, label: torch.Tensor, rows: Sequence[int], given: Sequence[Sequence[int] | None] | None
+    ) -> dict[int, Sequence[int]]:
+        """The voxels of each label value of the given rows, counted from the label where they are not known."""
+        known = [None] * len(label) if given is None else given
+        unknown = [row for row in rows if known[row] is None]
+        counted = (
+            dict(zip(unknown, (count_labels(v) for v in take_rows(label, unknown).cpu().numpy()), strict=True))
+            if unknown
+            else {}
+        )
+        return {row: counted[row] if (voxels := known[row]) is None else voxels for row in rows}
+
+    def _evaluate(self, generator: Generator, x: torch.Tensor, organs: Sequence[str]) -> torch.Tensor:
+        """G's output on the channel of each patch's organ, float32 [R, z, y, x]. x: [R, 1, z, y, x]."""
+        output = generator(x).to(x.dtype)
+        if (
+            self.config.variant == "released"
+        ):  # renamed to label 1 before the channel is picked: always channel 0 (reference 1.6 #12)
+            return output[:, 0].contiguous()
+        return torch.stack([output[i, self.region.organ_channel[organ]] for i, organ in enumerate(organs)])
 
     def _centers(self, organ: torch.Tensor, draws: Sequence[PatchDraw]) -> torch.Tensor:
         """A voxel for each tumour, int64 [R, N, 3], on the organ's device; only the released law asks the host for it."""
@@ -291,3 +355,20 @@ class Synthesizer:
             1.0 if self._is_chest and self._generator is not None else -1.0
         )  # fixed_contrast is meant for Eq. 1's minus
         return released_blend(x, activated, placement.organ.to(x.dtype), texture, soft, sign=sign)
+
+
+def _judge_regions(
+    judge: Judge, painted: torch.Tensor, mask: torch.Tensor, tumor_values: list[int], regions: Regions
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """P (float32 [R]) and verdict (bool [R]); boxes hold their masks, so P counts the same voxels there. painted, mask: [R, z, y, x]."""
+    parts = []
+    if regions.whole:
+        rows = regions.whole
+        values = [tumor_values[i] for i in rows]
+        parts.append(judge(take_rows(painted, rows).unsqueeze(1), take_rows(mask, rows), values))
+    for boxes in regions.boxes:
+        values = [tumor_values[i] for i in boxes.members]
+        parts.append(judge(boxes.crop(painted).unsqueeze(1), boxes.crop(mask), values))
+    back = np.argsort(regions.order).tolist()
+    proportion, passed = (torch.cat(part) for part in zip(*parts, strict=True))
+    return take_rows(proportion, back), take_rows(passed, back)

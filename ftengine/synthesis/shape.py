@@ -5,7 +5,7 @@ volume from the organ's distribution, a main ellipsoid and lobes that overlap it
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeAlias
@@ -74,15 +74,24 @@ class PatchDraw:
     texture_draw: tuple[float, float, float, float]  # released variant: field and crop corner, uniform in [0, 1)
 
 
-def organs_in_patch(label: NDArray[np.uint8], region: RegionConfig, min_voxels: int) -> list[str]:
+def count_labels(label: NDArray[np.uint8]) -> tuple[int, ...]:
+    """The voxels of each label value from 0 to the largest that is there. label: uint8 of any shape."""
+    return tuple(int(n) for n in np.bincount(label.ravel()))
+
+
+def organs_in_patch(label_voxels: Sequence[int], region: RegionConfig, min_voxels: int) -> list[str]:
     """Organs that a tumour may be painted on: enough healthy voxels in the patch; none where any tumour is labelled.
 
-    label: uint8 of any shape. Decided from the label before anything runs.
+    label_voxels: how many voxels of the patch have each label value, from 0 on; values beyond its end have none
+    (``count_labels``). Flips and turns leave them as they are, so the host knows them before anything runs on a device.
     """
-    counts = np.bincount(label.ravel(), minlength=256)
-    if counts[list(region.tumor_values)].any():
+
+    def voxels(value: int) -> int:
+        return label_voxels[value] if value < len(label_voxels) else 0
+
+    if any(voxels(value) for value in region.tumor_values):
         return []
-    return [name for name, organ in region.organs.items() if counts[organ.organ] >= min_voxels]
+    return [name for name, organ in region.organs.items() if voxels(organ.organ) >= min_voxels]
 
 
 def draw_patch(

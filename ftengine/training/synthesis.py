@@ -143,7 +143,11 @@ class _AdversarialStep:
 
     def __call__(self, batch: Batch, device: torch.device) -> _Losses:
         image, label = batch.image.to(device), batch.label.to(device)
-        drawn = self._synthesizer.draw(label, [Address(r.request.epoch, r.request.index) for r in batch.records])
+        drawn = self._synthesizer.draw(
+            label,
+            [Address(r.request.epoch, r.request.index) for r in batch.records],
+            label_voxels=[r.label_voxels for r in batch.records],
+        )
         figures: dict[str, torch.Tensor] = {}
         painted: torch.Tensor | None = None
         placement: Placement | None = None

@@ -167,7 +167,7 @@ def test_says_why_nothing_can_be_painted(
     huge = config.with_overrides({"synthesis.min_organ_voxels": 5000})
     with pytest.raises(ConfigError, match=r"none of 8 patches .*too little healthy organ.*min_organ_voxels=5000"):
         preview(huge, store, tmp_path, num_sheets=2)
-    always = config.with_overrides({"loader.positive_fraction": 1.0})
+    always = config.with_overrides({"loader.positive_fraction": 1.0, "loader.absent_classes": "allow"})
     with pytest.raises(ConfigError, match=r"none of 4 patches .*a labelled tumour in the patch: 4"):
         preview(always, ill_store(tmp_path, config, healthy_too=False), tmp_path, num_sheets=1)
     assert not list(tmp_path.glob("*.png"))

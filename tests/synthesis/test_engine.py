@@ -45,7 +45,7 @@ def test_only_the_mask_changes_and_only_eligible_patches_are_painted() -> None:
     outside = out.mask == 0
     assert torch.equal(out.image[outside], image[outside])
     assert torch.equal(out.label[outside], label[outside])
-    assert [p is not None for p in out.painted] == [True, True, False]  # the third holds a real tumour
+    assert [p is not None for p in out.records()] == [True, True, False]  # the third holds a real tumour
     assert torch.equal(out.image[2], image[2])
 
 
@@ -67,7 +67,7 @@ def test_inputs_are_left_alone_and_equal_addresses_paint_equally() -> None:
     assert torch.equal(image, before[0])
     assert torch.equal(label, before[1])
     assert torch.equal(first.image, second.image)
-    assert first.painted[:1] != _synthesizer().paint(image, label, [Address(0, 7)] * 3).painted[:1]
+    assert first.records()[:1] != _synthesizer().paint(image, label, [Address(0, 7)] * 3).records()[:1]
 
 
 def test_a_batch_paints_what_its_members_paint_one_by_one() -> None:
@@ -127,7 +127,7 @@ def test_the_contrast_factor_scales_the_difference() -> None:
 def test_several_tumors_are_united() -> None:
     config = CONFIG.with_overrides({"synthesis.num_tumors": 3, "synthesis.size_weights": {"tiny": 1.0}})
     out = _paint(config=config)
-    painted = out.painted[0]
+    painted = out.records()[0]
     assert painted is not None
     assert len(painted.center_zyx) == 3
     for center in painted.center_zyx:
@@ -166,7 +166,7 @@ def test_a_failed_patch_goes_back_to_image_and_label() -> None:
     assert torch.equal(out.image[1], image[1])
     assert torch.equal(out.label[1], label[1])
     assert not torch.equal(out.label[0], label[0])
-    kept, failed = out.painted[0], out.painted[1]
+    kept, failed = out.records()[0], out.records()[1]
     assert kept is not None
     assert failed is not None
     assert (kept.passed, round(kept.proportion, 3)) == (True, 0.9)
@@ -188,8 +188,8 @@ def test_retries_draw_failed_patches_anew_with_one_generator_call() -> None:
     out = _paint(judge=judge, generator=generator, retries=3)
     assert judge.asked == 3
     assert generator.calls == 1
-    assert [p.num_draws for p in out.painted if p is not None] == [1, 3]
-    assert all(p.passed for p in out.painted if p is not None)
+    assert [p.num_draws for p in out.records() if p is not None] == [1, 3]
+    assert all(p.passed for p in out.records() if p is not None)
 
 
 # the released variant

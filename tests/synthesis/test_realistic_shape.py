@@ -181,7 +181,7 @@ def test_a_batch_paints_what_its_members_paint_one_by_one() -> None:
     synthesizer = Synthesizer(REGION, CONFIG, seed=9)
     addresses = [Address(0, i) for i in range(4)]
     whole = synthesizer.paint(image, label, addresses)
-    assert all(p is not None and p.passed for p in whole.painted)
+    assert all(p is not None and p.passed for p in whole.records())
     assert torch.equal(whole.image[whole.mask == 0], image[whole.mask == 0])
     for row in range(4):
         alone = synthesizer.paint(image[row : row + 1], label[row : row + 1], addresses[row : row + 1])

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftengine.config import Config, SynthesisConfig
-from ftengine.synthesis.shape import PatchDraw, draw_patch, organs_in_patch
+from ftengine.synthesis.shape import PatchDraw, count_labels, draw_patch, organs_in_patch
 
 REGION = Config.preset("abdomen").region
 CONFIG = SynthesisConfig()
@@ -86,11 +86,11 @@ def test_several_tumors_and_all_organs_are_drawn() -> None:
 
 def test_eligible_is_an_organ_without_any_tumor() -> None:
     label = np.zeros((8, 8, 8), dtype=np.uint8)
-    assert organs_in_patch(label, REGION, 1) == []
+    assert organs_in_patch(count_labels(label), REGION, 1) == []
     label[0] = 1
     label[1, 0] = 5
-    assert organs_in_patch(label, REGION, 1) == ["liver", "kidney"]
-    assert organs_in_patch(label, REGION, 9) == ["liver"]
+    assert organs_in_patch(count_labels(label), REGION, 1) == ["liver", "kidney"]
+    assert organs_in_patch(count_labels(label), REGION, 9) == ["liver"]
     label[7, 7, 7] = 4  # a pancreas tumour somewhere in the patch
-    assert organs_in_patch(label, REGION, 1) == []
+    assert organs_in_patch(count_labels(label), REGION, 1) == []
     assert draw_patch([], CONFIG, (1.5, 1.5, 1.5), seed=0, epoch=0, index=0) is None
