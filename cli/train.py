@@ -173,7 +173,7 @@ def _print_result(result: "TrainingResult") -> None:
         level = "" if part.level is None else f"{part.queue} {part.level:.1f} of {speed.capacities[str(part.queue)]}"
         table.add_row(part.name, f"{part.busy_s:.1f}", f"{part.share:.1%}", level)
     console.print(table)
-    console.print(speed.sentence(), highlight=False, markup=False)
+    console.print(speed.sentence(), highlight=False, markup=False, soft_wrap=True)
     console.print(
         f"{result.stall['patches_per_s']:.2f} patches/s, median step {speed.median_step_s:.3f} s, longest wait {speed.max_wait_s:.3f} s",
         highlight=False,

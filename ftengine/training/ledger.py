@@ -42,10 +42,10 @@ class PatchCounts:
 
 
 class PatchLedger:
-    """Counts the batches of a run at the moment training takes them, so that the counts belong to a step and not to how far the loader is ahead."""
+    """Counts the batches of a run that paints, at the moment training takes them: counts belong to a step, however far the loader is ahead."""
 
-    def __init__(self, tumor_values: Sequence[int], gate: QualityGate | None = None) -> None:
-        """tumor_values: label values of labelled tumours. gate: judges the pass rate; None: the run paints nothing."""
+    def __init__(self, tumor_values: Sequence[int], gate: QualityGate) -> None:
+        """tumor_values: label values of labelled tumours. gate: judges the pass rate."""
         self.gate = gate
         self.warnings: list[str] = []
         self._tumor_values = tuple(tumor_values)
@@ -56,8 +56,6 @@ class PatchLedger:
         for record in batch.records:
             for counts in (self._line, self._epoch, self._run):
                 self._add(counts, record)
-        if self.gate is None:
-            return None
         for record in batch.records:
             if record.painted is not None:
                 self.gate.record(record.painted, record.request.dataset)
@@ -69,7 +67,7 @@ class PatchLedger:
     def take_line(self) -> dict[str, float]:
         """Figures of the batches since the last call, and the gate's."""
         figures, self._line = self._line.figures(), PatchCounts()
-        return figures | ({} if self.gate is None else self.gate.figures())
+        return figures | self.gate.figures()
 
     def take_epoch(self) -> dict[str, float]:
         """Figures of the epoch that has ended: the number of patches, their shares and the epoch's own pass rate."""
@@ -102,15 +100,14 @@ class PatchLedger:
             "epoch": asdict(self._epoch),
             "run": asdict(self._run),
             "warnings": list(self.warnings),
-            "gate": None if self.gate is None else self.gate.state_dict(),
+            "gate": self.gate.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on counting where ``state`` was taken."""
         self._line, self._epoch, self._run = (PatchCounts(**state[name]) for name in ("line", "epoch", "run"))
         self.warnings = list(state["warnings"])
-        if self.gate is not None and state["gate"] is not None:
-            self.gate.load_state_dict(state["gate"])
+        self.gate.load_state_dict(state["gate"])
 
     def _add(self, counts: PatchCounts, record: PatchRecord) -> None:
         counts.patches += 1

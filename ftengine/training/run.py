@@ -43,8 +43,8 @@ def learning_rate(step: int, *, base: float, warmup_steps: int, steps: int) -> f
 class TrainingResult:
     """What a training run came to; ``losses`` are those of the logged steps.
 
-    speed: the stall meter, of the steps since the last start or resume. quality: ``QualityGate.summary``, empty without painting. mix:
-    ``PatchLedger.summary``, of the whole run. warnings: texts that came up, of the whole run.
+    speed: the stall meter, of the steps since the last start or resume. quality: ``QualityGate.summary`` and mix:
+    ``PatchLedger.summary``, of the whole run, empty where it paints nothing. warnings: texts that came up, of the whole run.
     """
 
     checkpoint: Path
@@ -75,8 +75,8 @@ def check_identity(saved: Mapping[str, str], given: Mapping[str, str]) -> None:
 class Run:
     """The folder of a training run: ``config.yaml``, ``run.json``, ``checkpoint.pt``, and its logs.
 
-    ``metrics.jsonl`` has a line for each logged step and ``epochs.jsonl`` one for each epoch that has ended; ``tensorboard/`` has both,
-    figures of epochs with the prefix ``epoch/``.
+    ``metrics.jsonl`` has a line for each logged step and, in a run that paints, ``epochs.jsonl`` one for each epoch that has ended;
+    ``tensorboard/`` has both, figures of epochs with the prefix ``epoch/``.
     """
 
     def __init__(self, folder: str | Path, config: Config, *, resume: bool) -> None:

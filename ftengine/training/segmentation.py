@@ -63,10 +63,10 @@ def train_segmenter(
     optimizer = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     first_step = 0
     losses: list[float] = []
-    ledger = PatchLedger(config.region.tumor_values, gate)
+    ledger = None if gate is None else PatchLedger(config.region.tumor_values, gate)
     if document is not None:
         optimizer.load_state_dict(document["optimizer"])
-        if "ledger" in document:  # a checkpoint may be older than the ledger
+        if ledger is not None and document.get("ledger") is not None:  # a checkpoint may be older than the ledger
             ledger.load_state_dict(document["ledger"])
         loader.load_state_dict(document["loader"])
         first_step, losses = document["step"], list(document["losses"])
@@ -97,7 +97,7 @@ def train_segmenter(
             "loader": loader.state_dict(),
             "step": step,
             "losses": losses,
-            "ledger": ledger.state_dict(),
+            "ledger": None if ledger is None else ledger.state_dict(),
             "identity": dict(identity or {}),
         }
         save_checkpoint(run.checkpoint, "segmenter", config, contents)
@@ -120,9 +120,9 @@ def train_segmenter(
         done,
         losses,
         speed,
-        quality={} if gate is None else gate.summary(),
-        mix=ledger.summary(),
-        warnings=ledger.warnings,
+        quality={} if ledger is None else ledger.gate.summary(),
+        mix={} if ledger is None else ledger.summary(),
+        warnings=[] if ledger is None else ledger.warnings,
         interrupted=done < settings.steps,
     )
 

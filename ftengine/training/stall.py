@@ -16,8 +16,11 @@ from ftengine.loader.nvtx import nvtx_range
 from ftengine.loader.stages import BusyClock
 
 TRAINING = "training"
+READS, PREPARE, DEVICE = "reads", "prepare", "stages on the device"
 _WAIT = "wait for "  # how the loader's clock names times without work
-_WAITED_FOR_READS = "wait for reads"
+_WAITED_FOR_READS = "wait for reads"  # by the thread that prepares
+_WAITED_FOR_STAGES = "wait for stages"  # by the same thread, with a prepared batch in its hands
+_WAITED_FOR_DEVICE = "wait for the device"  # by the thread of the stages, whose kernels are at work
 _NOTICEABLE = 0.01  # a smaller share of waiting is not worth a change
 _READS_BIND = 0.1  # share of the time that the next part waits for reads, from which they set the pace
 
@@ -41,8 +44,8 @@ class MeteredLoader(Protocol):
 class Part:
     """A part of the way from the store to the weights.
 
-    busy_s: seconds of work, added up over threads. share: of the time that training took; reads by several threads can exceed 1.
-    queue: name of the queue it takes from, None where it has none of its own; level: the mean fill of that queue.
+    busy_s: seconds of the host's clock in which it worked, for reads in which at least one was under way; share: of the time that
+    training took. queue: name of the queue it takes from, None where it has none of its own; level: the mean fill of that queue.
     """
 
     name: str
@@ -256,47 +259,37 @@ class StallMeter:
 def _parts(run: _Lap, levels: Mapping[str, float]) -> tuple[Part, ...]:
     """The parts in the order of the data, each with the queue it takes from."""
 
-    def part(name: str, busy_s: float, queue: str | None) -> Part:
+    def part(name: str, busy_s: float, queue: str | None = None) -> Part:
         share = busy_s / run.wall_s if run.wall_s > 0 else 0.0
         return Part(name, busy_s, share, queue if queue in levels else None, levels.get(queue or ""))
 
-    work = {name: s for name, s in run.busy_s.items() if not name.startswith(_WAIT)}
-    order = sorted(work, key=lambda name: (not _is_read(name), not _is_preparation(name)))  # stable: stages keep theirs
-    queues: dict[str, str] = {}
-    for name in order:
-        if not _is_read(name):
-            queues.setdefault("reads" if _is_preparation(name) else "prepared", name)
-    takes_from = {name: queue for queue, name in queues.items()}
-    parts = [part(name, work[name], takes_from.get(name)) for name in order]
+    parts = [part(READS, run.busy_s[READS])] if READS in run.busy_s else []
+    if PREPARE in run.busy_s:
+        parts.append(part(PREPARE, run.busy_s[PREPARE], "reads"))
+    stages = [name for name in run.busy_s if name not in {READS, PREPARE} and not name.startswith(_WAIT)]
+    parts += [part(name, run.busy_s[name], "prepared" if name == stages[0] else None) for name in stages]
+    if _WAITED_FOR_DEVICE in run.busy_s:
+        parts.append(part(DEVICE, run.busy_s[_WAITED_FOR_DEVICE]))
     return (*parts, part(TRAINING, run.compute_s, "ready"))
 
 
-def _is_read(name: str) -> bool:
-    return name.startswith("read")
-
-
-def _is_preparation(name: str) -> bool:
-    return name in {"dali", "prepare"}
-
-
 def _slowest(parts: tuple[Part, ...], waits: Mapping[str, float], wall_s: float, wait_fraction: float) -> str:
-    """The part that sets the pace: the one that is busy for the largest share of the time; training where it hardly ever waits.
+    """The part that sets the pace: of the thread that works for the largest share of the time, what takes longest in it.
 
-    Reads run many at once, so their own share says little. They set the pace where the part behind them stands still for them: then they
-    never do, but for the time in which the loader waits for training to take a batch.
+    Training sets it where it hardly ever waits. Reads set it where the thread that prepares stands still for them: then they never
+    pause, but for the time in which that thread cannot hand on what it has.
     """
     if wall_s <= 0 or wait_fraction < _NOTICEABLE:
         return TRAINING
-    for_reads = waits.get(_WAITED_FOR_READS, 0.0) / wall_s
-    for_training = waits.get(f"{_WAIT}{TRAINING}", 0.0) / wall_s
-    reads = 1.0 - for_training if for_reads >= _READS_BIND else for_reads
-
-    def share(part: Part) -> float:
-        if part.name == TRAINING:
-            return 1.0 - wait_fraction
-        return min(reads if _is_read(part.name) else part.share, 1.0)
-
-    return max(parts, key=share).name
+    threads: dict[str, list[Part]] = {READS: [], PREPARE: [], DEVICE: [], TRAINING: []}
+    for part in parts:
+        threads[part.name if part.name in threads else DEVICE].append(part)
+    for_reads, for_stages = (waits.get(name, 0.0) / wall_s for name in (_WAITED_FOR_READS, _WAITED_FOR_STAGES))
+    at_work = {name: sum(p.share for p in members) for name, members in threads.items()}
+    at_work[READS] = 1.0 - for_stages if for_reads >= _READS_BIND else for_reads
+    at_work[TRAINING] = 1.0 - wait_fraction
+    slowest = max((name for name, members in threads.items() if members), key=lambda name: at_work[name])
+    return max(threads[slowest], key=lambda part: part.share).name
 
 
 def advice(slowest: str, wait_fraction: float, config: Config) -> str:
@@ -309,16 +302,16 @@ def advice(slowest: str, wait_fraction: float, config: Config) -> str:
             f"batches come unevenly: to go faster raise loader.queue_batches (now {settings.queue_batches}) and loader.reads_in_flight "
             f"(now {settings.reads_in_flight})"
         )
-    if _is_read(slowest):
+    if slowest == READS:
         return (
             f"to go faster raise loader.reads_in_flight (now {settings.reads_in_flight}) and loader.reader_threads (now "
             f"{settings.reader_threads}, with {os.cpu_count()} cores here), or put the store closer: a disk of this machine in place of a network"
         )
-    if _is_preparation(slowest):
+    if slowest == PREPARE:
         cores = f"give this process more cores than the {os.cpu_count()} here"
         on_gpu = config.device != "cpu" and torch.cuda.is_available()
         return f"to go faster {cores}" if on_gpu else f"to go faster prepare patches on a GPU (device=cuda), or {cores}"
-    if slowest.startswith("synthesis"):
+    if slowest == DEVICE or slowest.startswith("synthesis"):
         options = [
             *_proposal(config, "synthesis.box", "auto", where="full"),
             *_proposal(config, "synthesis.precision", "auto", where="fp32"),
