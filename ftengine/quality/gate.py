@@ -166,12 +166,13 @@ class QualityGate:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """All counts and the window: numbers, texts, lists and dicts of them."""
+        """All counts and the window: plain JSON values, and NaN where nobody judged."""
         with self._lock:
             return {
                 "threshold": self._config.threshold,
                 "tallies": [
-                    [*kind, t.painted, t.passed, t.draws, dict(t.passed_at_draw)] for kind, t in self._tallies.items()
+                    [*kind, t.painted, t.passed, t.draws, list(t.passed_at_draw.items())]
+                    for kind, t in self._tallies.items()
                 ],
                 "recent": [[*v.kind, v.proportion, v.passed] for v in self._recent],
                 "num_below": self._num_below,
@@ -181,7 +182,10 @@ class QualityGate:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on counting where ``state`` was taken; with another ``qc.threshold`` since, the window begins anew."""
         with self._lock:
-            self._tallies = {(o, s, d): Tally(*counts) for o, s, d, *counts in state["tallies"]}
+            self._tallies = {
+                (organ, size, dataset): Tally(painted, passed, draws, dict(at_draw))
+                for organ, size, dataset, painted, passed, draws, at_draw in state["tallies"]
+            }
             self._recent.clear()
             self._num_below, self._since_warning, self._warning = 0, self._config.window, None
             if state["threshold"] == self._config.threshold:
