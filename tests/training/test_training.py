@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from ftengine.assemble import train_segmentation, train_synthesis
 from ftengine.config import Config
 from ftengine.errors import ConfigError, RejectionError
+from ftengine.loader import nvtx
 from ftengine.store.reader import Store
 from ftengine.training.checkpoint import load_checkpoint, load_generator, load_segmenter
 from ftengine.training.run import learning_rate, read_epochs, read_metrics, stopping_on_signals
@@ -106,6 +108,47 @@ def test_a_rejected_patch_counts_as_healthy(store: Store, baseline: Path, genera
     last = read_metrics(tmp_path / "s")[-1]
     assert last["qc/pass_rate"] == quality["qc/pass_rate"]
     assert quality["draws"] == quality["painted"] + mix["num_rejected"] + quality["passed_at_draw"].get("2", 0)
+
+
+def test_tensorboard_has_the_stall_meter_and_the_epochs(
+    store: Store, baseline: Path, generator: Path, tmp_path: Path
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train_segmentation(CONFIG, store.path, tmp_path / "s", generator_path=generator, judge_path=baseline)
+    board = EventAccumulator(str(tmp_path / "s" / "tensorboard"))
+    board.Reload()
+    names = set(board.Tags()["scalars"])
+    assert {
+        "loader/wait_fraction",
+        "loader/level/ready",
+        "loader/busy/synthesis + qc",
+        "mix/painted",
+        "qc/window_pass_rate",
+        "epoch/mix/painted",
+    } <= names
+    logged = read_metrics(tmp_path / "s")
+    shown = [event.value for event in board.Scalars("loader/level/ready")]
+    assert shown == pytest.approx([row["loader/level/ready"] for row in logged])
+
+
+def test_a_profile_shows_waits_steps_and_saves_one_after_another(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine with a GPU; the loader's threads have ranges of their own."""
+    told: list[str] = []
+
+    def tell(text: str) -> None:
+        if threading.current_thread() is threading.main_thread():
+            told.append(text)
+
+    monkeypatch.setattr(nvtx, "_profilers_listen", lambda: True)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", tell)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: tell("end"))
+    train_segmentation(CONFIG.with_overrides({"training.steps": 3, "device": "cpu"}), store.path, tmp_path / "run")
+    step = ["wait for data", "end", "training step", "end"]
+    end_of_epoch = ["wait for data", "end"]  # which brings none; two volumes are one batch
+    assert told == [*step, *end_of_epoch, *step, *end_of_epoch, *step, "save", "end"]
 
 
 def test_init_starts_from_the_given_weights(store: Store, baseline: Path, tmp_path: Path) -> None:
