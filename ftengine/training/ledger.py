@@ -51,6 +51,12 @@ class PatchLedger:
         self._tumor_values = tuple(tumor_values)
         self._line, self._epoch, self._run = PatchCounts(), PatchCounts(), PatchCounts()
 
+    @property
+    def draws_a_patch(self) -> float:
+        """How often a painted patch of the run was drawn, in the mean; 1 before the first."""
+        painted = self._run.painted + self._run.rejected
+        return self._run.draws / painted if painted else 1.0
+
     def count(self, batch: Batch) -> str | None:
         """Count a batch; returns a warning where one came up. Raises RejectionError where the gate stops the run."""
         for record in batch.records:

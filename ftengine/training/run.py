@@ -218,7 +218,9 @@ def run_steps(
                         break
             with meter.saving():
                 save(step)
-            report = meter.report(run.config, loader.plan.batch_size)
+            report = meter.report(
+                run.config, loader.plan.batch_size, draws_a_patch=1.0 if ledger is None else ledger.draws_a_patch
+            )
     finally:
         loader.close()
         run.close()

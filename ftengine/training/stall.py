@@ -22,6 +22,7 @@ _WAITED_FOR_READS = "wait for reads"  # by the thread that prepares
 _WAITED_FOR_STAGES = "wait for stages"  # by the same thread, with a prepared batch in its hands
 _WAITED_FOR_DEVICE = "wait for the device"  # by the thread of the stages, whose kernels are at work
 _NOTICEABLE = 0.01  # a smaller share of waiting is not worth a change
+_MANY_DRAWS = 1.2  # from which redraws are worth a word
 _READS_BIND = 0.1  # share of the time that the next part waits for reads, from which they set the pace
 
 
@@ -213,12 +214,12 @@ class StallMeter:
             "step_s": lap.wall_s / lap.num_steps,
             "loader/wait_fraction": lap.wait_s / lap.wall_s,
             **{f"loader/level/{name}": level / lap.num_steps for name, level in lap.levels.items()},
-            **{f"loader/busy/{name}": seconds / lap.wall_s for name, seconds in lap.busy_s.items()},
+            **{_scalar(name): seconds / lap.wall_s for name, seconds in lap.busy_s.items()},
             "loader/save_s": self.save_s,
         }
 
-    def report(self, config: Config, batch_size: int) -> StallReport:
-        """The figures so far, what is the slowest part, and what to do about it. Call while the loader is open."""
+    def report(self, config: Config, batch_size: int, *, draws_a_patch: float = 1.0) -> StallReport:
+        """The figures so far, what is the slowest part, and what to do about it. draws_a_patch: how often a patch was painted, in the mean."""
         run = self._run
         steps = run.num_steps
         levels = {name: total / steps for name, total in run.levels.items()} if steps else {}
@@ -242,7 +243,7 @@ class StallMeter:
             levels=levels,
             capacities={name: self._loader.capacities()[name] for name in levels},
             slowest=slowest,
-            advice=advice(slowest, fraction, config),
+            advice=advice(slowest, fraction, config, draws_a_patch=draws_a_patch),
         )
 
     def _add_time(self) -> None:
@@ -254,6 +255,11 @@ class StallMeter:
             for name, seconds in busy.items():
                 lap.busy_s[name] = lap.busy_s.get(name, 0.0) + seconds - self._busy.get(name, 0.0)
         self._mark, self._busy = now, busy
+
+
+def _scalar(name: str) -> str:
+    """The name in the logs of what the loader's clock calls ``name``."""
+    return f"loader/waits/{name.removeprefix(_WAIT)}" if name.startswith(_WAIT) else f"loader/busy/{name}"
 
 
 def _parts(run: _Lap, levels: Mapping[str, float]) -> tuple[Part, ...]:
@@ -292,7 +298,7 @@ def _slowest(parts: tuple[Part, ...], waits: Mapping[str, float], wall_s: float,
     return max(threads[slowest], key=lambda part: part.share).name
 
 
-def advice(slowest: str, wait_fraction: float, config: Config) -> str:
+def advice(slowest: str, wait_fraction: float, config: Config, *, draws_a_patch: float = 1.0) -> str:
     """What to do, as a part of a sentence; keys with their present values."""
     if wait_fraction < _NOTICEABLE:
         return "nothing to do: the training step itself sets the pace"
@@ -312,11 +318,12 @@ def advice(slowest: str, wait_fraction: float, config: Config) -> str:
         on_gpu = config.device != "cpu" and torch.cuda.is_available()
         return f"to go faster {cores}" if on_gpu else f"to go faster prepare patches on a GPU (device=cuda), or {cores}"
     if slowest == DEVICE or slowest.startswith("synthesis"):
+        redraws = f"fewer redraws or a generator that convinces the judge (each patch is painted {draws_a_patch:.1f} times; qc.retries, now {config.qc.retries})"
         options = [
+            *([redraws] if draws_a_patch >= _MANY_DRAWS else []),
             *_proposal(config, "synthesis.box", "auto", where="full"),
             *_proposal(config, "synthesis.precision", "auto", where="fp32"),
             f"a smaller generator.width (now {config.generator.width}; train G again)",
-            *([f"fewer redraws (qc.retries, now {config.qc.retries})"] if config.qc.retries else []),
             f"a lower synthesis.fraction (now {config.synthesis.fraction:g})",
         ]
         return f"to go faster try, in this order: {', '.join(options)}"
@@ -326,5 +333,5 @@ def advice(slowest: str, wait_fraction: float, config: Config) -> str:
 def _proposal(config: Config, key: str, value: str, *, where: str) -> list[str]:
     """``key=value`` where the key is at ``where`` now."""
     section, name = key.split(".")
-    now = config.model_dump()[section].get(name)
+    now = getattr(getattr(config, section), name)
     return [f"{key}={value} (now {now})"] if now == where else []

@@ -140,6 +140,12 @@ def test_advice_names_keys_that_exist_with_their_values() -> None:
         now = getattr(getattr(config, section), key)
         assert f"{section}.{key}={now}" not in " ".join(texts)  # never what is set already
     assert f"loader.reads_in_flight (now {config.loader.reads_in_flight})" in texts[0]
+    assert "synthesis.box=auto (now full)" in texts[2]
+    boxed = config.with_overrides({"synthesis.box": "auto", "synthesis.precision": "fp32", "qc.retries": 3})
+    redrawn = advice("synthesis + qc", 0.5, boxed, draws_a_patch=3.5)
+    assert "synthesis.box" not in redrawn
+    assert "synthesis.precision=auto (now fp32)" in redrawn
+    assert redrawn.index("painted 3.5 times; qc.retries, now 3") < redrawn.index("synthesis.precision")
     assert all(advice(part, 0.001, config).startswith("nothing to do") for part in (READS, TRAINING))
 
 
@@ -163,6 +169,7 @@ class _Told:
         self.last_wait_s = wait_s
         meter.arrived()
         self.clock.add("denoise", step_s / 2)
+        self.clock.add("wait for training", step_s / 4)
         self.now_s += step_s
         self.level = level
         meter.stepped()
@@ -185,6 +192,7 @@ def test_start_and_saving_are_apart() -> None:
     assert line["loader/wait_fraction"] == pytest.approx(0.75 / 4.5)
     assert line["loader/level/ready"] == pytest.approx(1.0)
     assert line["loader/busy/denoise"] == pytest.approx(1.625 / 4.5)
+    assert line["loader/waits/training"] == pytest.approx(0.8125 / 4.5)
     loader.step(meter, 0.0, 2.0, 2)
     assert meter.take_line()["step_s"] == pytest.approx(2.0)
     assert meter.take_line() == {}
