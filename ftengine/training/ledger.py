@@ -85,7 +85,7 @@ class PatchLedger:
             "qc/pass_rate": ended.painted / judged if judged else math.nan,
         }
 
-    def summary(self) -> dict[str, float | None]:
+    def summary(self) -> dict[str, Any]:
         """The whole run: counts, and the figures of a log line without their prefix; None where there is no value."""
         figures = {
             name.removeprefix("mix/"): x if math.isfinite(x) else None for name, x in self._run.figures().items()

@@ -52,7 +52,7 @@ class TrainingResult:
     losses: list[float]
     speed: StallReport
     quality: dict[str, Any] = field(default_factory=dict)
-    mix: dict[str, float | None] = field(default_factory=dict)
+    mix: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     interrupted: bool = False
 

@@ -116,13 +116,13 @@ def test_the_gate_warns_once_then_stops_after_another_window() -> None:
     for _ in range(6):
         gate.record(_painted(passed=False), "A")  # not a full window yet
     assert gate.take_warning() is None
-    assert not gate.below_min
+    assert gate.figures()["qc/below_min"] == 0
     gate.record(_painted(passed=False, organ="kidney", size="large", proportion=0.5), "B")
     warning = gate.take_warning()
     assert warning is not None
     assert "passed 12.5% of the last 8 painted patches (limit qc.min_pass_rate=25%)" in warning
     assert "The run stops if the next 8 stay below." in warning
-    assert gate.below_min
+    assert gate.figures()["qc/below_min"] == 1
     for _ in range(7):
         gate.record(_painted(passed=False), "A")
         assert gate.take_warning() is None

@@ -238,7 +238,7 @@ def test_a_resumed_run_counts_and_stops_as_an_unbroken_one(
         {"qc.threshold": 1.0, "qc.min_pass_rate": 1.0, "qc.window": 4, "training.steps": 40}
     ).with_overrides({"training.checkpoint_every": 1})
 
-    def run(out: Path, *, resume: bool = False, stop_after: int = -1) -> RejectionError:
+    def run(out: Path, *, resume: bool = False, stop_after: int = -1) -> str:
         with pytest.raises(RejectionError if stop_after < 0 else _StopError) as caught:
             train_segmentation(
                 config,
@@ -249,13 +249,13 @@ def test_a_resumed_run_counts_and_stops_as_an_unbroken_one(
                 resume=resume,
                 on_step=_stop_after(stop_after),
             )
-        return caught.value
+        return str(caught.value)
 
     whole = run(tmp_path / "whole")
     logged = read_metrics(tmp_path / "whole")
     for number in range(2, len(logged), 2):  # broken off again and again
         run(tmp_path / "broken", resume=number > 2, stop_after=number)
-    assert str(run(tmp_path / "broken", resume=True)) == str(whole)
+    assert run(tmp_path / "broken", resume=True) == whole
     for name in ("qc/", "mix/"):
         assert [{k: v for k, v in row.items() if k.startswith(name)} for row in read_metrics(tmp_path / "broken")] == [
             {k: v for k, v in row.items() if k.startswith(name)} for row in logged
@@ -267,13 +267,13 @@ def test_a_checkpoint_from_before_the_ledger_still_resumes(
     store: Store, baseline: Path, generator: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "s"
-    painting = {"generator_path": generator, "judge_path": baseline}
-    short = CONFIG.with_overrides({"training.steps": 4, "qc.threshold": None})
-    train_segmentation(short, store.path, out, **painting)
+    config = CONFIG.with_overrides({"training.steps": 4, "qc.threshold": None})
+    train_segmentation(config, store.path, out, generator_path=generator, judge_path=baseline)
     document = torch.load(out / "checkpoint.pt", weights_only=True)
     del document["ledger"]
     torch.save(document, out / "checkpoint.pt")
-    result = train_segmentation(short.with_overrides({"training.steps": 6}), store.path, out, resume=True, **painting)
+    longer = config.with_overrides({"training.steps": 6})
+    result = train_segmentation(longer, store.path, out, generator_path=generator, judge_path=baseline, resume=True)
     assert result.steps == 6
     assert result.mix["num_patches"] == 4  # of the two steps since
 
