@@ -89,6 +89,13 @@ class Reporter:
         elif line and not self._quiet:
             typer.echo(f"[{self._done}/{self._total}] {line}", err=True)
 
+    def warn(self, text: str) -> None:
+        """Show a warning; it stays above the bar, and ``quiet`` does not hide it."""
+        if self._bar is not None:
+            self._bar.console.print(f"warning: {text}", style="yellow", markup=False, highlight=False)
+        else:
+            typer.echo(f"warning: {text}", err=True)
+
     def figures(self, text: str) -> None:
         """Show figures beside the bar."""
         if self._bar is not None and self._task is not None:

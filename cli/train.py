@@ -1,10 +1,10 @@
 """``ftengine train``: the two training stages."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from ftengine.cli.console import (
     ConfigOption,
@@ -76,6 +76,7 @@ def seg(
             held_out_fold=fold,
             resume=resume,
             on_step=_StepReporter(reporter, "loss"),
+            warn=(lambda _text: None) if quiet else reporter.warn,
         )
     _finish(result, as_json=as_json)
 
@@ -140,34 +141,57 @@ class _StepReporter:
 
 def _finish(result: "TrainingResult", *, as_json: bool) -> None:
     if as_json:
-        quality = {k: v for k, v in result.quality.items() if not k.startswith("qc/pass_rate/")}
-        print_json(
-            {
-                "checkpoint": str(result.checkpoint),
-                "steps": result.steps,
-                "interrupted": result.interrupted,
-                "losses": [x if x == x else None for x in result.losses],  # noqa: PLR0124 - NaN is the value that differs from itself
-                "stall": result.stall,
-                "busy_s": result.busy_s,
-                "quality": quality,
-            }
-        )
+        print_json(_document(result))
     else:
-        console = stdout()
-        state = "interrupted, state saved; --resume goes on" if result.interrupted else "done"
-        console.print(f"{state}: {result.steps} steps, checkpoint {result.checkpoint}", highlight=False)
-        console.print(
-            f"training waited for data {result.stall['wait_fraction']:.1%} of the time; {result.stall['patches_per_s']:.2f} patches/s, "
-            f"median step {result.stall['median_step_s']:.3f} s",
-            highlight=False,
-        )
-        table = Table("part of the loader", "busy s")
-        for name, seconds in sorted(result.busy_s.items(), key=lambda item: -item[1]):
-            table.add_row(name, f"{seconds:.1f}")
-        console.print(table)
-        if "qc/pass_rate" in result.quality:
-            console.print(
-                f"quality control passed {result.quality['qc/pass_rate']:.1%} of the painted patches", highlight=False
-            )
+        _print_result(result)
     if result.interrupted:
         raise typer.Exit(INTERRUPTED)
+
+
+def _document(result: "TrainingResult") -> dict[str, Any]:
+    """The document of ``--json``; docs/stall-meter.md describes its keys."""
+    return {
+        "checkpoint": str(result.checkpoint),
+        "steps": result.steps,
+        "interrupted": result.interrupted,
+        "losses": [x if x == x else None for x in result.losses],  # noqa: PLR0124 - NaN is the value that differs from itself
+        "stall": result.speed.document(),
+        "quality": result.quality,
+        "mix": result.mix,
+        "warnings": result.warnings,
+    }
+
+
+def _print_result(result: "TrainingResult") -> None:
+    console, speed = stdout(), result.speed
+    state = "interrupted, state saved; --resume goes on" if result.interrupted else "done"
+    console.print(f"{state}: {result.steps} steps, checkpoint {result.checkpoint}", highlight=False)
+    table = Table(
+        "stage", *(Column(name, justify="right") for name in ("busy s", "of the time", "queue before it, mean"))
+    )
+    for part in speed.parts:
+        level = "" if part.level is None else f"{part.queue} {part.level:.1f} of {speed.capacities[str(part.queue)]}"
+        table.add_row(part.name, f"{part.busy_s:.1f}", f"{part.share:.1%}", level)
+    console.print(table)
+    console.print(speed.sentence(), highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"{result.stall['patches_per_s']:.2f} patches/s, median step {speed.median_step_s:.3f} s, longest wait {speed.max_wait_s:.3f} s",
+        highlight=False,
+    )
+    if result.mix:
+        mix = result.mix
+        console.print(
+            f"training saw {_share(mix['painted'])} painted, {_share(mix['annotated'])} annotated and {_share(mix['healthy'])} healthy patches",
+            highlight=False,
+        )
+    if result.quality:
+        quality = result.quality
+        at = ", ".join(f"{n} at draw {draw}" for draw, n in quality["passed_at_draw"].items())
+        console.print(
+            f"quality control passed {quality['passed']} of {quality['painted']} painted patches ({quality['qc/pass_rate']:.1%}{'; ' + at if at else ''})",
+            highlight=False,
+        )
+
+
+def _share(value: float | None) -> str:
+    return "no" if value is None else f"{value:.1%}"

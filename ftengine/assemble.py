@@ -1,6 +1,7 @@
 """The one place that knows all stages: wires store, plan, pipeline, synthesis, quality control and training together."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,14 @@ from ftengine.kernels import choose_center
 from ftengine.loader.loader import Loader
 from ftengine.loader.plan import Mix, Plan
 from ftengine.loader.stages import Stage
-from ftengine.quality.gate import QualityGate, Tally
+from ftengine.quality.gate import QualityGate
 from ftengine.quality.judge import SegmenterJudge
 from ftengine.store.reader import Store, open_store
 from ftengine.synthesis.center import margin_vox
 from ftengine.synthesis.engine import Address, Generator, Judge, Synthesizer
 from ftengine.synthesis.inference import Inference
 from ftengine.training.checkpoint import load_generator, load_segmenter
-from ftengine.training.run import Progress, TrainingResult
+from ftengine.training.run import Progress, TrainingResult, ignore_warning
 from ftengine.training.segmentation import train_segmenter
 from ftengine.training.synthesis import train_generator
 from ftengine.types import Batch
@@ -48,11 +49,14 @@ def resolve_device(name: str) -> torch.device:
 
 
 class SynthesisStage:
-    """A loader stage: paints eligible patches, judges them, counts verdicts at the gate."""
+    """A loader stage: paints eligible patches, judges them, counts verdicts at the gate.
+
+    gate None: whoever takes the batches counts their verdicts, as training does.
+    """
 
     name = "synthesis + qc"
 
-    def __init__(self, synthesizer: Synthesizer, gate: QualityGate) -> None:
+    def __init__(self, synthesizer: Synthesizer, gate: QualityGate | None) -> None:
         self._synthesizer = synthesizer
         self.gate = gate
 
@@ -63,8 +67,8 @@ class SynthesisStage:
         painting = self._synthesizer.paint(batch.image, batch.label, addresses, label_voxels=voxels)
         for record, painted in zip(batch.records, painting.records(), strict=True):
             record.painted = painted
-            if painted is not None:
-                self.gate.record(painted)
+            if painted is not None and self.gate is not None:
+                self.gate.record(painted, record.request.dataset)
         return Batch(painting.image, painting.label, batch.records)
 
 
@@ -125,12 +129,14 @@ def config_for_store(store: Store) -> Config:
     )
 
 
-def build_synthesis_stage(config: Config, generator: Generator | None, judge: Judge | None) -> SynthesisStage:
-    """The painting stage of a configuration; ``generator`` and ``judge`` as ``Synthesizer`` takes them."""
+def build_synthesis_stage(
+    config: Config, generator: Generator | None, judge: Judge | None, *, with_gate: bool = True
+) -> SynthesisStage:
+    """The painting stage of a configuration; ``generator`` and ``judge`` as ``Synthesizer`` takes them, ``with_gate`` as the stage does."""
     synthesizer = Synthesizer(
         config.region, config.synthesis, seed=config.seed, generator=generator, judge=judge, retries=config.qc.retries
     )
-    return SynthesisStage(synthesizer, QualityGate(config.qc))
+    return SynthesisStage(synthesizer, QualityGate(config.qc) if with_gate else None)
 
 
 def build_judge(config: Config, segmenter: nn.Module) -> SegmenterJudge:
@@ -183,12 +189,14 @@ def train_segmentation(
     held_out_fold: int | None = None,
     resume: bool = False,
     on_step: Progress = lambda _step, _values: None,
+    warn: Callable[[str], None] = ignore_warning,
 ) -> TrainingResult:
     """``ftengine train seg``: the baseline without ``generator_path``, else a student with online synthesis and quality control."""
     store = open_store(store_path)
-    stage = None
+    stage = gate = None
     if generator_path is not None:
-        stage = build_synthesis_stage(config, *load_painters(config, generator_path, judge_path))
+        stage = build_synthesis_stage(config, *load_painters(config, generator_path, judge_path), with_gate=False)
+        gate = QualityGate(config.qc)
     elif judge_path is not None:
         raise ConfigError("--judge without --synth: a judge needs painted tumours; give --synth G.pt too.")
     with build_loader(
@@ -207,7 +215,8 @@ def train_segmentation(
             init=init,
             resume=resume,
             on_step=on_step,
-            quality=dict if stage is None else lambda: quality_figures(stage.gate),
+            warn=warn,
+            gate=gate,
             identity={
                 "--synth": _fingerprint(generator_path),
                 "--judge": _fingerprint(judge_path),
@@ -253,21 +262,6 @@ def _text(number: int | None) -> str:
 def _fingerprint(path: str | Path | None) -> str:
     """A file's SHA-256, shortened; empty for None."""
     return "" if path is None else f"sha256:{hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}"
-
-
-def quality_figures(gate: QualityGate) -> dict[str, Any]:
-    """Pass rates for the log: floats by name, and the counts by organ and size class."""
-
-    def table(tallies: dict[str, Tally]) -> dict[str, dict[str, float]]:
-        return {name: {"painted": t.painted, "passed": t.passed, "draws": t.draws} for name, t in tallies.items()}
-
-    rates = {f"qc/pass_rate/{name}": t.pass_rate for name, t in {**gate.by_organ(), **gate.by_size()}.items()}
-    return {
-        "qc/pass_rate": gate.total().pass_rate,
-        **rates,
-        "by_organ": table(gate.by_organ()),
-        "by_size": table(gate.by_size()),
-    }
 
 
 @dataclass(frozen=True)

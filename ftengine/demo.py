@@ -202,7 +202,15 @@ def _train(
     chosen = config.with_overrides({"training.steps": steps})
     progress = _every(50, name, "loss", say)
     return _finished(
-        train_segmentation(chosen, out / "store.zarr", out / name, split="train", on_step=progress, **options)
+        train_segmentation(
+            chosen,
+            out / "store.zarr",
+            out / name,
+            split="train",
+            on_step=progress,
+            warn=lambda text: say(f"    {name}: warning: {text}"),
+            **options,
+        )
     )
 
 
@@ -296,7 +304,7 @@ def _summary(
         "seconds": clock.total_s(),
         "seconds_per_stage": clock.seconds,
         "evaluation": tables,
-        "quality": {"by_organ": student.quality["by_organ"], "by_size": student.quality["by_size"]},
+        "quality": {name: student.quality[name] for name in ("by_organ", "by_size", "by_dataset")},
         "seed": seed,
         "quick": quick,
         "versions": versions(),
@@ -334,6 +342,7 @@ def _write_report(
         qc_pass_rate=summary["qc_pass_rate"],
         stage_seconds=summary["seconds_per_stage"],
         stall={name: result.stall for name, result in runs.items()},
+        slowest={name: result.speed.slowest for name, result in runs.items()},
         runs={name: result.checkpoint.parent for name, result in runs.items()},
         sheets=sheets,
         config_yaml=config.to_yaml(),

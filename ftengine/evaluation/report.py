@@ -7,7 +7,7 @@ from anywhere. Every text from outside (case names come from files, and files fr
 import base64
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from statistics import fmean
@@ -59,9 +59,9 @@ class ArmResult:
 class ReportData:
     """What a report shows. Plain values, as read from JSON; all texts are escaped when written.
 
-    arms: by name; the first is what the others are compared with. quality: {"by_organ" or "by_size": {name: {"painted", "passed",
-    "draws"}}}. qc_pass_rate: of all painted patches, 0 to 1. stage_seconds: duration of each stage, in order. stall: by run, the keys
-    wait_fraction, patches_per_s, median_step_s. runs: run folders with a metrics.jsonl. sheets: (caption, PNG file). quick: say that
+    arms: by name; the first is what the others are compared with. quality: {"by_organ", "by_size" or "by_dataset": {name: {"painted",
+    "passed", "draws"}}}. qc_pass_rate: of all painted patches, 0 to 1. stage_seconds: duration of each stage, in order. stall: by run,
+    the keys wait_fraction, patches_per_s, median_step_s; slowest: by run, the stage that set its pace. runs: run folders with a metrics.jsonl. sheets: (caption, PNG file). quick: say that
     the run was too short to compare anything. notice: what the data are; shown first. steps: what was done, a sentence each. notes:
     further sentences for the results.
     """
@@ -77,6 +77,7 @@ class ReportData:
     sheets: Sequence[tuple[str, Path]]
     config_yaml: str
     versions: Mapping[str, str]
+    slowest: Mapping[str, str] = field(default_factory=dict)
     quick: bool = False
     notice: str = PHANTOM_NOTICE
     steps: Sequence[str] = WHAT_THE_DEMO_DID
@@ -191,7 +192,11 @@ def _cases(data: ReportData) -> str:
 def _quality(data: ReportData) -> str:
     if not data.quality and data.qc_pass_rate is None:
         return ""
-    titles = {"by_organ": ("By organ", "Organ"), "by_size": ("By size class", "Size class")}
+    titles = {
+        "by_organ": ("By organ", "Organ"),
+        "by_size": ("By size class", "Size class"),
+        "by_dataset": ("By data set that was painted on", "Data set"),
+    }
     tables = []
     for key, rows in data.quality.items():
         body = [
@@ -227,6 +232,7 @@ def _speed(data: ReportData) -> str:
             _percent(figures.get("wait_fraction")),
             _number(figures.get("patches_per_s"), "{:.1f}"),
             _number(figures.get("median_step_s"), "{:.3f}"),
+            escape(data.slowest[name]) if name in data.slowest else _NONE,
         ]
         for name, figures in data.stall.items()
     ]
@@ -235,7 +241,7 @@ def _speed(data: ReportData) -> str:
         stages.append(["all stages", f"{sum(data.stage_seconds.values()):.1f}"])
     tables = ""
     if stall:
-        header = ["Run", "waited for data", "patches / s", "median step, s"]
+        header = ["Run", "waited for data", "patches / s", "median step, s", "slowest stage"]
         tables += _table("Stall meter: share of the training time spent waiting for a batch.", header, stall)
     if stages:
         tables += _table("Duration of the stages.", ["Stage", "seconds"], stages)

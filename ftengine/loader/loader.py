@@ -213,6 +213,7 @@ class _Producer:
             threads=settings.reader_threads,
             in_flight=settings.reads_in_flight,
             allocate=_pinned if device.type == "cuda" else np.empty,
+            measure=lambda: clock.measure("reads"),
         )
         self._prepared: Channel[_Made] = Channel(_PREPARED_BATCHES)
         self._ready: Channel[_Made] = Channel(settings.queue_batches)

@@ -191,9 +191,7 @@ class Plan:
         read = box
         if self.crops_per_read > 1:
             read = _whole_chunks(box, (z, y, x))
-            rng = draws.patch_rng(
-                self._seed, Purpose.CROP_AND_AUGMENT, epoch=epoch, index=index, draw=2 * attempt + 1
-            )
+            rng = draws.patch_rng(self._seed, Purpose.CROP_AND_AUGMENT, epoch=epoch, index=index, draw=2 * attempt + 1)
             box = _crop_of(rng, read, self._patch, (z, y, x), anchor)
         augmentation = draw_augmentation(rng, self.config.augment)
         case, dataset = self._store.rows.case(row), self._datasets[self._dataset_of.item(row)]

@@ -11,7 +11,9 @@ raises   in the future: StoreError naming the volume
 import asyncio
 import threading
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,9 @@ from ftengine.geometry import Box, IntZYX
 from ftengine.store.reader import MAX_OPEN_ARRAYS, Allocate, Cut, Store
 from ftengine.types import Patch
 
-_REQUESTS_A_BOX = 64  # inner chunks that a 96-voxel patch touches: as many requests may wait for a bucket at the same time
+_REQUESTS_A_BOX = (
+    64  # inner chunks that a 96-voxel patch touches: as many requests may wait for a bucket at the same time
+)
 
 
 class AsyncReads:
@@ -31,10 +35,21 @@ class AsyncReads:
     network the rate grows with ``in_flight`` until the threads that decode are busy.
     """
 
-    def __init__(self, store: Store, *, threads: int, in_flight: int, allocate: Allocate = np.empty) -> None:
-        """threads: that decode chunks. allocate: gives the patches' memory, e.g. pinned for a GPU."""
+    def __init__(
+        self,
+        store: Store,
+        *,
+        threads: int,
+        in_flight: int,
+        allocate: Allocate = np.empty,
+        measure: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """threads: that decode chunks. allocate: gives the patches' memory, e.g. pinned for a GPU. measure: is entered while reads are under way."""
         self._store = store
         self._allocate = allocate
+        self._measure = measure
+        self._spell = ExitStack()
+        self._num_under_way = 0
         requests = {"limit": max(32, in_flight * _REQUESTS_A_BOX)}
         self._context = ts.Context(
             {
@@ -79,11 +94,28 @@ class AsyncReads:
 
     async def _read(self, case: str, box: Box) -> Patch:
         async with self._slots:
-            cut = self._store.cut(case, box)
-            try:
-                return cut.filled(await self._voxels(cut), self._allocate)
-            except (ValueError, OSError) as error:
-                raise self._store.damaged(case, error) from error
+            with self._under_way():
+                return await self._patch(case, box)
+
+    @contextmanager
+    def _under_way(self) -> Iterator[None]:
+        """Count a read; ``measure`` lasts from the first that begins to the end of the last."""
+        if self._num_under_way == 0:
+            self._spell.enter_context(self._measure())
+        self._num_under_way += 1
+        try:
+            yield
+        finally:
+            self._num_under_way -= 1
+            if self._num_under_way == 0:
+                self._spell.close()
+
+    async def _patch(self, case: str, box: Box) -> Patch:
+        cut = self._store.cut(case, box)
+        try:
+            return cut.filled(await self._voxels(cut), self._allocate)
+        except (ValueError, OSError) as error:
+            raise self._store.damaged(case, error) from error
 
     async def _voxels(self, cut: Cut) -> list[Any]:
         arrays = await asyncio.gather(*(self._array(cut, name) for name in cut.arrays))

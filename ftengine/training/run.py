@@ -1,12 +1,10 @@
-"""What both training stages share: the run's folder, its log, the stall meter, the learning rate, and stopping cleanly."""
+"""What both training stages share: the run's folder, its logs, the loop over steps, the learning rate, and stopping cleanly."""
 
 import json
 import math
 import platform
 import signal
-import statistics
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,10 +19,17 @@ from ftengine import __version__
 from ftengine.config import Config
 from ftengine.errors import ConfigError
 from ftengine.loader.loader import Loader
+from ftengine.loader.nvtx import nvtx_range
+from ftengine.training.ledger import PatchLedger
+from ftengine.training.stall import StallMeter, StallReport
 from ftengine.types import Batch
 
 CHECKPOINT = "checkpoint.pt"
 Progress: TypeAlias = Callable[[int, dict[str, float]], None]  # steps done so far; figures of a logged step, else empty
+
+
+def ignore_warning(_text: str) -> None:
+    """What becomes of warnings where nobody shows them: the result of the run still holds them."""
 
 
 def learning_rate(step: int, *, base: float, warmup_steps: int, steps: int) -> float:
@@ -34,51 +39,27 @@ def learning_rate(step: int, *, base: float, warmup_steps: int, steps: int) -> f
     return base * 0.5 * (1.0 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
 
 
-@dataclass
-class StallMeter:
-    """How long each step waited for data, against how long it took. The first batch, which starts the loader, is kept apart."""
-
-    wait_s: list[float] = field(default_factory=list)
-    step_s: list[float] = field(default_factory=list)
-    start_s: float = 0.0
-
-    def record(self, wait_s: float, step_s: float) -> None:
-        """Add one step; ``step_s`` includes ``wait_s``."""
-        if not self.step_s and not self.start_s:
-            self.start_s = wait_s
-            wait_s, step_s = 0.0, step_s - wait_s
-        self.wait_s.append(wait_s)
-        self.step_s.append(step_s)
-
-    @property
-    def wait_fraction(self) -> float:
-        """Share of the training time that was spent waiting for data, start-up left out."""
-        total = sum(self.step_s)
-        return sum(self.wait_s) / total if total > 0 else 0.0
-
-    def summary(self, batch_size: int) -> dict[str, float]:
-        """Plain figures for reports."""
-        total = sum(self.step_s)
-        return {
-            "wait_fraction": self.wait_fraction,
-            "median_wait_s": statistics.median(self.wait_s) if self.wait_s else 0.0,
-            "median_step_s": statistics.median(self.step_s) if self.step_s else 0.0,
-            "patches_per_s": batch_size * len(self.step_s) / total if total > 0 else 0.0,
-            "loader_start_s": self.start_s,
-        }
-
-
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a training run came to; ``losses`` are those of the logged steps."""
+    """What a training run came to; ``losses`` are those of the logged steps.
+
+    speed: the stall meter, of the steps since the last start or resume. quality: ``QualityGate.summary`` and mix:
+    ``PatchLedger.summary``, of the whole run, empty where it paints nothing. warnings: texts that came up, of the whole run.
+    """
 
     checkpoint: Path
     steps: int
     losses: list[float]
-    stall: dict[str, float]
-    busy_s: dict[str, float]
+    speed: StallReport
     quality: dict[str, Any] = field(default_factory=dict)
+    mix: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
     interrupted: bool = False
+
+    @property
+    def stall(self) -> dict[str, float]:
+        """The stall meter's plain figures, by name."""
+        return self.speed.figures()
 
 
 def check_identity(saved: Mapping[str, str], given: Mapping[str, str]) -> None:
@@ -92,7 +73,11 @@ def check_identity(saved: Mapping[str, str], given: Mapping[str, str]) -> None:
 
 
 class Run:
-    """The folder of a training run: ``config.yaml``, ``run.json``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoint.pt``."""
+    """The folder of a training run: ``config.yaml``, ``run.json``, ``checkpoint.pt``, and its logs.
+
+    ``metrics.jsonl`` has a line for each logged step and, in a run that paints, ``epochs.jsonl`` one for each epoch that has ended;
+    ``tensorboard/`` has both, figures of epochs with the prefix ``epoch/``.
+    """
 
     def __init__(self, folder: str | Path, config: Config, *, resume: bool) -> None:
         """Raises ConfigError where a run lies there already and ``resume`` is false, or none lies there and it is true."""
@@ -104,8 +89,9 @@ class Run:
             )
         if not resume and self.checkpoint.exists():
             raise ConfigError(f"{self.folder}: holds a run already. Go on with --resume or choose another --out.")
-        self._config = config
+        self.config = config
         self._metrics = self.folder / "metrics.jsonl"
+        self._epochs = self.folder / "epochs.jsonl"
         self._board: SummaryWriter | None = None
 
     def begin(self, first_step: int) -> None:
@@ -114,18 +100,30 @@ class Run:
         Called once everything that could refuse the run has been checked, so that a refused run changes nothing.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.yaml").write_text(self._config.to_yaml(), encoding="utf-8")
-        document = {"config": self._config.model_dump(mode="json"), "versions": versions()}
+        (self.folder / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
+        document = {"config": self.config.model_dump(mode="json"), "versions": versions()}
         (self.folder / "run.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        lines = self._metrics.read_text(encoding="utf-8").splitlines() if self._metrics.exists() else []
-        kept = [line for line in lines if line.strip() and json.loads(line)["step"] < first_step]
-        self._metrics.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        for file in (self._metrics, self._epochs):
+            lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+            kept = [line for line in lines if line.strip() and json.loads(line)["step"] < first_step]
+            file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         self._board = SummaryWriter(str(self.folder / "tensorboard"))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Write one line to ``metrics.jsonl`` and the same scalars to TensorBoard."""
-        with self._metrics.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"step": step, **values}) + "\n")
+        self._write(self._metrics, {"step": step, **values})
+        self._show(step, values)
+
+    def log_epoch(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
+        """Write one line to ``epochs.jsonl``, and the same scalars to TensorBoard; ``step`` is the epoch's last."""
+        self._write(self._epochs, {"epoch": epoch, "step": step, **values})
+        self._show(step, {f"epoch/{name}": value for name, value in values.items()})
+
+    def _write(self, file: Path, document: Mapping[str, float]) -> None:
+        with file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(document) + "\n")
+
+    def _show(self, step: int, values: Mapping[str, float]) -> None:
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
@@ -138,7 +136,15 @@ class Run:
 
 def read_metrics(folder: str | Path) -> list[dict[str, float]]:
     """The logged steps of a run, in order."""
-    path = Path(folder) / "metrics.jsonl"
+    return _read_lines(Path(folder) / "metrics.jsonl")
+
+
+def read_epochs(folder: str | Path) -> list[dict[str, float]]:
+    """The epochs of a run that have ended, in order."""
+    return _read_lines(Path(folder) / "epochs.jsonl")
+
+
+def _read_lines(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
@@ -168,46 +174,73 @@ def run_steps(
     train_step: Callable[[Batch, int], Callable[[], dict[str, float]]],
     save: Callable[[int], None],
     on_step: Progress,
-) -> tuple[int, StallMeter]:
-    """Run training steps ``first_step`` to ``steps``; returns how many are done in all, and the stall meter.
+    ledger: PatchLedger | None = None,
+    warn: Callable[[str], None] = ignore_warning,
+) -> tuple[int, StallReport]:
+    """Run training steps ``first_step`` to ``steps``; returns how many are done in all, and what the stall meter says.
 
     ``train_step(batch, step)`` does one step and returns a function that gives its figures, which is called for logged steps only, so
-    that other steps need not wait for the device. ``save`` is called every ``checkpoint_every`` steps and at the end. SIGINT and SIGTERM
-    finish the step and save.
+    that other steps need not wait for the device. ``save`` is called every ``checkpoint_every`` steps and at the end. ``ledger`` counts
+    each batch before its step and may stop the run with RejectionError; ``warn`` gets its warnings when they come up. SIGINT and
+    SIGTERM finish the step and save.
     """
-    meter = StallMeter()
+    meter = StallMeter(loader)
     step = first_step
     try:
         with stopping_on_signals() as stop:
             while step < steps and not stop:
-                for batch in loader:
-                    started = time.perf_counter() - loader.last_wait_s
-                    figures = train_step(batch, step)
+                epoch = loader.epoch
+                for batch in _arriving(loader):
+                    meter.arrived()
+                    warning = None if ledger is None else ledger.count(batch)
+                    if warning is not None:
+                        warn(warning)
                     saved = (
                         step + 1
                     ) % checkpoint_every == 0  # logged too: figures() refuses a diverged run before it is saved
                     logged = (step + 1) % log_every == 0 or saved or step + 1 == steps
-                    values = figures() if logged else {}
-                    meter.record(loader.last_wait_s, time.perf_counter() - started)
+                    with nvtx_range("training step"):
+                        figures = train_step(batch, step)
+                        values = figures() if logged else {}
+                    meter.stepped()
                     if logged:
-                        timing = {
-                            "wait_s": meter.wait_s[-1],
-                            "step_s": meter.step_s[-1],
-                            "queue_level": float(loader.queue_level()),
-                        }
-                        values = {name: v for name, v in {**values, **timing}.items() if math.isfinite(v)}
+                        values |= meter.take_line() | ({} if ledger is None else ledger.take_line())
+                        values = _finite(values)
                         run.log(step, values)
+                    if ledger is not None and loader.epoch != epoch:
+                        run.log_epoch(epoch, step, _finite(ledger.take_epoch()))
                     step += 1
                     on_step(step, values)
                     if saved and step < steps:
-                        save(step)
+                        with meter.saving():
+                            save(step)
                     if step >= steps or stop:
                         break
-            save(step)
+            with meter.saving():
+                save(step)
+            report = meter.report(
+                run.config, loader.plan.batch_size, draws_a_patch=1.0 if ledger is None else ledger.draws_a_patch
+            )
     finally:
         loader.close()
         run.close()
-    return step, meter
+    return step, report
+
+
+def _arriving(loader: Loader) -> Iterator[Batch]:
+    """The batches to the end of the epoch; a profiler sees the time in which training waits for one."""
+    batches = iter(loader)
+    while True:
+        with nvtx_range("wait for data"):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float]:
+    """What has a value: JSON knows no NaN."""
+    return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 class StopRequest:

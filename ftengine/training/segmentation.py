@@ -11,10 +11,21 @@ from torch import nn
 from ftengine.config import Config
 from ftengine.errors import ConfigError
 from ftengine.loader.loader import Loader
+from ftengine.quality.gate import QualityGate
 from ftengine.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from ftengine.training.ledger import PatchLedger
 from ftengine.training.losses import segmentation_loss
 from ftengine.training.networks import build_segmenter
-from ftengine.training.run import CHECKPOINT, Progress, Run, TrainingResult, check_identity, learning_rate, run_steps
+from ftengine.training.run import (
+    CHECKPOINT,
+    Progress,
+    Run,
+    TrainingResult,
+    check_identity,
+    ignore_warning,
+    learning_rate,
+    run_steps,
+)
 from ftengine.types import Batch
 
 
@@ -27,15 +38,16 @@ def train_segmenter(
     init: str | Path | None = None,
     resume: bool = False,
     on_step: Progress = lambda _step, _values: None,
-    quality: Callable[[], dict[str, Any]] = dict,
+    warn: Callable[[str], None] = ignore_warning,
+    gate: QualityGate | None = None,
     identity: Mapping[str, str] | None = None,
 ) -> TrainingResult:
     """Train for ``config.training.steps`` steps on the loader's batches; writes ``out/checkpoint.pt``.
 
     init: a segmenter's checkpoint to start from (weights only). resume: go on from ``out``, to the same losses as without the break
-    (bit for bit on the CPU). ``quality`` gives the counts of quality control for the log. ``identity`` names what else decides the
-    result (painter files, split): a resumed run must be given the same. Ctrl-C and SIGTERM finish the step, save and
-    return with ``interrupted``. Source: FreeTumor 4.5 and Table A19: DiceCE, AdamW, warm-up and cosine per iteration.
+    (bit for bit on the CPU). ``gate`` counts the verdicts on the batches that training takes, where the loader paints; ``warn`` gets its
+    warnings. ``identity`` names what else decides the result (painter files, split): a resumed run must be given the same. Ctrl-C and
+    SIGTERM finish the step, save and return with ``interrupted``. Raises RejectionError where the gate stops the run. Source: FreeTumor 4.5 and Table A19: DiceCE, AdamW, warm-up and cosine per iteration.
     """
     settings = config.training
     network = build_segmenter(config)
@@ -51,8 +63,11 @@ def train_segmenter(
     optimizer = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     first_step = 0
     losses: list[float] = []
+    ledger = None if gate is None else PatchLedger(config.region.tumor_values, gate)
     if document is not None:
         optimizer.load_state_dict(document["optimizer"])
+        if ledger is not None and document.get("ledger") is not None:  # a checkpoint may be older than the ledger
+            ledger.load_state_dict(document["ledger"])
         loader.load_state_dict(document["loader"])
         first_step, losses = document["step"], list(document["losses"])
     run.begin(first_step)
@@ -71,9 +86,7 @@ def train_segmenter(
                     f"{out}: the loss is {losses[-1]} at step {step}: training diverged. The last checkpoint is kept; lower "
                     "training.learning_rate or set training.clip_norm."
                 )
-            painted = sum(r.painted is not None and r.painted.passed for r in batch.records) / len(batch.records)
-            counts = {name: value for name, value in quality().items() if isinstance(value, float)}
-            return {"loss": losses[-1], "learning_rate": rate, "painted_fraction": painted, **counts}
+            return {"loss": losses[-1], "learning_rate": rate}
 
         return figures
 
@@ -84,11 +97,12 @@ def train_segmenter(
             "loader": loader.state_dict(),
             "step": step,
             "losses": losses,
+            "ledger": None if ledger is None else ledger.state_dict(),
             "identity": dict(identity or {}),
         }
         save_checkpoint(run.checkpoint, "segmenter", config, contents)
 
-    done, meter = run_steps(
+    done, speed = run_steps(
         run,
         loader,
         first_step=first_step,
@@ -98,9 +112,19 @@ def train_segmenter(
         train_step=train_step,
         save=save,
         on_step=on_step,
+        ledger=ledger,
+        warn=warn,
     )
-    stall, busy = meter.summary(settings.batch_size), loader.clock.seconds()
-    return TrainingResult(run.checkpoint, done, losses, stall, busy, quality(), interrupted=done < settings.steps)
+    return TrainingResult(
+        run.checkpoint,
+        done,
+        losses,
+        speed,
+        quality={} if ledger is None else ledger.gate.summary(),
+        mix={} if ledger is None else ledger.summary(),
+        warnings=[] if ledger is None else ledger.warnings,
+        interrupted=done < settings.steps,
+    )
 
 
 def _step(

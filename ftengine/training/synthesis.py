@@ -108,7 +108,7 @@ def train_generator(
         }
         save_checkpoint(run.checkpoint, "generator", config, contents)
 
-    steps_done, meter = run_steps(
+    steps_done, speed = run_steps(
         run,
         loader,
         first_step=first_step,
@@ -119,8 +119,7 @@ def train_generator(
         save=save,
         on_step=on_step,
     )
-    stall, busy = meter.summary(settings.batch_size), loader.clock.seconds()
-    return TrainingResult(run.checkpoint, steps_done, losses, stall, busy, interrupted=steps_done < settings.steps)
+    return TrainingResult(run.checkpoint, steps_done, losses, speed, interrupted=steps_done < settings.steps)
 
 
 class _AdversarialStep:

@@ -86,7 +86,7 @@ def store_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def baseline(store_path: Path, config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "baseline"
     done = _run("train", "seg", store_path, "--out", out, "--config", config_file)
-    assert "waited for data" in done.stdout
+    assert "training waited" in done.stdout
     return out / "checkpoint.pt"
 
 
@@ -221,7 +221,14 @@ def test_train_prints_one_json_document(store_path: Path, config_file: Path, tmp
     )
     document = json.loads(done.stdout)
     assert document["steps"] == 2
-    assert set(document["stall"]) >= {"wait_fraction", "patches_per_s"}
+    stall = document["stall"]
+    assert set(stall) >= {"wait_fraction", "patches_per_s", "wall_s", "wait_s", "save_s", "loader_start_s", "sentence"}
+    assert stall["num_steps"] == 2
+    assert [stage["name"] for stage in stall["stages"]] == ["reads", "prepare", "training"]
+    assert {"busy_s", "share", "queue", "mean_level"} < set(stall["stages"][0])
+    assert set(stall["queues"]) == {"reads", "prepared", "ready"}
+    assert stall["slowest"] in {"reads", "prepare", "training"}
+    assert (document["quality"], document["mix"], document["warnings"]) == ({}, {}, [])
 
 
 def test_the_three_trainings_run_and_resume(
@@ -246,7 +253,56 @@ def test_the_three_trainings_run_and_resume(
         ).stdout
     )
     assert document["steps"] == 6
-    assert document["quality"]["by_organ"]["liver"]["painted"] > 0
+    quality, mix = document["quality"], document["mix"]
+    assert quality["by_organ"]["liver"]["painted"] == quality["painted"] > 0
+    assert sum(row["painted"] for row in quality["by_dataset"].values()) == quality["painted"]
+    assert mix["num_patches"] == 6 * 2  # those of the parts before, too
+    assert mix["num_painted"] == quality["passed"]
+
+
+def test_training_ends_with_a_table_and_says_what_is_slow(
+    store_path: Path, config_file: Path, baseline: Path, tmp_path: Path
+) -> None:
+    painting = ("--synth", tmp_path / "g" / "checkpoint.pt", "--judge", baseline)
+    done = _run("train", "synth", store_path, "--baseline", baseline, "--out", tmp_path / "g", "--config", config_file)
+    assert "training waited" in done.stdout
+    done = _run("train", "seg", store_path, "--out", tmp_path / "s", "--config", config_file, *painting)
+    for text in (
+        "reads",
+        "prepare",
+        "synthesis + qc",
+        "of the time",
+        "the slowest stage is",
+        "training saw",
+        "patches/s",
+    ):
+        assert text in done.stdout, text
+    assert len([line for line in done.stdout.splitlines() if "training waited" in line]) == 1  # whole, for grep
+
+
+def test_a_run_on_nothing_is_warned_of_and_stopped(
+    store_path: Path, config_file: Path, baseline: Path, tmp_path: Path
+) -> None:
+    _run("train", "synth", store_path, "--baseline", baseline, "--out", tmp_path / "g", "--config", config_file)
+    arguments = (
+        *("train", "seg", store_path, "--out", tmp_path / "s", "--config", config_file),
+        *("--synth", tmp_path / "g" / "checkpoint.pt", "--judge", baseline),
+        *("--set", "qc.threshold=1.0", "--set", "qc.min_pass_rate=0.9", "--set", "qc.window=3"),
+        *("--set", "training.steps=60", "--json"),
+    )
+    done = _run(*arguments, code=4)
+    assert done.stdout == ""
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("ftengine: error: ")]
+    assert (len(warnings), len(errors)) == (1, 1)
+    assert "The run stops if the next 3 stay below" in warnings[0]
+    for text in (
+        "of the last 3 painted patches",
+        "patches in each tenth",
+        "worst: organ liver",
+        "qc.min_pass_rate=90%",
+    ):
+        assert text in errors[0], text
 
 
 def test_train_errors(store_path: Path, config_file: Path, baseline: Path, tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ def report_data(folder: Path, *, name: str = "a/0") -> ReportData:
         qc_pass_rate=0.75,
         stage_seconds={"convert": 12.34, name: 5.0},
         stall={name: {"wait_fraction": 0.0123, "patches_per_s": 17.5, "median_step_s": 0.123}},
+        slowest={name: f"synthesis of {name}"},
         runs={name: run},
         sheets=[(name, folder / "sheet.png")],
         config_yaml=f"seed: 0\nname: {name}\n",
@@ -134,7 +135,7 @@ def test_tables_hold_the_figures_and_their_differences(tmp_path: Path) -> None:
     assert ["a/0", "0.500", "0.400", "&minus;0.100"] in table
     assert ["liver", "8", "6", "75.0%", "1.25"] in table
     assert ["a/0", "0", "0", "&ndash;", "&ndash;"] in table
-    assert ["a/0", "1.2%", "17.5", "0.123"] in table
+    assert ["a/0", "1.2%", "17.5", "0.123", "synthesis of a/0"] in table
     assert ["all stages", "17.3"] in table
 
 

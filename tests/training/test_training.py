@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,10 @@ import torch
 from ftengine.assemble import train_segmentation, train_synthesis
 from ftengine.config import Config
 from ftengine.errors import ConfigError, RejectionError
+from ftengine.loader import nvtx
 from ftengine.store.reader import Store
 from ftengine.training.checkpoint import load_checkpoint, load_generator, load_segmenter
-from ftengine.training.run import StallMeter, learning_rate, read_metrics, stopping_on_signals
+from ftengine.training.run import learning_rate, read_epochs, read_metrics, stopping_on_signals
 from tests.support import make_store, small_config
 
 CONFIG = small_config(
@@ -52,7 +54,12 @@ def test_baseline_learns_on_annotated_volumes(store: Store, tmp_path: Path) -> N
     assert result.steps == 40
     assert sum(result.losses[-5:]) < sum(result.losses[:5])
     assert {"wait_fraction", "patches_per_s", "median_step_s"} <= set(result.stall)
+    assert [part.name for part in result.speed.parts] == ["reads", "prepare", "training"]
     logged = read_metrics(tmp_path / "run")
+    steps_s = sum(row["step_s"] for row in logged)  # every step is logged
+    assert steps_s == pytest.approx(result.speed.wall_s, rel=0.05)
+    assert sum(row["wait_s"] for row in logged) == pytest.approx(result.speed.wait_s)
+    assert logged[-1]["loader/level/ready"] <= 2
     assert [row["step"] for row in logged] == list(range(40))
     assert list((tmp_path / "run" / "tensorboard").iterdir())
     assert json.loads((tmp_path / "run" / "run.json").read_text())["versions"]["ftengine"]
@@ -77,7 +84,71 @@ def test_student_sees_painted_tumors(store: Store, baseline: Path, generator: Pa
         config, store.path, tmp_path / "s", generator_path=generator, judge_path=baseline, init=baseline
     )
     assert result.quality["qc/pass_rate"] == 1.0
-    assert sum(row["painted_fraction"] for row in read_metrics(tmp_path / "s")) > 0
+    logged = read_metrics(tmp_path / "s")
+    assert sum(row["mix/painted"] for row in logged) > 0
+    for row in logged:
+        assert row["mix/painted"] + row["mix/annotated"] + row["mix/healthy"] == pytest.approx(1)
+    mix = result.mix
+    assert mix["num_patches"] == 2 * 8
+    assert mix["num_painted"] == result.quality["passed"] == sum(2 * row["mix/painted"] for row in logged)
+    assert mix["num_painted"] + mix["num_annotated"] + mix["num_healthy"] == 16
+    assert {"a", "o"} >= set(result.quality["by_dataset"])
+    epochs = read_epochs(tmp_path / "s")
+    assert [(e["epoch"], e["step"], e["patches"]) for e in epochs] == [(n, 2 * n + 1, 4) for n in range(4)]
+    assert sum(4 * e["mix/painted"] for e in epochs) == mix["num_painted"]
+
+
+def test_a_rejected_patch_counts_as_healthy(store: Store, baseline: Path, generator: Path, tmp_path: Path) -> None:
+    """Eq. 5: it comes back as it was. Nothing that this generator paints covers its mask by S wholly."""
+    config = CONFIG.with_overrides({"qc.threshold": 1.0, "qc.retries": 1})
+    result = train_segmentation(config, store.path, tmp_path / "s", generator_path=generator, judge_path=baseline)
+    mix, quality = result.mix, result.quality
+    assert mix["num_rejected"] == quality["painted"] - quality["passed"] > 0
+    assert mix["num_healthy"] == mix["num_rejected"] + 16 - quality["painted"] - mix["num_annotated"]
+    last = read_metrics(tmp_path / "s")[-1]
+    assert last["qc/pass_rate"] == quality["qc/pass_rate"]
+    assert quality["draws"] == quality["painted"] + mix["num_rejected"] + quality["passed_at_draw"].get("2", 0)
+
+
+def test_tensorboard_has_the_stall_meter_and_the_epochs(
+    store: Store, baseline: Path, generator: Path, tmp_path: Path
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train_segmentation(CONFIG, store.path, tmp_path / "s", generator_path=generator, judge_path=baseline)
+    board = EventAccumulator(str(tmp_path / "s" / "tensorboard"))
+    board.Reload()
+    names = set(board.Tags()["scalars"])
+    assert {
+        "loader/wait_fraction",
+        "loader/level/ready",
+        "loader/busy/synthesis + qc",
+        "mix/painted",
+        "qc/window_pass_rate",
+        "epoch/mix/painted",
+    } <= names
+    logged = read_metrics(tmp_path / "s")
+    shown = [event.value for event in board.Scalars("loader/level/ready")]
+    assert shown == pytest.approx([row["loader/level/ready"] for row in logged])
+
+
+def test_a_profile_shows_waits_steps_and_saves_one_after_another(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine with a GPU; the loader's threads have ranges of their own."""
+    told: list[str] = []
+
+    def tell(text: str) -> None:
+        if threading.current_thread() is threading.main_thread():
+            told.append(text)
+
+    monkeypatch.setattr(nvtx, "_profilers_listen", lambda: True)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", tell)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: tell("end"))
+    train_segmentation(CONFIG.with_overrides({"training.steps": 3, "device": "cpu"}), store.path, tmp_path / "run")
+    step = ["wait for data", "end", "training step", "end"]
+    end_of_epoch = ["wait for data", "end"]  # which brings none; two volumes are one batch
+    assert told == [*step, *end_of_epoch, *step, *end_of_epoch, *step, "save", "end"]
 
 
 def test_init_starts_from_the_given_weights(store: Store, baseline: Path, tmp_path: Path) -> None:
@@ -92,8 +163,23 @@ def test_almost_nothing_passing_stops_the_run(store: Store, baseline: Path, gene
     config = CONFIG.with_overrides(
         {"qc.threshold": 1.0, "qc.min_pass_rate": 1.0, "qc.window": 3, "training.steps": 200}
     )
+    warned: list[str] = []
+    steps: list[int] = []
     with pytest.raises(RejectionError, match="of the last 3 painted patches"):
-        train_segmentation(config, store.path, tmp_path / "s", generator_path=generator, judge_path=baseline)
+        train_segmentation(
+            config,
+            store.path,
+            tmp_path / "s",
+            generator_path=generator,
+            judge_path=baseline,
+            on_step=lambda step, _values: steps.append(step),
+            warn=lambda text: warned.extend([f"after step {len(steps)}", text]),
+        )
+    assert len(warned) == 2
+    assert "The run stops if the next 3 stay below" in warned[1]
+    logged = read_metrics(tmp_path / "s")
+    assert {row["qc/below_min"] for row in logged} == {0.0, 1.0}
+    assert len(logged) > int(warned[0].split()[-1])  # it went on after the warning
 
 
 # resume
@@ -143,6 +229,53 @@ def test_a_broken_student_resumes_to_the_same_losses(
     with pytest.raises(_StopError):
         run(tmp_path / "broken", stop_after=4)
     assert run(tmp_path / "broken", resume=True) == run(tmp_path / "whole")
+
+
+def test_a_resumed_run_counts_and_stops_as_an_unbroken_one(
+    store: Store, baseline: Path, generator: Path, tmp_path: Path
+) -> None:
+    config = CONFIG.with_overrides(
+        {"qc.threshold": 1.0, "qc.min_pass_rate": 1.0, "qc.window": 4, "training.steps": 40}
+    ).with_overrides({"training.checkpoint_every": 1})
+
+    def run(out: Path, *, resume: bool = False, stop_after: int = -1) -> str:
+        with pytest.raises(RejectionError if stop_after < 0 else _StopError) as caught:
+            train_segmentation(
+                config,
+                store.path,
+                out,
+                generator_path=generator,
+                judge_path=baseline,
+                resume=resume,
+                on_step=_stop_after(stop_after),
+            )
+        return str(caught.value)
+
+    whole = run(tmp_path / "whole")
+    logged = read_metrics(tmp_path / "whole")
+    for number in range(2, len(logged), 2):  # broken off again and again
+        run(tmp_path / "broken", resume=number > 2, stop_after=number)
+    assert run(tmp_path / "broken", resume=True) == whole
+    for name in ("qc/", "mix/"):
+        assert [{k: v for k, v in row.items() if k.startswith(name)} for row in read_metrics(tmp_path / "broken")] == [
+            {k: v for k, v in row.items() if k.startswith(name)} for row in logged
+        ]
+    assert read_epochs(tmp_path / "broken") == read_epochs(tmp_path / "whole")
+
+
+def test_a_checkpoint_from_before_the_ledger_still_resumes(
+    store: Store, baseline: Path, generator: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "s"
+    config = CONFIG.with_overrides({"training.steps": 4, "qc.threshold": None})
+    train_segmentation(config, store.path, out, generator_path=generator, judge_path=baseline)
+    document = torch.load(out / "checkpoint.pt", weights_only=True)
+    del document["ledger"]
+    torch.save(document, out / "checkpoint.pt")
+    longer = config.with_overrides({"training.steps": 6})
+    result = train_segmentation(longer, store.path, out, generator_path=generator, judge_path=baseline, resume=True)
+    assert result.steps == 6
+    assert result.mix["num_patches"] == 4  # of the two steps since
 
 
 def test_a_broken_generator_resumes_to_the_same_weights(store: Store, baseline: Path, tmp_path: Path) -> None:
@@ -303,7 +436,7 @@ def test_a_checkpoint_for_other_labels_is_refused(
         load_painters(Config.preset("abdomen"), generator, baseline)
 
 
-# the rate and the meter
+# the rate
 
 
 def test_learning_rate_warms_up_and_falls_to_zero() -> None:
@@ -314,13 +447,3 @@ def test_learning_rate_warms_up_and_falls_to_zero() -> None:
     assert rates[60] == pytest.approx(0.5)
     assert rates[110] == pytest.approx(0)
     assert learning_rate(0, base=1.0, warmup_steps=0, steps=5) == 1.0
-
-
-def test_stall_meter_keeps_the_start_apart() -> None:
-    meter = StallMeter()
-    for wait, step in ((5.0, 6.0), (0.1, 1.0), (0.3, 1.0)):
-        meter.record(wait, step)
-    figures = meter.summary(batch_size=2)
-    assert figures["loader_start_s"] == 5.0
-    assert figures["wait_fraction"] == pytest.approx(0.4 / 3.0)
-    assert figures["patches_per_s"] == pytest.approx(2.0)
