@@ -113,6 +113,7 @@ def synth(
             held_out_fold=fold,
             resume=resume,
             on_step=_StepReporter(reporter, "loss_seen"),
+            warn=(lambda _text: None) if quiet else reporter.warn,
         )
     _finish(result, as_json=as_json)
 
@@ -159,6 +160,7 @@ def _document(result: "TrainingResult") -> dict[str, Any]:
         "quality": result.quality,
         "mix": result.mix,
         "warnings": result.warnings,
+        "bad_reads": result.bad_reads,
     }
 
 
@@ -178,6 +180,9 @@ def _print_result(result: "TrainingResult") -> None:
         f"{result.stall['patches_per_s']:.2f} patches/s, median step {speed.median_step_s:.3f} s, longest wait {speed.max_wait_s:.3f} s",
         highlight=False,
     )
+    if result.bad_reads:
+        named = ", ".join(f"{case} ({count})" for case, count in sorted(result.bad_reads.items()))
+        console.print(f"{sum(result.bad_reads.values())} reads failed and were replaced: {named}", highlight=False)
     if result.mix:
         mix = result.mix
         console.print(

@@ -236,6 +236,7 @@ def train_synthesis(
     held_out_fold: int | None = None,
     resume: bool = False,
     on_step: Progress = lambda _step, _values: None,
+    warn: Callable[[str], None] = ignore_warning,
 ) -> TrainingResult:
     """``ftengine train synth``: the generator against a frozen baseline segmenter."""
     store = open_store(store_path)
@@ -251,6 +252,7 @@ def train_synthesis(
             device=resolve_device(config.device),
             resume=resume,
             on_step=on_step,
+            warn=warn,
             identity={"--baseline": _fingerprint(baseline), "--split": split or "", "--fold": _text(held_out_fold)},
         )
 

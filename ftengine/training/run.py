@@ -45,6 +45,7 @@ class TrainingResult:
 
     speed: the stall meter, of the steps since the last start or resume. quality: ``QualityGate.summary`` and mix:
     ``PatchLedger.summary``, of the whole run, empty where it paints nothing. warnings: texts that came up, of the whole run.
+    bad_reads: failed reads of each volume that could not be read, since the last start or resume.
     """
 
     checkpoint: Path
@@ -54,6 +55,7 @@ class TrainingResult:
     quality: dict[str, Any] = field(default_factory=dict)
     mix: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    bad_reads: dict[str, int] = field(default_factory=dict)
     interrupted: bool = False
 
     @property
@@ -181,11 +183,14 @@ def run_steps(
 
     ``train_step(batch, step)`` does one step and returns a function that gives its figures, which is called for logged steps only, so
     that other steps need not wait for the device. ``save`` is called every ``checkpoint_every`` steps and at the end. ``ledger`` counts
-    each batch before its step and may stop the run with RejectionError; ``warn`` gets its warnings when they come up. SIGINT and
-    SIGTERM finish the step and save.
+    each batch before its step and may stop the run with RejectionError; ``warn`` gets its warnings when they come up, the loader's
+    notes, and the names of volumes that could not be read. SIGINT and SIGTERM finish the step and save.
     """
     meter = StallMeter(loader)
     step = first_step
+    bad_cases: set[str] = set()
+    for note in loader.notes:
+        warn(note)
     try:
         with stopping_on_signals() as stop:
             while step < steps and not stop:
@@ -195,6 +200,9 @@ def run_steps(
                     warning = None if ledger is None else ledger.count(batch)
                     if warning is not None:
                         warn(warning)
+                    for case in sorted(loader.failures.by_case().keys() - bad_cases):
+                        bad_cases.add(case)
+                        warn(f"{case} could not be read and is skipped; 'ftengine store verify' says why")
                     saved = (
                         step + 1
                     ) % checkpoint_every == 0  # logged too: figures() refuses a diverged run before it is saved
@@ -205,6 +213,7 @@ def run_steps(
                     meter.stepped()
                     if logged:
                         values |= meter.take_line() | ({} if ledger is None else ledger.take_line())
+                        values["loader/bad_reads"] = float(loader.failures.num_bad)
                         values = _finite(values)
                         run.log(step, values)
                     if ledger is not None and loader.epoch != epoch:

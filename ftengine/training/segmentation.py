@@ -45,8 +45,8 @@ def train_segmenter(
     """Train for ``config.training.steps`` steps on the loader's batches; writes ``out/checkpoint.pt``.
 
     init: a segmenter's checkpoint to start from (weights only). resume: go on from ``out``, to the same losses as without the break
-    (bit for bit on the CPU). ``gate`` counts the verdicts on the batches that training takes, where the loader paints; ``warn`` gets its
-    warnings. ``identity`` names what else decides the result (painter files, split): a resumed run must be given the same. Ctrl-C and
+    (bit for bit on the CPU). ``gate`` counts the verdicts on the batches that training takes, where the loader paints; ``warn`` gets
+    its warnings and the loader's. ``identity`` names what else decides the result (painter files, split): a resumed run must be given the same. Ctrl-C and
     SIGTERM finish the step, save and return with ``interrupted``. Raises RejectionError where the gate stops the run. Source: FreeTumor 4.5 and Table A19: DiceCE, AdamW, warm-up and cosine per iteration.
     """
     settings = config.training
@@ -123,6 +123,7 @@ def train_segmenter(
         quality={} if ledger is None else ledger.gate.summary(),
         mix={} if ledger is None else ledger.summary(),
         warnings=[] if ledger is None else ledger.warnings,
+        bad_reads=loader.failures.by_case(),
         interrupted=done < settings.steps,
     )
 

@@ -14,7 +14,16 @@ from ftengine.synthesis.engine import Address, Placement, Synthesizer
 from ftengine.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from ftengine.training.losses import PAINTED, REAL, classified_as_loss, tumor_seen_loss
 from ftengine.training.networks import build_classifier, build_generator
-from ftengine.training.run import CHECKPOINT, Progress, Run, TrainingResult, check_identity, learning_rate, run_steps
+from ftengine.training.run import (
+    CHECKPOINT,
+    Progress,
+    Run,
+    TrainingResult,
+    check_identity,
+    ignore_warning,
+    learning_rate,
+    run_steps,
+)
 from ftengine.types import Batch
 
 
@@ -40,12 +49,14 @@ def train_generator(
     resume: bool = False,
     on_step: Progress = lambda _step, _values: None,
     identity: Mapping[str, str] | None = None,
+    warn: Callable[[str], None] = ignore_warning,
 ) -> TrainingResult:
     """Train G and C for ``config.generator_training.steps`` steps; writes ``out/checkpoint.pt`` with both.
 
     Phases of a step: (1) G paints the eligible patches; S and C are frozen (no weight of theirs gets a gradient) but pass gradients to
     the painted image; G minimises Eq. 2 + lambda_cls L_cls. (2) C learns to tell real tumours of the batch from the painted ones, which
-    are detached. A batch without an eligible patch trains C on its real tumours only. ``identity``: as in ``train_segmenter``.
+    are detached. A batch without an eligible patch trains C on its real tumours only. ``identity``: as in ``train_segmenter``; ``warn``
+    gets the loader's warnings.
     """
     settings = config.generator_training
     generator, classifier = build_generator(config), build_classifier(config)
@@ -118,8 +129,16 @@ def train_generator(
         train_step=train_step,
         save=save,
         on_step=on_step,
+        warn=warn,
     )
-    return TrainingResult(run.checkpoint, steps_done, losses, speed, interrupted=steps_done < settings.steps)
+    return TrainingResult(
+        run.checkpoint,
+        steps_done,
+        losses,
+        speed,
+        bad_reads=loader.failures.by_case(),
+        interrupted=steps_done < settings.steps,
+    )
 
 
 class _AdversarialStep:
