@@ -55,7 +55,7 @@ def _synthesizer(config: Config = CONFIG, device: torch.device | str = "cpu", **
     """With a G and an S of random weights."""
     generator = build_generator(config).to(device).eval()
     segmenter = build_segmenter(config).to(device).eval()
-    painters = {"generator": generator, "judge": build_judge(config, segmenter)}
+    painters: dict[str, Any] = {"generator": generator, "judge": build_judge(config, segmenter)}
     return Synthesizer(config.region, config.synthesis, seed=3, **(painters | options))
 
 
