@@ -51,12 +51,14 @@ class Inference(nn.Module):
         return result
 
     def _one_by_one(self, x: torch.Tensor) -> torch.Tensor:
+        from torch._dynamo.exc import BackendCompilerFailed  # a second of imports, for compiled networks only
+
         results = []
         for patch in x.split(1):
             torch.compiler.cudagraph_mark_step_begin()
             try:
                 results.append(self.network(patch).clone())  # a CUDA graph writes to the same memory each time
-            except torch._dynamo.exc.BackendCompilerFailed as error:
+            except BackendCompilerFailed as error:
                 raise ConfigError(
                     f"synthesis.compile=true: torch.compile failed ({str(error).splitlines()[0]}); want a C++ compiler, on a GPU Triton. "
                     "Install them or set synthesis.compile to false."
