@@ -66,9 +66,10 @@ def box_shape(draw: PatchDraw, patch_zyx: IntZYX, margin_vox_zyx: IntZYX, least_
     Its side is the tumour's longest extent and twice the margin there, rounded up to a multiple of 32, at least ``least_vox``. One side for all
     axes: a patch of 96 voxels has one size of boxes, one of 128 has two.
     """
-    if len(draw.tumors) > 1:
+    tumor, *others = draw.tumors
+    if others:
         return None
-    low, high = tumor_extent_vox(draw.tumors[0])
+    low, high = tumor_extent_vox(tumor)
     wanted = max(b - a + 2 * m for a, b, m in zip(low, high, margin_vox_zyx, strict=True))
     side = max(least_vox, -(-wanted // BUCKET_VOX) * BUCKET_VOX)
     shape = int_zyx(min(side, n) for n in patch_zyx)

@@ -236,7 +236,7 @@ class Synthesizer:
         host and waits for the organs.
         """
         with torch.no_grad():
-            counts = self._counts(label, range(len(addresses)), label_voxels)
+            counts = list(self._counts(label, range(len(addresses)), label_voxels).values())
             canvas = Canvas(image, label)
             known: dict[int, torch.Tensor] = {}
             verdicts: list[Verdicts] = []

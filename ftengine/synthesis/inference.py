@@ -1,5 +1,7 @@
 """How the frozen networks G and S are evaluated: in which precision, memory order, and whether compiled."""
 
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -29,16 +31,17 @@ class Inference(nn.Module):
         super().__init__()
         self._dtype = inference_dtype(config, device)
         self._device_type = device.type
+        self._is_compiled = config.compile
         self._memory_format = torch.channels_last_3d if config.channels_last else torch.contiguous_format
         for module in network.modules():
             if hasattr(module, "use_checkpoint"):
-                module.use_checkpoint = False  # saves memory for gradients only
-        # Module.to does not name this format in its annotations
-        self.network: nn.Module = network.to(memory_format=self._memory_format)  # type: ignore[call-overload]
-        self._is_compiled = config.compile
+                # saves memory for gradients only; to torch's annotations every attribute is a tensor or a module
+                module.use_checkpoint = False  # type: ignore[assignment]
+        network.to(memory_format=self._memory_format)  # type: ignore[call-overload]  # torch leaves this format out of its overloads
         if config.compile:
             mode = "reduce-overhead" if device.type == "cuda" else "default"
-            self.network = torch.compile(self.network, dynamic=False, mode=mode)
+            network = cast("nn.Module", torch.compile(network, dynamic=False, mode=mode))
+        self.network = network
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Evaluate: float32 [B, 1, z, y, x] -> [B, channels, z, y, x] in the dtype of ``precision``."""
@@ -48,12 +51,14 @@ class Inference(nn.Module):
         return result
 
     def _one_by_one(self, x: torch.Tensor) -> torch.Tensor:
+        from torch._dynamo.exc import BackendCompilerFailed  # a second of imports, for compiled networks only
+
         results = []
         for patch in x.split(1):
             torch.compiler.cudagraph_mark_step_begin()
             try:
                 results.append(self.network(patch).clone())  # a CUDA graph writes to the same memory each time
-            except torch._dynamo.exc.BackendCompilerFailed as error:
+            except BackendCompilerFailed as error:
                 raise ConfigError(
                     f"synthesis.compile=true: torch.compile failed ({str(error).splitlines()[0]}); want a C++ compiler, on a GPU Triton. "
                     "Install them or set synthesis.compile to false."

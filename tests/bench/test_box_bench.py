@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,13 +25,13 @@ def _config() -> Config:
     )
 
 
-def _paths(folder: Path, *, num_annotated: int, num_organs: int) -> dict[str, Path]:
+def _paths(folder: Path, *, num_annotated: int, num_organs: int) -> dict[str, Any]:
     """A store, and checkpoints of networks of random weights."""
     config = _config()
-    for kind, network in (("generator", build_generator(config)), ("segmenter", build_segmenter(config))):
-        save_checkpoint(folder / f"{kind}.pt", kind, config, {"model": network.state_dict()})
+    save_checkpoint(folder / "g.pt", "generator", config, {"model": build_generator(config).state_dict()})
+    save_checkpoint(folder / "s.pt", "segmenter", config, {"model": build_segmenter(config).state_dict()})
     store = make_store(folder, config, num_annotated=num_annotated, num_organs=num_organs)
-    return {"synth": folder / "generator.pt", "judge": folder / "segmenter.pt", "store": Path(store.path)}
+    return {"synth": folder / "g.pt", "judge": folder / "s.pt", "store": Path(store.path)}
 
 
 def test_box_bench_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

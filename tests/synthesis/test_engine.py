@@ -9,7 +9,8 @@ import scipy.ndimage as ndi
 import torch
 
 from ftengine.config import Config
-from ftengine.synthesis.engine import Address, Painting, Synthesizer
+from ftengine.synthesis.engine import Address, Synthesizer
+from ftengine.synthesis.painting import Painting
 from ftengine.synthesis.released import TextureFields, released_blend
 
 CONFIG = Config.preset("abdomen").with_overrides({"synthesis.size_weights": {"tiny": 0.5, "small": 0.5}})

@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ftengine.assemble import build_judge
+from ftengine.assemble import build_judge, build_synthesis_stage
 from ftengine.config import Config
+from ftengine.geometry import Box
 from ftengine.synthesis.engine import Address, Synthesizer
 from ftengine.synthesis.painting import Painting
 from ftengine.synthesis.shape import count_labels
 from ftengine.training.networks import build_generator, build_segmenter
+from ftengine.types import Augmentation, Batch, PatchRecord, PatchRequest
 from tests.kernels.support import KernelsOnCpu
 
 SHAPE = (32, 40, 48)
@@ -55,7 +57,7 @@ def _synthesizer(config: Config = CONFIG, device: torch.device | str = "cpu", **
     """With a G and an S of random weights."""
     generator = build_generator(config).to(device).eval()
     segmenter = build_segmenter(config).to(device).eval()
-    painters = {"generator": generator, "judge": build_judge(config, segmenter)}
+    painters: dict[str, Any] = {"generator": generator, "judge": build_judge(config, segmenter)}
     return Synthesizer(config.region, config.synthesis, seed=3, **(painters | options))
 
 
@@ -188,6 +190,23 @@ def test_results_are_the_callers_own() -> None:
     synthesizer.paint(image, label, ADDRESSES[2:])
     for now, before in zip((first.image, first.label, first.mask, image, label), (*kept, *given), strict=True):
         assert torch.equal(now, before)
+
+
+def test_the_stage_takes_the_counts_of_the_records() -> None:
+    image, label = _batch()
+    config = CONFIG.with_overrides({"qc.min_pass_rate": 0.0})
+    records = []
+    for address, voxels in zip(ADDRESSES, [*_label_voxels(label)[:2], (32 * 40 * 48,), None], strict=True):
+        whole = Box((0, 0, 0), SHAPE)
+        request = PatchRequest(address.epoch, address.index, 0, "case", "set", False, whole, Augmentation())
+        records.append(PatchRecord(request, label_voxels=voxels))
+    stage = build_synthesis_stage(config, build_generator(config).eval(), None)
+    batch = stage(Batch(image, label, records))
+    # the liver; nothing; a kidney whose record says there is none; a tumour, counted from the label
+    assert [r.painted is not None for r in batch.records] == [True, False, False, False]
+    assert torch.equal(batch.image[1:], image[1:])
+    assert not torch.equal(batch.image[0], image[0])
+    assert stage.gate.total().painted == 1
 
 
 @pytest.mark.gpu
