@@ -15,7 +15,7 @@ from ftengine.errors import ConfigError
 from ftengine.store.reader import open_store
 from ftengine.types import Batch, PatchRecord
 
-TINY = ["region.patch_zyx=[32,32,32]", "network.channels=[4,8]", "generator.width=1"]
+TINY = ["region.patch_zyx=[24,24,24]", "network.channels=[4,8]", "generator.width=1"]
 
 
 @pytest.fixture(scope="module")
