@@ -8,9 +8,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -62,8 +62,17 @@ def example_rows(folder: Path, shapes_zyx: Sequence[IntZYX]) -> list[dict[str, A
     return rows
 
 
-def synthetic_index(store: Path, examples: Sequence[dict[str, Any]], num_volumes: int) -> dict[str, float]:
-    """Fill a store's compacted index with ``num_volumes`` rows: lists of the examples, with voxel counts and anchors drawn anew."""
+Vary: TypeAlias = Callable[[dict[str, Any], str, np.random.Generator], dict[str, Any]]
+
+
+def synthetic_index(
+    store: Path, examples: Sequence[dict[str, Any]], num_volumes: int, *, vary: Vary | None = None
+) -> dict[str, float]:
+    """Fill a store's compacted index with ``num_volumes`` rows: lists of the examples, with voxel counts and anchors drawn anew.
+
+    vary: makes the row of a case's name from an example instead.
+    """
+    vary = vary or _vary
     rng = np.random.default_rng(0)
     create_store(store, Config.preset("abdomen").region)
     names = sorted(f"set{n % NUM_DATASETS:02d}/case_{n:06d}" for n in range(num_volumes))
@@ -74,7 +83,7 @@ def synthetic_index(store: Path, examples: Sequence[dict[str, Any]], num_volumes
     ):
         for start in range(0, num_volumes, index.ROW_GROUP):
             rows = [
-                _vary(examples[int(rng.integers(len(examples)))], name, rng)
+                vary(examples[int(rng.integers(len(examples)))], name, rng)
                 for name in names[start : start + index.ROW_GROUP]
             ]
             out.write_table(pa.Table.from_pylist(rows, schema=index.SCHEMA), row_group_size=index.ROW_GROUP)

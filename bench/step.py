@@ -394,6 +394,8 @@ def run(
     """Measure, print, return. store: made there where it is missing; None: in a temporary folder. widths: of G; empty: the configured one."""
     torch_device = resolve_device(device)
     config = Config.preset("abdomen").with_overrides({**EVERY_PATCH_ELIGIBLE, **SIZES[size], "device": device})
+    if has_key(config, "loader.absent_classes"):  # healthy phantoms hold no tumour class
+        config = config.with_overrides({"loader.absent_classes": "allow"})
     config = config.with_assignments(assignments)
     with tempfile.TemporaryDirectory() as name:
         place = write_store(
