@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from monai.data import CacheDataset, DataLoader
 from monai.transforms import (
     Compose,
@@ -51,12 +52,17 @@ def pipeline(config: Config, generator: str | None = None, judge: str | None = N
 
 
 def batches(
-    files: list[dict[str, Path]], config: Config, *, generator: str | None = None, judge: str | None = None, seed: int = 0
+    files: list[dict[str, Path]],
+    config: Config,
+    *,
+    generator: str | None = None,
+    judge: str | None = None,
+    seed: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """One epoch of batches."""
-    transforms = pipeline(config, generator, judge).set_random_state(seed)
-    dataset = CacheDataset(files, transforms, progress=False)
-    yield from DataLoader(dataset, batch_size=1)  # two crops of a file
+    """One epoch of batches, two crops of one file each."""
+    dataset = CacheDataset(files, pipeline(config, generator, judge), progress=False)
+    # MONAI's loader seeds the transforms, here and in workers, from torch's generator
+    yield from DataLoader(dataset, batch_size=1, generator=torch.Generator().manual_seed(seed))
 
 
 def main() -> None:

@@ -94,8 +94,16 @@ class PatchDataset(IterableDataset[dict[str, Any]]):
             if self._paints:
                 stages = (build_synthesis_stage(self.config, *load_painters(self.config, *self._painters)), *stages)
             self._rank = self._given_rank or _distributed_rank()
-            ranks = {} if self._rank == (0, 1) else dict(zip(("rank", "world_size"), self._rank, strict=True))
-            self._loader = build_loader(self.config, self.store, mix=self._mix, stages=stages, **self._rows, **ranks)
+            rank, world_size = self._rank
+            self._loader = build_loader(
+                self.config,
+                self.store,
+                mix=self._mix,
+                stages=stages,
+                rank=rank,
+                world_size=world_size,
+                **self._rows,
+            )
         return self._loader
 
     def __len__(self) -> int:

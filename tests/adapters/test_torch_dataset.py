@@ -1,6 +1,8 @@
 """``PatchDataset`` gives what the loader gives, patch by patch, through torch's own DataLoader; resumes between any two patches."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -199,3 +201,52 @@ def test_arguments_that_cannot_be_are_refused(store: Store, painters: tuple[Path
         PatchDataset(store, CONFIG, rank=1)
     with pytest.raises(ConfigError, match="no volume in split 'test'"):
         len(PatchDataset(store, CONFIG, split="test"))
+
+
+_RANK = """
+import json, sys
+import torch.distributed as dist
+from ftengine.adapters.torch_dataset import PatchDataset
+from ftengine.config import Config
+from ftengine.errors import ConfigError
+
+store, config, meeting, rank = sys.argv[1:]
+config = Config.from_file(config)
+early = PatchDataset(store, config)
+next(iter(early))
+dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=int(rank), world_size=2)
+dataset = PatchDataset(store, config)
+indices = [patch["index"] for patch in dataset]
+try:
+    next(iter(early))
+except ConfigError as error:
+    refused = str(error)
+for each in (early, dataset):
+    each.close()
+dist.destroy_process_group()
+print(json.dumps({"indices": indices, "refused": refused}))
+"""
+
+
+def test_ranks_of_a_process_group_draw_different_patches(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(CONFIG.to_yaml())
+    arguments = [str(store.path), str(tmp_path / "config.yaml"), str(tmp_path / "meeting")]
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", _RANK, *arguments, str(rank)], stdout=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    reports = [json.loads(process.communicate(timeout=300)[0].splitlines()[-1]) for process in ranks]
+    drawn = [set(report["indices"]) for report in reports]
+    assert drawn[0].isdisjoint(drawn[1])
+    assert drawn[0] | drawn[1] == set(range(len(drawn[0]) + len(drawn[1])))
+    for rank, report in enumerate(reports):
+        assert f"torch.distributed now says ({rank}, 2)" in report["refused"]
+
+
+def test_a_rank_may_be_given(store: Store) -> None:
+    indices = []
+    for rank in (0, 1):
+        with PatchDataset(store, CONFIG, rank=rank, world_size=2) as dataset:
+            indices.append([patch["index"] for patch in dataset])
+    assert sorted(indices[0] + indices[1]) == list(range(len(indices[0]) * 2))
+    assert indices[0] != indices[1]
