@@ -158,7 +158,8 @@ def load_networks(
 ) -> tuple[nn.Module | None, nn.Module | None]:
     """G and S from their checkpoints: in eval mode, frozen, on the configured device; None for a path that is not given.
 
-    Both are evaluated as ``synthesis.precision``, ``channels_last`` and ``compile`` say. Raises ConfigError where one was trained for another region than the configuration's.
+    Both are evaluated as ``synthesis.precision``, ``channels_last`` and ``compile`` say. Raises ConfigError where one was trained for
+    another region than the configuration's.
     """
     device = resolve_device(config.device)
     networks: list[nn.Module | None] = []

@@ -2,14 +2,14 @@
 
 import copy
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from monai.config import KeysCollection
+from monai.config.type_definitions import KeysCollection
 from monai.data.meta_tensor import MetaTensor
 from monai.transforms.transform import MapTransform, RandomizableTransform
 from monai.utils.type_conversion import convert_to_dst_type
@@ -34,6 +34,7 @@ from ftengine.geometry import (
     ras_permutation,
 )
 from ftengine.synthesis.engine import Address, Synthesizer
+from ftengine.synthesis.inference import Inference
 from ftengine.types import Painted
 
 Organs = str | Sequence[str] | Mapping[str, tuple[int, int]]
@@ -161,13 +162,18 @@ class RandTumorSynthesisd(MapTransform, RandomizableTransform):
         self._address = Address(0, 0)
         self._synthesizer: tuple[tuple[FloatZYX, torch.device], Synthesizer] | None = None
 
+    def set_random_state(self, seed: int | None = None, state: np.random.RandomState | None = None) -> Self:
+        """As MONAI's: seed ``self.R``, or take ``state`` for it."""
+        super().set_random_state(seed, state)
+        return self
+
     def randomize(self, data: Any = None) -> None:
         """Decide whether to paint, and draw the address that everything else follows from. The same numbers whatever the sample holds."""
         super().randomize(data)
         epoch, index = self.R.randint(0, 2**63 - 1, size=2, dtype=np.int64).tolist()
         self._address = Address(epoch, index)
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+    def __call__(self, data: Mapping[Any, Any]) -> dict[Any, Any]:
         """Paint one sample."""
         sample = dict(data)
         self.randomize()
@@ -337,11 +343,13 @@ class RandTumorSynthesisd(MapTransform, RandomizableTransform):
 def _networks_on(
     config: Config, given: tuple[Network | None, Network | None], device: torch.device
 ) -> tuple[nn.Module | None, nn.Module | None]:
-    """G and S on ``device``, in eval mode and frozen: copies of networks that were given, checkpoints as ``load_networks`` reads them."""
+    """G and S on ``device``, as ``load_networks`` gives them; of networks that were given, copies."""
     paths = [None if isinstance(network, nn.Module) else network for network in given]
     loaded = load_networks(config.model_copy(update={"device": str(device)}), paths[0], paths[1])
     generator, segmenter = (
-        copy.deepcopy(network).to(device).eval().requires_grad_(requires_grad=False)
+        Inference(
+            copy.deepcopy(network).to(device).eval().requires_grad_(requires_grad=False), config.synthesis, device
+        )
         if isinstance(network, nn.Module)
         else from_file
         for network, from_file in zip(given, loaded, strict=True)

@@ -2,7 +2,7 @@
 
 import math
 
-from ftengine.synthesis.engine import Painting
+from ftengine.synthesis.painting import Painting
 from ftengine.types import Painted
 
 
