@@ -155,9 +155,10 @@ def test_type_dtype_and_meta_data_are_kept(kind: str, image_dtype: str, label_dt
 def test_the_order_and_direction_of_the_axes_change_nothing(codes: str) -> None:
     given = _sample()
     expected = _transform()(given)
-    turn = Orientationd(("image", "label"), axcodes=codes, labels=None)
-    turned = Compose([turn, _transform()])(given)
-    back = Orientationd(("image", "label", "mask"), axcodes="RAS", labels=None)(turned)
+    turn: Any = Orientationd(("image", "label"), axcodes=codes, labels=None)
+    turn_back: Any = Orientationd(("image", "label", "mask"), axcodes="RAS", labels=None)
+    turned = _transform()(turn(given))
+    back = turn_back(turned)
     for key in ("image", "label", "mask"):
         assert torch.equal(back[key].as_tensor(), expected[key].as_tensor())
     # the same without meta data: codes and pixdim say it
@@ -168,7 +169,7 @@ def test_the_order_and_direction_of_the_axes_change_nothing(codes: str) -> None:
 
 def test_earlier_transforms_stay_invertible() -> None:
     given = _sample()
-    pipeline = Compose([Flipd(("image", "label"), spatial_axis=0), _transform()])
+    pipeline: Any = Compose([Flipd(("image", "label"), spatial_axis=0), _transform()])
     painted = pipeline(given)
     undone = pipeline.inverse({k: painted[k] for k in ("image", "label")})
     assert torch.equal(undone["label"].as_tensor(), painted["label"].as_tensor().flip(1))
@@ -177,7 +178,7 @@ def test_earlier_transforms_stay_invertible() -> None:
 
 def test_a_seed_reproduces_and_another_does_not() -> None:
     given = _sample()
-    pipeline = Compose([RandFlipd(("image", "label"), prob=0.5), RandTumorSynthesisd(config=CONFIG)])
+    pipeline: Any = Compose([RandFlipd(("image", "label"), prob=0.5), RandTumorSynthesisd(config=CONFIG)])
     runs = []
     for seed in (5, 5, 6):
         pipeline.set_random_state(seed)
@@ -412,7 +413,8 @@ def test_checkpoints_of_another_region_are_refused(painters: tuple[Path, Path]) 
 
 def test_scaled_by_monai() -> None:
     scale = ScaleIntensityRanged("image", LOW, HIGH, 0, 1, clip=True)
-    got = Compose([scale, _transform(input="unit")])(_sample())
+    pipeline: Any = Compose([scale, _transform(input="unit")])
+    got = pipeline(_sample())
     assert got["synthesis"]["passed"]
 
 
