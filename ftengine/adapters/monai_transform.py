@@ -67,17 +67,17 @@ class _Frame:
 
     def to_zyx(self, array: torch.Tensor) -> torch.Tensor:
         """[1, a, b, c] -> [z, y, x], a copy."""
-        moved = array[0].permute(2, 1, 0).permute(self.source).flip(self._flipped)
-        return moved.clone(memory_format=torch.contiguous_format)
+        moved = array[0].permute(2, 1, 0).permute(self.source)
+        return self._flipped(moved).clone(memory_format=torch.contiguous_format)
 
     def from_zyx(self, array: torch.Tensor) -> torch.Tensor:
         """[z, y, x] -> [1, a, b, c], contiguous."""
-        moved = array.flip(self._flipped).permute([self.source.index(axis) for axis in range(3)])
+        moved = self._flipped(array).permute([self.source.index(axis) for axis in range(3)])
         return moved.permute(2, 1, 0)[None].contiguous()
 
-    @property
-    def _flipped(self) -> list[int]:
-        return [axis for axis in range(3) if self.flip[axis]]
+    def _flipped(self, array: torch.Tensor) -> torch.Tensor:
+        axes = [axis for axis in range(3) if self.flip[axis]]
+        return array.flip(axes) if axes else array
 
 
 @dataclass(frozen=True)
@@ -275,11 +275,11 @@ class RandTumorSynthesisd(MapTransform, RandomizableTransform):
             raise ConfigError(
                 f"{_WHERE}: {self.keys[1]!r} holds fractions; want whole values. Give it mode='nearest' in every spatial transform."
             )
+        region = self.config.region
         region_label = torch.zeros_like(label, dtype=torch.uint8)
-        for name, values in self._values.items():
-            region_label.masked_fill_(label == values.organ, self.config.region.organs[name].organ)
-        for value in self._forbidding:
-            region_label.masked_fill_(label == value, self.config.region.tumor_values[0])
+        values = [(v.organ, region.organs[name].organ) for name, v in self._values.items()]
+        for theirs, ours in values + [(value, region.tumor_values[0]) for value in self._forbidding]:
+            region_label += (label == theirs).view(torch.uint8).mul_(ours)
         return region_label
 
     def _eligible_organs(self, region_label: torch.Tensor) -> list[str]:
@@ -311,14 +311,16 @@ class RandTumorSynthesisd(MapTransform, RandomizableTransform):
 
     def _with_tumor(self, image: torch.Tensor, unit: torch.Tensor, painted: torch.Tensor) -> torch.Tensor:
         """``image`` with what was painted on ``unit``, the windowed form of it; voxels that were not painted keep their bits."""
+        changed = painted != unit
+        new = image.clone()
         if self._input == "unit":
-            return torch.where(painted != unit, painted.to(image.dtype), image)
+            new[changed] = painted[changed].to(image.dtype)
+            return new
         low, high = self.config.region.window_hu
-        hu = image.double() + (painted - unit).double() * (
-            high - low
-        )  # HU outside the window keep their distance to it
-        hu = hu if image.is_floating_point() else hu.round()
-        return torch.where(painted != unit, hu.to(image.dtype), image)
+        # HU outside the window keep their distance to it
+        hu = image[changed].double() + (painted[changed] - unit[changed]).double() * (high - low)
+        new[changed] = (hu if image.is_floating_point() else hu.round()).to(image.dtype)
+        return new
 
     def _synthesizer_for(self, spacing_mm_zyx: FloatZYX, device: torch.device) -> Synthesizer:
         """The synthesizer of this spacing and device; the one used last is kept."""
@@ -362,18 +364,18 @@ def _label_values(organs: Organs | None, region: RegionConfig) -> tuple[dict[str
     if isinstance(organs, Mapping):
         named = {name: _checked_values(name, values) for name, values in organs.items()}
         forbidding = tuple(sorted({values.tumor for values in named.values()}))
-        taken = [values.organ for values in named.values()]
-        if len(set(taken)) < len(taken) or set(taken) & set(forbidding):
-            raise ConfigError(f"{_WHERE}: organs={dict(organs)}; want each value for one organ, or for tumours, only.")
     else:
         names = list(region.organs) if organs is None else [organs] if isinstance(organs, str) else list(organs)
         named = {name: region.organs[name] for name in names if name in region.organs}
-        forbidding = region.tumor_values
+        forbidding = tuple(sorted(set(region.tumor_values)))
     unknown = sorted(({organs} if isinstance(organs, str) else set(organs or ())) - region.organs.keys())
     if unknown or not named:
         raise ConfigError(
             f"{_WHERE}: organs={organs!r}; want at least one of {', '.join(region.organs)}, the organs of region {region.name}."
         )
+    taken = [values.organ for values in named.values()]
+    if len(set(taken)) < len(taken) or set(taken) & set(forbidding):
+        raise ConfigError(f"{_WHERE}: organs={organs!r}; want each value for one organ, or for tumours, only.")
     return named, forbidding
 
 

@@ -294,6 +294,18 @@ def test_only_named_organs_are_painted_but_every_tumour_forbids() -> None:
     ]["painted"]
 
 
+def test_organs_may_share_a_tumour_value() -> None:
+    image, label = _arrays(tumor=True)
+    config = small_config(
+        region__labels={"background": 0, "liver": 1, "tumor": 2, "kidney": 3},
+        region__organs={"liver": {"organ": 1, "tumor": 2}, "kidney": {"organ": 3, "tumor": 2}},
+    )
+    transform = _transform(config=config, pixdim=(3, 3, 3))
+    assert not transform({"image": image, "label": label})["synthesis"]["painted"]
+    image, label = _arrays()
+    assert transform({"image": image, "label": label * 3})["synthesis"]["organ"] == "kidney"
+
+
 def test_a_preset_is_named(painters: tuple[Path, Path]) -> None:
     got = RandTumorSynthesisd(config="demo").set_random_state(0)(_sample(edge=32))
     assert got["synthesis"]["passed"]
