@@ -148,23 +148,49 @@ def build_judge(config: Config, segmenter: nn.Module) -> SegmenterJudge:
 def load_painters(
     config: Config, generator_path: str | Path | None, judge_path: str | Path | None
 ) -> tuple[nn.Module | None, SegmenterJudge | None]:
-    """Generator and judge from their checkpoints, frozen, on the configured device; None for a path that is not given.
+    """Generator and judge from their checkpoints, as ``load_networks`` gives them; None for a path that is not given."""
+    generator, segmenter = load_networks(config, generator_path, judge_path)
+    return generator, None if segmenter is None else build_judge(config, segmenter)
 
-    Both are evaluated as ``synthesis.precision``, ``channels_last`` and ``compile`` say.
+
+def load_networks(
+    config: Config, generator_path: str | Path | None, segmenter_path: str | Path | None
+) -> tuple[nn.Module | None, nn.Module | None]:
+    """G and S from their checkpoints: in eval mode, frozen, on the configured device; None for a path that is not given.
+
+    Both are evaluated as ``synthesis.precision``, ``channels_last`` and ``compile`` say. Raises ConfigError where one was trained for
+    another region than the configuration's.
     """
     device = resolve_device(config.device)
-    generator: nn.Module | None = None
-    judge: SegmenterJudge | None = None
-    if generator_path is not None:
-        network, trained = load_generator(generator_path)
-        _same_region(config, trained, generator_path)
-        generator = Inference(network.to(device).requires_grad_(requires_grad=False), config.synthesis, device)
-    if judge_path is not None:
-        segmenter, trained = load_segmenter(judge_path)
-        _same_region(config, trained, judge_path)
-        frozen = segmenter.to(device).requires_grad_(requires_grad=False)
-        judge = build_judge(config, Inference(frozen, config.synthesis, device))
-    return generator, judge
+    networks: list[nn.Module | None] = []
+    for path, load in ((generator_path, load_generator), (segmenter_path, load_segmenter)):
+        if path is None:
+            networks.append(None)
+            continue
+        network, trained = load(path)
+        _same_region(config, trained, path)
+        frozen = network.to(device).requires_grad_(requires_grad=False)
+        networks.append(Inference(frozen, config.synthesis, device))
+    return networks[0], networks[1]
+
+
+def build_synthesizer_of_any_size(
+    config: Config, generator: Generator | None, segmenter: nn.Module | None, *, spacing_mm_zyx: FloatZYX | None = None
+) -> Synthesizer:
+    """A Synthesizer whose networks see patches of any size: padded by replication to a multiple of their stride, then cropped.
+
+    generator, segmenter: G and S, on the device of the patches, S in eval mode; None as for ``Synthesizer``. spacing_mm_zyx: of the
+    patches, where it is not the region's.
+    """
+    return Synthesizer(
+        config.region,
+        config.synthesis,
+        seed=config.seed,
+        generator=None if generator is None else _AnySize(generator, 8),
+        judge=None if segmenter is None else build_judge(config, _AnySize(segmenter, 32)),
+        retries=config.qc.retries,
+        spacing_mm_zyx=spacing_mm_zyx,
+    )
 
 
 def _same_region(config: Config, trained: Config, path: str | Path) -> None:
@@ -321,7 +347,7 @@ def synthesize(
             f"label holds no {organ} (value {region.organs[organ].organ}); want at least one voxel of it."
         )
 
-    box = _working_box(config, inside, seed, spacing)
+    box = working_box(config, torch.from_numpy(np.ascontiguousarray(inside)), seed, spacing)
     place = box.slices()
     low, high = region.window_hu
     device = resolve_device(config.device)
@@ -336,13 +362,10 @@ def synthesize(
     if isinstance(loaded_generator, nn.Module):
         loaded_generator = loaded_generator.to(device).eval()
     segmenter = load_segmenter(judge)[0] if isinstance(judge, str | Path) else judge
-    synthesizer = Synthesizer(
-        region,
-        synthesis,
-        seed=seed,
-        generator=None if loaded_generator is None else _AnySize(loaded_generator, 8),
-        judge=None if segmenter is None else build_judge(config, _AnySize(segmenter.to(device).eval(), 32)),
-        retries=config.qc.retries,
+    synthesizer = build_synthesizer_of_any_size(
+        config.model_copy(update={"synthesis": synthesis, "seed": seed}),
+        loaded_generator,
+        None if segmenter is None else segmenter.to(device).eval(),
         spacing_mm_zyx=spacing,
     )
     painting = synthesizer.paint(image_batch, label_batch, [Address(0, 0)])
@@ -358,14 +381,17 @@ def synthesize(
     return SynthesisResult(new_image, new_label, mask, painted.proportion, painted.passed)
 
 
-def _working_box(config: Config, inside: NDArray[np.bool_], seed: int, spacing: FloatZYX) -> Box:
-    """The whole volume where it fits a patch, else a patch around a voxel of the organ."""
+def working_box(config: Config, inside: torch.Tensor, seed: int, spacing_mm_zyx: FloatZYX) -> Box:
+    """The whole volume where it fits a patch of the region, else a patch around a voxel of the organ.
+
+    inside: bool [z, y, x], the organ, at least one voxel of it; seed: decides the voxel.
+    """
     shape = int_zyx(inside.shape)
     patch = config.region.patch_zyx
     if all(n <= p for n, p in zip(shape, patch, strict=True)):
         return Box((0, 0, 0), shape)
-    margin = margin_vox(config.synthesis.center_margin_mm, spacing)
-    organ = torch.from_numpy(np.ascontiguousarray(inside))[None]
+    margin = margin_vox(config.synthesis.center_margin_mm, spacing_mm_zyx)
+    organ = inside.contiguous()[None]
     center = int_zyx(choose_center(organ, margin, [np.random.default_rng(seed).random()])[0, 0].tolist())
     size = int_zyx(min(n, p) for n, p in zip(shape, patch, strict=True))
     origin = int_zyx(min(max(c - s // 2, 0), n - s) for c, s, n in zip(center, size, shape, strict=True))

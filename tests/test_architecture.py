@@ -26,6 +26,7 @@ ALLOWED = {
     "training": BASE | {"loader", "synthesis", "quality"},
     "evaluation": BASE | {"volume", "store", "loader", "synthesis", "quality", "training"},
     "organs": BASE | {"store", "training", "evaluation"},
+    "adapters": BASE | {"store", "loader", "synthesis", "quality", "training", "assemble"},
 }
 
 
@@ -66,3 +67,11 @@ def test_only_the_top_level_knows_all_stages() -> None:
     """Everything else beside the stages is known: nobody adds a second ``assemble``."""
     files = {p.stem for p in (ROOT / "ftengine").glob("*.py")}
     assert files == BASE | {"__init__", "assemble", "demo", "doctor"}
+
+
+@pytest.mark.parametrize("folder", ["ftengine", "kernels", "cli", "bench"])
+def test_nothing_imports_the_adapters(folder: str) -> None:
+    """They are for the programs of users."""
+    others = [p for p in (ROOT / folder).rglob("*.py") if "adapters" not in p.relative_to(ROOT).parts]
+    assert others
+    assert [p for p in others if "adapters" in _imported_parts(p)] == []
