@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ftengine.config import QualityConfig, RegionConfig
+from ftengine.errors import ConfigError
 from ftengine.kernels import tumor_proportion
 
 
@@ -28,17 +29,25 @@ class SegmenterJudge:
         """
         self._segmenter = segmenter
         self._threshold = config.threshold
-        self._tumor_values = region.tumor_values
+        self._region = region
         self._any_tumor = any_tumor
         self._strict = strict
 
     def __call__(
         self, image: torch.Tensor, mask: torch.Tensor, tumor_values: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Judge painted patches: (P float32 [B], passed bool [B]). image: [B, 1, z, y, x]; mask: uint8 [B, z, y, x]."""
+        """Judge painted patches: (P float32 [B], passed bool [B]). image: [B, 1, z, y, x]; mask: uint8 [B, z, y, x].
+
+        Raises ConfigError where the segmenter's classes are not the region's.
+        """
         with torch.no_grad():
             logits = self._segmenter(image).contiguous()
-        classes = self._tumor_values if self._any_tumor else torch.tensor(tumor_values, dtype=torch.int64)
+        if logits.shape[1] != self._region.num_classes:
+            raise ConfigError(
+                f"the judge gives {logits.shape[1]} classes; region {self._region.name} has {self._region.num_classes} label values "
+                f"({', '.join(self._region.labels)}). Use a segmenter that was trained for this region."
+            )
+        classes = self._region.tumor_values if self._any_tumor else torch.tensor(tumor_values, dtype=torch.int64)
         proportion = tumor_proportion(logits, mask, tumor_classes=classes)
         if self._threshold is None:
             return proportion, torch.ones_like(proportion, dtype=torch.bool)

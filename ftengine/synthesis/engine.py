@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from ftengine.config import RegionConfig, SynthesisConfig
+from ftengine.errors import ConfigError
 from ftengine.geometry import FloatZYX, IntZYX, int_zyx, mm_to_vox
 from ftengine.kernels import choose_center, gaussian_blur, masked_blend, tumor_mask_and_box, upload
 from ftengine.kernels.gaussian_blur import TRUNCATE
@@ -328,6 +329,11 @@ class Synthesizer:
     def _evaluate(self, generator: Generator, x: torch.Tensor, organs: Sequence[str]) -> torch.Tensor:
         """G's output on the channel of each patch's organ, float32 [R, z, y, x]. x: [R, 1, z, y, x]."""
         output = generator(x).to(x.dtype)
+        if output.shape[1] != len(self.region.organs) and self.config.variant != "released":
+            raise ConfigError(
+                f"the generator gives {output.shape[1]} channels; region {self.region.name} has the organs {', '.join(self.region.organs)}, "
+                "want one channel each. Use a generator that was trained for this region."
+            )
         if (
             self.config.variant == "released"
         ):  # renamed to label 1 before the channel is picked: always channel 0 (reference 1.6 #12)

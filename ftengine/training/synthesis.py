@@ -11,6 +11,7 @@ from torch import nn
 from ftengine.config import Config
 from ftengine.loader.loader import Loader
 from ftengine.synthesis.engine import Address, Placement, Synthesizer
+from ftengine.synthesis.painting import take_rows
 from ftengine.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from ftengine.training.losses import PAINTED, REAL, classified_as_loss, tumor_seen_loss
 from ftengine.training.networks import build_classifier, build_generator
@@ -171,7 +172,7 @@ class _AdversarialStep:
         placement: Placement | None = None
         if drawn:
             placement = self._synthesizer.place(label, drawn)
-            painted, seen = self._generator_phase(image[placement.rows], placement)
+            painted, seen = self._generator_phase(take_rows(image, placement.rows), placement)
             figures.update(seen)
         figures.update(self._classifier_phase(image, label, painted, placement))
         return _Losses(**figures)

@@ -12,7 +12,12 @@ from tests.kernels.support import REPOSITORY
 
 
 def test_every_program_of_the_folder_has_its_name() -> None:
-    modules = {path.stem for path in (REPOSITORY / "bench").glob("*.py")} - {"__init__", "timing", "phantoms", "slow_s3"}
+    modules = {path.stem for path in (REPOSITORY / "bench").glob("*.py")} - {
+        "__init__",
+        "timing",
+        "phantoms",
+        "slow_s3",
+    }
     assert set(PROGRAMS) == modules
     listing = CliRunner().invoke(app, ["bench"])
     assert listing.exit_code == 0

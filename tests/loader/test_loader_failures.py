@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ftengine.assemble import build_loader
+from ftengine.assemble import build_judge, build_loader, build_synthesis_stage
 from ftengine.config import Config
-from ftengine.errors import StoreError
+from ftengine.errors import ConfigError, StoreError
 from ftengine.loader.loader import Loader
 from ftengine.store.reader import Store, open_store
 from ftengine.types import Batch
@@ -147,7 +147,7 @@ def test_stopping_early_blocks_nobody(tmp_path: Path, taken: int) -> None:
 
 _SCRIPT = """
 import signal, sys, threading, time
-from ftengine.assemble import build_loader
+from ftengine.assemble import build_judge, build_loader, build_synthesis_stage
 from ftengine.store.reader import open_store
 from tests.support import small_config
 
@@ -206,3 +206,20 @@ def _start(folder: Path, how: str) -> "subprocess.Popen[str]":
     store = make_store(folder, CONFIG)
     command = [sys.executable, "-X", "dev", "-W", "error", "-W", "ignore::DeprecationWarning", "-c", _SCRIPT]
     return subprocess.Popen([*command, str(store.path), how], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(
+    ("part", "says"),
+    [
+        ("generator", "the generator gives 2 channels; region abdomen has the organs liver, want one channel each"),
+        ("judge", r"the judge gives 2 classes; region abdomen has 3 label values \(background, liver, liver_tumor\)"),
+    ],
+)
+def test_networks_of_another_region_are_refused_before_the_first_batch(tmp_path: Path, part: str, says: str) -> None:
+    config = CONFIG.with_overrides({"loader.positive_fraction": 1.0, "augment.rot90_probability": 0.0})
+    other = torch.nn.Conv3d(1, 2, 1)
+    generator, judge = (other, None) if part == "generator" else (None, build_judge(config, other))
+    stage = build_synthesis_stage(config, generator, judge)
+    with build_loader(config, make_store(tmp_path, config), stages=(stage,)) as loader:
+        with pytest.raises(ConfigError, match=says):
+            next(iter(loader))
