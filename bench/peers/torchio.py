@@ -8,13 +8,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
+import nibabel
 import numpy as np
 import torchio as tio
 
 from ftengine.bench.peers import Batches, Setup
 from ftengine.config import Config
 
+nib: Any = nibabel  # its own names are not declared
 SAMPLES_A_VOLUME, QUEUE_LENGTH = 8, 64
 _REPEATS = 256  # subjects are listed again and again: no end of an epoch to wait at
 
@@ -28,11 +29,11 @@ def preprocess(setup: Setup) -> list[tuple[Path, Path]]:
     for image_file, label_file in setup.pairs():
         image, label = (folder / f.name.removesuffix(".gz") for f in (image_file, label_file))
         if not label.exists():
-            source: Any = nib.load(image_file)  # type: ignore[attr-defined]
+            source: Any = nib.load(image_file)
             values = np.clip((np.asarray(source.dataobj, dtype=np.float32) - low) / (high - low), 0, 1)
-            nib.save(nib.Nifti1Image(values, source.affine), image)  # type: ignore[attr-defined]
-            of_label: Any = nib.load(label_file)  # type: ignore[attr-defined]
-            nib.save(nib.Nifti1Image(np.asarray(of_label.dataobj, dtype=np.uint8), of_label.affine), label)  # type: ignore[attr-defined]
+            nib.save(nib.Nifti1Image(values, source.affine), image)
+            of_label: Any = nib.load(label_file)
+            nib.save(nib.Nifti1Image(np.asarray(of_label.dataobj, dtype=np.uint8), of_label.affine), label)
         made.append((image, label))
     return made
 

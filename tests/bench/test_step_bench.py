@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from ftengine.assemble import build_loader
 from ftengine.bench import step
 from ftengine.bench.phantoms import write_store
 from ftengine.config import Config
 from ftengine.errors import ConfigError
 from ftengine.store.reader import open_store
+from ftengine.training.networks import build_generator
 from ftengine.types import Batch, PatchRecord
 
 TINY = ["region.patch_zyx=[24,24,24]", "network.channels=[4,8]", "generator.width=1"]
@@ -84,12 +86,12 @@ def test_every_patch_is_eligible_and_half_of_the_painted_pass(store: Path) -> No
         .with_assignments(TINY)
     )
     device = torch.device("cpu")
-    ready = step.ready_batches(step.build_loader(config, open_store(store)), device)
+    ready = step.ready_batches(build_loader(config, open_store(store)), device)
     segmenter = step.random_judge(config, ready, device)
     with torch.no_grad():
         mean = torch.stack([segmenter(b.image).mean(dim=(0, 2, 3, 4)) for b in ready]).mean(dim=0)
     assert mean.abs().max() < 1e-3
-    generator = step.build_generator(config).eval()
+    generator = build_generator(config).eval()
     threshold, proportions = step.median_proportion(config, generator, segmenter, ready)
     assert len(proportions) == len(ready)
     assert min(proportions) < threshold < max(proportions)
@@ -119,7 +121,7 @@ def test_variants_are_read_and_checked() -> None:
 def test_a_store_is_made_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(step.SHAPES_ZYX, "small", (24, 32, 32))  # type: ignore[misc]  # a dict behind the Mapping
+    monkeypatch.setitem(step.SHAPES_ZYX, "small", (24, 32, 32))
     arguments = ["--size", "small", "--store", str(tmp_path / "s.zarr"), "--make-store"]
     step.main(arguments)
     first = (tmp_path / "s.zarr" / "index.parquet").stat().st_mtime_ns

@@ -122,7 +122,7 @@ def test_the_loader_goes_on_behind_an_error(tmp_path: Path) -> None:
     with build_loader(CONFIG, store) as plain:
         wanted = _take(plain, 6)
     with build_loader(CONFIG, store, stages=(_Broken(),)) as loader:
-        got = []
+        got: list[Batch] = []
         while len(got) < 6:
             try:
                 got += _take(loader, 1)

@@ -80,5 +80,6 @@ def test_graph_equals_numpy_on_the_gpu() -> None:
 
 
 def test_a_batch_of_another_size_is_refused() -> None:
+    reads, requests = _patches(0)
     with pytest.raises(ValueError, match="want 2 of each"):
-        PatchPipeline(CONFIG, 2, device=torch.device("cpu"))(*(both[:1] for both in _patches(0)))
+        PatchPipeline(CONFIG, 2, device=torch.device("cpu"))(reads[:1], requests[:1])

@@ -140,7 +140,7 @@ def test_crops_lie_in_their_read_and_in_the_volume(
 def test_batches_of_a_block_share_their_reads_and_differ(store: Store) -> None:
     config = small_config(loader__crops_per_read=3, loader__patches_per_epoch=22)  # 11 batches: the last block has two
     plan = Plan(config, store, mix="mixed")
-    seen = set()
+    seen: set[tuple[object, ...]] = set()
     for epoch in range(2):
         for block in range(4):
             batches = [plan.batch(epoch, step) for step in range(3 * block, min(3 * block + 3, 11))]

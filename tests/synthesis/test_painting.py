@@ -198,7 +198,7 @@ def test_the_stage_takes_the_counts_of_the_records() -> None:
     records = []
     for address, voxels in zip(ADDRESSES, [*_label_voxels(label)[:2], (32 * 40 * 48,), None], strict=True):
         whole = Box((0, 0, 0), SHAPE)
-        request = PatchRequest(address.epoch, address.index, 0, "case", "set", False, whole, Augmentation())
+        request = PatchRequest(address.epoch, address.index, 0, "case", "set", False, whole, Augmentation(), whole)
         records.append(PatchRecord(request, label_voxels=voxels))
     stage = build_synthesis_stage(config, build_generator(config).eval(), None)
     batch = stage(Batch(image, label, records))
@@ -206,6 +206,7 @@ def test_the_stage_takes_the_counts_of_the_records() -> None:
     assert [r.painted is not None for r in batch.records] == [True, False, False, False]
     assert torch.equal(batch.image[1:], image[1:])
     assert not torch.equal(batch.image[0], image[0])
+    assert stage.gate is not None
     assert stage.gate.total().painted == 1
 
 
