@@ -1,4 +1,4 @@
-"""Many boxes read ahead: one thread that waits for all of them, tensorstore's threads that fetch and decode.
+"""Many boxes read ahead: one thread that waits for all of them, others that fetch and decode.
 
 =======  ==========================================================================================
 input    ``Store.cut`` of a case and a box
@@ -12,7 +12,7 @@ import asyncio
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -23,15 +23,14 @@ from ftengine.geometry import Box, IntZYX
 from ftengine.store.reader import MAX_OPEN_ARRAYS, Allocate, Cut, Store
 from ftengine.types import Patch
 
-_REQUESTS_A_BOX = (
-    64  # inner chunks that a 96-voxel patch touches: as many requests may wait for a bucket at the same time
-)
+# inner chunks that a 96-voxel patch touches: as many requests may wait for a bucket at the same time
+_REQUESTS_A_BOX = 64
 
 
 class AsyncReads:
-    """Reads boxes of a store ahead of their use. ``close`` cancels what is under way and ends the thread.
+    """Reads boxes of a store ahead of their use. ``close`` cancels what is under way and ends the threads.
 
-    A box waits for the network three times at first (metadata, index of the shard, chunks), and all boxes wait together: over a slow
+    Volumes in a folder are read by ``Store.read_here`` in threads of its own, all others by tensorstore. There a box waits for the network three times at first (metadata, index of the shard, chunks), and all boxes wait together: over a slow
     network the rate grows with ``in_flight`` until the threads that decode are busy.
     """
 
@@ -63,6 +62,7 @@ class AsyncReads:
         self._slots = asyncio.Semaphore(in_flight)
         self._closing = threading.Lock()
         self._is_closed = False
+        self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="ftengine-decode")
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="ftengine-reads", daemon=True)
         self._thread.start()
@@ -84,6 +84,7 @@ class AsyncReads:
         cancelling.result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+        self._decoders.shutdown(wait=True, cancel_futures=True)
         self._loop.close()
 
     async def _cancel_all(self) -> None:
@@ -112,6 +113,10 @@ class AsyncReads:
 
     async def _patch(self, case: str, box: Box) -> Patch:
         cut = self._store.cut(case, box)
+        if self._store.shards is not None:
+            patch = await self._loop.run_in_executor(self._decoders, self._store.read_here, cut, self._allocate)
+            if patch is not None:
+                return patch
         try:
             return cut.filled(await self._voxels(cut), self._allocate)
         except (ValueError, OSError) as error:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import tensorstore as ts
@@ -19,6 +19,9 @@ from ftengine.store import layout
 from ftengine.store.location import LocalLocation, Location, locate
 from ftengine.store.rows import Rows
 from ftengine.types import Patch
+
+if TYPE_CHECKING:
+    from ftengine.store.shard import LocalShards
 
 MAX_OPEN_ARRAYS = 512  # open arrays hold metadata and a file path only, no descriptor
 Allocate: TypeAlias = Callable[[IntZYX, type[Any]], NDArray[Any]]  # an array whose contents do not matter
@@ -122,11 +125,34 @@ class Store:
         or does not fit the index. ``AsyncReads`` does the same for many boxes ahead.
         """
         cut = self.cut(case, Box(int_zyx(origin_zyx), int_zyx(shape_zyx)))
+        patch = self.read_here(cut)
+        if patch is not None:
+            return patch
         try:
             pending = [self._array(case, name, cut.volume_shape_zyx)[cut.source].read(order="C") for name in cut.arrays]
             return cut.filled([future.result() for future in pending])
         except (ValueError, OSError) as error:
             raise self.damaged(case, error) from error
+
+    @cached_property
+    def shards(self) -> "LocalShards | None":
+        """The fast way to the voxels, where the volumes lie in a folder and this machine allows it."""
+        if not isinstance(self.volumes, LocalLocation):
+            return None
+        from ftengine.store.shard import LocalShards  # brings numba, which only reading needs
+
+        return LocalShards.below(self.volumes.path)
+
+    def read_here(self, cut: "Cut", allocate: Allocate = np.empty) -> Patch | None:
+        """The patch by the fast way; None where tensorstore must read it: in a bucket, damaged, or not as our writer leaves it."""
+        if self.shards is None:
+            return None
+        image, label = cut.empty(allocate)
+        place = cut.inside.moved(cut.box.origin_zyx).origin_zyx
+        for name, out in zip(cut.arrays, (image, label), strict=False):
+            if not self.shards.read(cut.case, name, cut.volume_shape_zyx, cut.inside, out, place):
+                return None
+        return Patch(cut.case, cut.box, image, label)
 
     def cut(self, case: str, box: Box) -> "Cut":
         """Which voxels of which arrays a box of a case takes. Raises StoreError for an unknown case, ConfigError for a box without voxels."""
@@ -197,23 +223,21 @@ class Cut:
         """Where to read in each array."""
         return self.inside.slices()
 
-    def filled(self, voxels: Sequence[NDArray[Any]], allocate: Allocate = np.empty) -> Patch:
-        """The patch made of what was read from ``arrays``: -1024 HU and label 0 elsewhere. Read arrays are used as they are where they can be."""
-        whole = self.inside == self.box and allocate is np.empty
-        read: dict[str, NDArray[Any]] = dict(zip(self.arrays, voxels, strict=True))
-        image, label = (
-            read[name] if whole and name in read else self._padded(read.get(name), dtype, fill, allocate)
-            for name, dtype, fill in (("0", np.int16, layout.AIR_HU), ("labels/seg/0", np.uint8, 0))
-        )
-        return Patch(self.case, self.box, image, label)
+    def empty(self, allocate: Allocate) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Image and label of the box: -1024 HU and 0 where nothing will be read, anything elsewhere."""
+        image, label = allocate(self.box.shape_zyx, np.int16), allocate(self.box.shape_zyx, np.uint8)
+        for number, (out, fill) in enumerate(((image, layout.AIR_HU), (label, 0))):
+            if number >= len(self.arrays) or self.inside != self.box:
+                out[...] = fill
+        return image, label
 
-    def _padded(self, voxels: NDArray[Any] | None, dtype: type[Any], fill: int, allocate: Allocate) -> NDArray[Any]:
-        padded = allocate(self.box.shape_zyx, dtype)
-        if voxels is None or self.inside != self.box:
-            padded[...] = fill
-        if voxels is not None:
-            padded[self.inside.moved(self.box.origin_zyx).slices()] = voxels
-        return padded
+    def filled(self, voxels: Sequence[NDArray[Any]], allocate: Allocate = np.empty) -> Patch:
+        """The patch made of what was read from ``arrays``, in memory of its own."""
+        image, label = self.empty(allocate)
+        place = self.inside.moved(self.box.origin_zyx).slices() if self.arrays else ()
+        for out, read in zip((image, label), voxels, strict=False):
+            out[place] = read
+        return Patch(self.case, self.box, image, label)
 
 
 def _volumes_of(location: Location, attributes: Mapping[str, Any]) -> Location:

@@ -182,21 +182,22 @@ print("end", flush=True)
 
 @pytest.mark.parametrize("how", ["fast", "slow"])
 def test_ctrl_c_ends_all_threads_within_5_seconds(tmp_path: Path, how: str) -> None:
-    process = _start(tmp_path, how)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "running\n"
-    started = time.monotonic()
-    process.send_signal(2)
-    assert process.stdout.readline() == "interrupted []\n"
-    assert time.monotonic() - started < 5
-    out, err = process.communicate(timeout=60)
-    assert (out, process.returncode) == ("end\n", 0), err
+    with _start(tmp_path, how) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "running\n"
+        started = time.monotonic()
+        process.send_signal(2)
+        assert process.stdout.readline() == "interrupted []\n"
+        assert time.monotonic() - started < 5
+        rest, err = process.stdout.read(), process.stderr.read()
+        assert (rest, process.wait(60)) == ("end\n", 0), err
     assert "Warning" not in err
 
 
 def test_a_program_that_leaves_the_loop_ends(tmp_path: Path) -> None:
-    process = _start(tmp_path, "forgotten")
-    out, err = process.communicate(timeout=60)
+    with _start(tmp_path, "forgotten") as process:
+        out, err = process.communicate(timeout=60)
     assert (out, process.returncode) == ("running\nend\n", 0), err
     assert "Warning" not in err
 
