@@ -15,6 +15,7 @@ if __name__ != "ftengine.kernels":
     raise ImportError(f"import ftengine.kernels, not {__name__}: the folder is part of the package ftengine")
 
 from ftengine.kernels._launch import upload
+from ftengine.kernels._threads import for_each
 from ftengine.kernels.choose_center import choose_center
 from ftengine.kernels.gaussian_blur import gaussian_blur
 from ftengine.kernels.masked_blend import masked_blend
@@ -26,6 +27,7 @@ from ftengine.vml import settle
 
 __all__ = [
     "choose_center",
+    "for_each",
     "gaussian_blur",
     "masked_blend",
     "prepare_patch",

@@ -23,6 +23,7 @@ from ftengine.synthesis.box import Regions, box_shape, choose_regions, margin_fo
 from ftengine.synthesis.center import choose_center_released, margin_vox
 from ftengine.synthesis.painting import Canvas, Painting, Verdicts, take_rows
 from ftengine.synthesis.released import ABDOMEN_SIGMAS, CHEST_SIGMAS, TextureFields, released_blend
+from ftengine.synthesis.rows import count_voxels, voxels_of_value
 from ftengine.synthesis.shape import PatchDraw, count_labels, draw_patch, organs_in_patch
 
 
@@ -172,8 +173,7 @@ class Synthesizer:
     def place(self, label: torch.Tensor, drawn: dict[int, PatchDraw]) -> Placement:
         """Choose the centres inside the organs and rasterise the masks. label: uint8 [B, 1, z, y, x]."""
         rows, draws = list(drawn), list(drawn.values())
-        values = upload(np.array([self.region.organs[d.organ].organ for d in draws], dtype=np.uint8), label.device)
-        organ = (take_rows(label, rows)[:, 0] == values.view(-1, 1, 1, 1)).contiguous().view(torch.uint8)
+        organ = voxels_of_value(take_rows(label, rows)[:, 0], [self.region.organs[d.organ].organ for d in draws])
         centers = self._centers(organ, draws)
         table = _EllipsoidTable.of(draws)
         placed = centers
@@ -260,15 +260,15 @@ class Synthesizer:
         x = canvas.copy_of(placement.rows)
         painted = self.blend(x, self._contrast(x, placement, regions, known), placement, in_place=True)
         tumor_values = [self.region.organs[d.organ].tumor for d in placement.draws]
-        num_voxels = placement.mask.flatten(1).sum(1, dtype=torch.int64)
+        num_voxels = count_voxels(placement.mask)
         passed = num_voxels > 0
         if self._judge is None:
             proportion = torch.full(passed.shape, float("nan"), device=passed.device)
-            canvas.write(placement.rows, painted, placement.mask, tumor_values, None)
+            canvas.write(placement.rows, painted, placement.mask, placement.box, tumor_values, None)
         else:
             proportion, verdict = _judge_regions(self._judge, painted, placement.mask, tumor_values, regions)
             passed = passed & verdict
-            canvas.write(placement.rows, painted, placement.mask, tumor_values, passed)
+            canvas.write(placement.rows, painted, placement.mask, placement.box, tumor_values, passed)
         return Verdicts.of(
             placement.rows,
             placement.draws,

@@ -8,6 +8,7 @@ import torch
 
 from ftengine.geometry import int_zyx
 from ftengine.kernels import upload
+from ftengine.synthesis.rows import copied, with_values
 from ftengine.synthesis.shape import PatchDraw
 from ftengine.types import Painted
 
@@ -109,7 +110,7 @@ class Canvas:
     def copy_of(self, rows: list[int]) -> torch.Tensor:
         """The given images of some patches, to be painted in place: [R, z, y, x]."""
         if _is_all(rows, self._given_image):
-            return self._given_image.clone(memory_format=torch.contiguous_format)[:, 0]
+            return copied(self._given_image)[:, 0]
         return take_rows(self._given_image, rows)[:, 0]
 
     def write(
@@ -117,21 +118,18 @@ class Canvas:
         rows: list[int],
         painted: torch.Tensor,
         mask: torch.Tensor,
+        box: torch.Tensor,
         tumor_values: Sequence[int],
         passed: torch.Tensor | None,
     ) -> None:
         """Keep what passed of painted patches; decided on the device.
 
-        painted: float32 [R, z, y, x], the given image outside the mask's soft edge; mask: uint8 [R, z, y, x], of 0 and 1; passed: bool
-        [R], or None for all.
+        painted: float32 [R, z, y, x], the given image outside the mask's soft edge; mask: uint8 [R, z, y, x], of 0 and 1; box: int64
+        [R, 2, 3], around the mask; passed: bool [R], or None for all.
         """
-        kept = mask
         if passed is not None:
-            verdict = passed.view(-1, 1, 1, 1)
-            painted = torch.where(verdict, painted, take_rows(self._given_image, rows)[:, 0])
-            kept = mask * verdict
-        values = upload(np.array(tumor_values, dtype=np.uint8), mask.device).view(-1, 1, 1, 1)
-        label = torch.where(kept.view(torch.bool), values, take_rows(self._given_label, rows)[:, 0])
+            painted = torch.where(passed.view(-1, 1, 1, 1), painted, take_rows(self._given_image, rows)[:, 0])
+        label = with_values(take_rows(self._given_label, rows)[:, 0], mask, box, tumor_values, passed)
         if _is_all(rows, self._given_image):
             self._image, self._label, self._mask = painted.unsqueeze(1), label.unsqueeze(1), mask.unsqueeze(1)
             return
