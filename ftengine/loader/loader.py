@@ -15,6 +15,7 @@ measures is all there is, and no launch waits for the device.
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -26,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 
 from ftengine.errors import ConfigError, StoreError
-from ftengine.geometry import IntZYX
+from ftengine.geometry import IntZYX, int_zyx
 from ftengine.loader.channel import Channel, Closed
 from ftengine.loader.counting import count_values
 from ftengine.loader.failures import Failures
@@ -170,6 +171,32 @@ class _Read:
         self.attempt = 0  # which volume of those that are tried
 
 
+class _Memory:
+    """Memory for reads. On the CPU it is kept from batch to batch: new pages cost a third of a read; pinned memory torch keeps itself."""
+
+    def __init__(self, *, pinned: bool) -> None:
+        self._is_pinned = pinned
+        self._free: dict[tuple[IntZYX, type[Any]], deque[NDArray[Any]]] = {}
+
+    def take(self, shape_zyx: IntZYX, dtype: type[Any]) -> NDArray[Any]:
+        """An array that holds anything; from any thread."""
+        if self._is_pinned:
+            return torch.empty(
+                shape_zyx, dtype=torch.int16 if dtype is np.int16 else torch.uint8, pin_memory=True
+            ).numpy()
+        try:
+            return self._free[shape_zyx, dtype].pop()
+        except (KeyError, IndexError):
+            return np.empty(shape_zyx, dtype)
+
+    def give_back(self, patches: Sequence[Patch]) -> None:
+        """Patches whose arrays nobody uses any more."""
+        for patch in patches:
+            for array in (patch.image, patch.label):
+                key = (int_zyx(array.shape), array.dtype.type)
+                self._free.setdefault(key, deque()).append(array)
+
+
 @dataclass(frozen=True)
 class _Asked:
     """A batch whose reads are under way."""
@@ -208,11 +235,12 @@ class _Producer:
         self._asked: tuple[_Asked, ...] = ()  # replaced, never changed: other threads look at it
         self._stopping = False
         self._error: BaseException | None = None
+        self._memory = _Memory(pinned=device.type == "cuda")
         self._reads = AsyncReads(
             store,
             threads=settings.reader_threads,
             in_flight=settings.reads_in_flight,
-            allocate=_pinned if device.type == "cuda" else np.empty,
+            allocate=self._memory.take,
             measure=lambda: clock.measure("reads"),
         )
         self._prepared: Channel[_Made] = Channel(_PREPARED_BATCHES)
@@ -293,6 +321,8 @@ class _Producer:
             with self._clock.measure("prepare"):
                 counts = [None] * len(requests) if not self._stages else _label_voxels(patches, requests)
                 prepared = pipeline(patches, requests)
+                if self._device.type == "cpu" and plan.crops_per_read == 1:  # nothing reads them any more
+                    self._memory.give_back(patches)
             records = [PatchRecord(r, label_voxels=n) for r, n in zip(requests, counts, strict=True)]
             done = self._event()
             batch = Batch(prepared.image, prepared.label, records)
@@ -363,11 +393,6 @@ def _after(plan: Plan, position: tuple[int, int]) -> tuple[int, int]:
 
 def _batches_ahead(plan: Plan) -> int:
     return -(-plan.config.loader.reads_in_flight // plan.batch_size) * plan.crops_per_read
-
-
-def _pinned(shape_zyx: IntZYX, dtype: type[Any]) -> NDArray[Any]:
-    """Memory that a GPU copies from while the host goes on."""
-    return torch.empty(shape_zyx, dtype=torch.int16 if dtype is np.int16 else torch.uint8, pin_memory=True).numpy()
 
 
 def _used_on(stream: torch.cuda.Stream, batch: Batch) -> None:

@@ -59,8 +59,8 @@ def with_values(
         return torch.where(kept.view(torch.bool), upload(chosen, mask.device).view(-1, 1, 1, 1), label)
     result = torch.empty_like(label, memory_format=torch.contiguous_format)
     to, given, where = result.numpy(), label.numpy(), mask.numpy().view(bool)
-    corners = box.tolist()
-    verdicts = [True] * len(chosen) if passed is None else passed.tolist()
+    corners = box.numpy().tolist()
+    verdicts = [True] * len(chosen) if passed is None else passed.numpy().tolist()
 
     def write(i: int) -> None:
         np.copyto(to[i], given[i])
