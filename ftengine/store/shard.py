@@ -68,8 +68,7 @@ def _libraries() -> _Libraries | None:
     return _Libraries(pread, crc32c, decompress, memcpy) if min(pread, crc32c, decompress, memcpy) > 0 else None
 
 
-@intrinsic
-def _call(_context: Any, address: Any, first: Any, second: Any, third: Any, fourth: Any) -> Any:  # type: ignore[no-untyped-def]
+def _c_call(_context: Any, _address: Any, _first: Any, _second: Any, _third: Any, _fourth: Any) -> Any:
     """Call the C function at ``address`` with four integers of 64 bits; its result as one, of which a caller knows the width."""
     signature = types.int64(types.intp, types.intp, types.intp, types.intp, types.intp)
 
@@ -79,6 +78,9 @@ def _call(_context: Any, address: Any, first: Any, second: Any, third: Any, four
         return builder.call(function, arguments[1:])
 
     return signature, generate
+
+
+_call: Any = intrinsic(_c_call)  # in compiled code: address and four integers -> integer
 
 
 @numba.njit(nogil=True, cache=True)
