@@ -18,6 +18,7 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +53,10 @@ class _Libraries:
 def _libraries() -> _Libraries | None:
     """None where one of them cannot be found: another build of numcodecs or google-crc32c, another system."""
     try:
-        from google_crc32c import _crc32c  # the C extension
-        from numcodecs import blosc
-
         found = (
             (ctypes.CDLL(None), "pread"),
-            (ctypes.CDLL(_crc32c.__file__), "crc32c_value"),
-            (ctypes.CDLL(blosc.__file__), "blosc_decompress_ctx"),
+            (ctypes.CDLL(import_module("google_crc32c._crc32c").__file__), "crc32c_value"),
+            (ctypes.CDLL(import_module("numcodecs.blosc").__file__), "blosc_decompress_ctx"),
             (ctypes.CDLL(None), "memcpy"),
         )
         addresses = [ctypes.cast(getattr(library, name), ctypes.c_void_p).value for library, name in found]
@@ -132,7 +130,7 @@ def _read_box(
                     if np.uint32(found & 0xFFFFFFFF) != stored:
                         return False
                     # header of blosc 1: bytes when decoded, bytes of a block, bytes as stored; each 4, from byte 4 on
-                    decoded, compressed = 0, 0
+                    decoded, compressed = np.int64(0), np.int64(0)
                     for i in range(4):
                         decoded |= np.int64(buffer[at + 4 + i]) << (8 * i)
                         compressed |= np.int64(buffer[at + 12 + i]) << (8 * i)

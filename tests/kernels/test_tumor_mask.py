@@ -616,7 +616,12 @@ def test_gpu_works_on_the_current_stream_without_a_sync(cuda: torch.device) -> N
     assert same_bits(late, expected)
     on_gpu = batch(cuda)
     center = torch.from_numpy(on_gpu["center_zyx"]).to(cuda)
-    late = run_behind_a_late_copy(center, lambda c: tumor_mask(**(on_gpu | {"center_zyx": c})))
+
+    def masks_at(late_center: torch.Tensor) -> torch.Tensor:
+        on_gpu["center_zyx"] = late_center
+        return tumor_mask(**on_gpu)
+
+    late = run_behind_a_late_copy(center, masks_at)
     assert same_bits(late, expected)
 
 
