@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 
 from ftengine.errors import StoreError
 from ftengine.geometry import Box, IntZYX
+from ftengine.store import index
 from ftengine.store.async_reads import AsyncReads
 from ftengine.store.reader import Store, open_store
+from ftengine.store.writer import Provenance, create_store, write_volume
 from tests.support import make_store, small_config
 
 SHAPE = (40, 44, 48)
@@ -113,3 +115,25 @@ def test_closing_cancels_what_is_under_way_and_ends_the_thread(store: Store) -> 
     with pytest.raises(RuntimeError, match="closed"):
         reads.submit(store.cases[0], Box((0, 0, 0), SHAPE))
     assert not [t for t in threading.enumerate() if t.name == "ftengine-reads"]
+
+
+def test_over_s3_the_voxels_are_the_same(store: Store, s3_server: str) -> None:
+    config = small_config()
+    root = create_store(f"{s3_server}/ahead.zarr", config.region)
+    for case in store.cases[:2]:
+        volume = store.read_volume(case)
+        grid = store.grid(case)
+        provenance = Provenance("made by a test", "", annotation="organ")
+        write_volume(root, case, volume.image, volume.label, grid, grid, config.region, provenance)
+    index.compact_index(root)
+    remote = open_store(f"{s3_server}/ahead.zarr")
+    assert remote.shards is None  # tensorstore alone
+    reads = AsyncReads(remote, threads=2, in_flight=8)
+    try:
+        wanted = [(case, Box((k, 2 * k, k), (20, 33, 40))) for k in range(4) for case in remote.cases]
+        for (case, box), future in zip(wanted, [reads.submit(*w) for w in wanted], strict=True):
+            ahead, direct = future.result(), store.read(case, box.origin_zyx, box.shape_zyx)
+            np.testing.assert_array_equal(ahead.image, direct.image)
+            np.testing.assert_array_equal(ahead.label, direct.label)
+    finally:
+        reads.close()
