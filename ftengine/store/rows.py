@@ -31,6 +31,7 @@ from ftengine.store.location import Location
 _ATTEMPTS, _PAUSE_S = 20, 0.05  # a compaction folds and unlinks row files while they are being read
 _READ_BYTES = 4 << 20
 _SMALL_BYTES = 64 << 20  # lists of chunks up to this size are simply kept in memory
+_LEAST_BYTES_A_VALUE = 2  # of the lists' columns: int32, uint16
 
 
 class Rows:
@@ -165,14 +166,21 @@ class Rows:
         return ChunkLists.in_memory(pa.concat_tables([self._read_compacted(names), self._recent.select(names)]), order)
 
     def _list_bytes(self) -> int:
-        """Size of the lists of the compacted rows in memory, about."""
+        """Size of the lists of the compacted rows in memory, about.
+
+        In the file a list that repeats an earlier one takes nothing: counted by its values, too.
+        """
         if self._compacted is None:
             return 0
         total = 0
         for number in range(self._compacted.metadata.num_row_groups):
             group = self._compacted.metadata.row_group(number)
             columns = [group.column(i) for i in range(group.num_columns)]
-            total += sum(c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] in LIST_COLUMNS)
+            total += sum(
+                max(c.total_uncompressed_size, _LEAST_BYTES_A_VALUE * c.num_values)
+                for c in columns
+                if c.path_in_schema.split(".")[0] in LIST_COLUMNS
+            )
         return total
 
     def _list_batches(self) -> Iterator[Any]:
