@@ -4,7 +4,7 @@
 
     plan ─> AsyncReads ──────────> batches ───────────────> stages ────────────────> consumer
             thread ftengine-reads  thread ftengine-batches  thread ftengine-stages   the training loop
-            tensorstore's threads  DALI, prepare_patch      synthesis, QC
+            and those that decode  DALI, prepare_patch      synthesis, QC
             loader.reads_in_flight               1 prepared batch       loader.queue_batches
 
 On a GPU the two threads launch on streams of their own; a batch is handed over with an event behind its last kernel, and the stages'

@@ -1,4 +1,4 @@
-"""Read boxes of volumes from a store: tensorstore, its own threads, no GIL, every chunk checked against its CRC."""
+"""Read boxes of volumes from a store: ``store.shard`` where they lie in a folder, else tensorstore; every chunk checked against its CRC."""
 
 import json
 import threading
