@@ -231,6 +231,7 @@ class SynthesisConfig(_Section):
     )
     channels_last: bool = False  # G and S with channels last in memory
     compile: bool = False  # G and S through torch.compile
+    cuda_graphs: bool = True  # on a GPU: G and S as CUDA graphs, since the host that launches them sets the pace
 
     @field_validator("realistic_shapes", mode="before")
     @classmethod

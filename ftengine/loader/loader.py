@@ -295,7 +295,8 @@ class _Producer:
         if self._device.type != "cuda":
             return nullcontext()
         torch.cuda.set_device(self._device)
-        return torch.cuda.stream(torch.cuda.Stream(self._device))
+        # before training's kernels, so that the queue stays full: the device does the same work in either order, and training does not wait
+        return torch.cuda.stream(torch.cuda.Stream(self._device, priority=-1))
 
     def _event(self) -> torch.cuda.Event | None:
         """Recorded behind all work of this thread so far; None on the CPU, where work is done when its call returns."""

@@ -1,5 +1,8 @@
-"""How the frozen networks G and S are evaluated: in which precision, memory order, and whether compiled."""
+"""How the frozen networks G and S are evaluated: in which precision, memory order, whether compiled and whether as CUDA graphs."""
 
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -22,8 +25,8 @@ def inference_dtype(config: SynthesisConfig, device: torch.device) -> torch.dtyp
 class Inference(nn.Module):
     """A frozen network as painting evaluates it; without gradients. Its weights stay float32: autocast converts what it multiplies.
 
-    Compiled networks get one patch at a time. So there is one graph a box size, however many patches a batch paints, nothing is padded, and a
-    patch's result has the same bits whatever its batch-mates are. On a GPU they run as CUDA graphs (mode ``reduce-overhead``).
+    A compiled network gets one patch at a time. So it is compiled once a box size, however many patches a batch paints, nothing is padded, and
+    a patch's result has the same bits whatever its batch-mates are. CUDA graphs are recorded once a size and number of patches.
     """
 
     def __init__(self, network: nn.Module, config: SynthesisConfig, device: torch.device) -> None:
@@ -31,36 +34,102 @@ class Inference(nn.Module):
         super().__init__()
         self._dtype = inference_dtype(config, device)
         self._device_type = device.type
-        self._is_compiled = config.compile
         self._memory_format = torch.channels_last_3d if config.channels_last else torch.contiguous_format
         for module in network.modules():
             if hasattr(module, "use_checkpoint"):
                 # saves memory for gradients only; to torch's annotations every attribute is a tensor or a module
                 module.use_checkpoint = False  # type: ignore[assignment]
         network.to(memory_format=self._memory_format)  # type: ignore[call-overload]  # torch leaves this format out of its overloads
+        self._is_compiled = config.compile
         if config.compile:
-            mode = "reduce-overhead" if device.type == "cuda" else "default"
-            network = cast("nn.Module", torch.compile(network, dynamic=False, mode=mode))
+            network = cast("nn.Module", torch.compile(network, dynamic=False))
         self.network = network
+        self._graphs = CudaGraphs(self._evaluate) if config.cuda_graphs and device.type == "cuda" else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Evaluate: float32 [B, 1, z, y, x] -> [B, channels, z, y, x] in the dtype of ``precision``."""
-        with torch.no_grad(), torch.autocast(self._device_type, self._dtype, enabled=self._dtype != torch.float32):
-            x = x.contiguous(memory_format=self._memory_format)
-            result: torch.Tensor = self._one_by_one(x) if self._is_compiled else self.network(x)
-        return result
+        x = x.contiguous(memory_format=self._memory_format)
+        evaluate = self._evaluate if self._graphs is None else self._graphs
+        return torch.cat([evaluate(patch) for patch in x.split(1)]) if self._is_compiled else evaluate(x)
 
-    def _one_by_one(self, x: torch.Tensor) -> torch.Tensor:
+    def _evaluate(self, x: torch.Tensor) -> torch.Tensor:
+        # no cache: a graph must not hold weights that were converted outside it
+        is_narrow = self._dtype != torch.float32
+        with torch.no_grad(), torch.autocast(self._device_type, self._dtype, enabled=is_narrow, cache_enabled=False):
+            if not self._is_compiled:
+                result: torch.Tensor = self.network(x)
+                return result
+            return self._evaluate_compiled(x)
+
+    def _evaluate_compiled(self, x: torch.Tensor) -> torch.Tensor:
         from torch._dynamo.exc import BackendCompilerFailed  # a second of imports, for compiled networks only
 
-        results = []
-        for patch in x.split(1):
-            torch.compiler.cudagraph_mark_step_begin()
-            try:
-                results.append(self.network(patch).clone())  # a CUDA graph writes to the same memory each time
-            except BackendCompilerFailed as error:
-                raise ConfigError(
-                    f"synthesis.compile=true: torch.compile failed ({str(error).splitlines()[0]}); want a C++ compiler, on a GPU Triton. "
-                    "Install them or set synthesis.compile to false."
-                ) from error
-        return torch.cat(results)
+        try:
+            result: torch.Tensor = self.network(x)
+        except BackendCompilerFailed as error:
+            raise ConfigError(
+                f"synthesis.compile=true: torch.compile failed ({str(error).splitlines()[0]}); want a C++ compiler, on a GPU Triton. "
+                "Install them or set synthesis.compile to false."
+            ) from error
+        return result
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """A function's launches for one shape, and the memory that they read and write."""
+
+    graph: torch.cuda.CUDAGraph
+    given: torch.Tensor
+    result: torch.Tensor
+
+
+class CudaGraphs:
+    """A function of one CUDA tensor, replayed as one CUDA graph a shape: the host launches one graph in place of hundreds of kernels.
+
+    The first call with a shape runs the function twice and records it; other threads' work on the device goes on meanwhile. Calls come in
+    order, whatever their thread and stream. The function must not look at values on the host.
+    """
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._function = function
+        self._recorded: dict[tuple[int, ...], _Recorded] = {}
+        self._memory: tuple[int, int] | None = None  # of all graphs: one runs at a time and its result is copied
+        self._lock = threading.Lock()
+        self._last: torch.cuda.Event | None = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """The function's result, in memory of its own, on the current stream."""
+        stream = torch.cuda.current_stream(x.device)
+        with self._lock:
+            if self._last is not None:
+                stream.wait_event(self._last)
+            recorded = self._recorded.get(tuple(x.shape))
+            if recorded is None:
+                recorded = self._recorded[tuple(x.shape)] = self._record(x)
+            recorded.given.copy_(x)
+            recorded.graph.replay()
+            result = recorded.result.clone()
+            self._last = torch.cuda.Event()
+            self._last.record(stream)
+        return result
+
+    def _record(self, x: torch.Tensor) -> _Recorded:
+        given = x.clone()
+        side = torch.cuda.Stream(x.device)
+        side.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(side):
+            self._function(given)  # what libraries and compilers set up at a first call cannot be recorded
+            self._function(given)
+        side.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._memory, stream=side, capture_error_mode="thread_local"):
+                result = self._function(given)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"synthesis.cuda_graphs=true: the network cannot be recorded ({str(error).splitlines()[0]}); want one that never looks at "
+                "values on the host. Set synthesis.cuda_graphs to false."
+            ) from error
+        self._memory = graph.pool()
+        torch.cuda.current_stream(x.device).wait_stream(side)
+        return _Recorded(graph, given, result)

@@ -11,7 +11,7 @@ from ftengine.assemble import build_judge, load_painters
 from ftengine.config import Config
 from ftengine.errors import ConfigError
 from ftengine.synthesis.engine import Synthesizer
-from ftengine.synthesis.inference import Inference, inference_dtype
+from ftengine.synthesis.inference import CudaGraphs, Inference, inference_dtype
 from ftengine.training.checkpoint import save_checkpoint
 from ftengine.training.networks import build_generator, build_segmenter
 from tests.synthesis.test_painting import ADDRESSES, CONFIG, SHAPE, _batch
@@ -161,17 +161,16 @@ def test_checkpoints_are_loaded_for_inference(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # torch.compile's own, when it makes its pool of memory
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
-@pytest.mark.parametrize("compiled", [False, True])
-def test_on_a_gpu_auto_is_bf16_and_compiled_networks_run_in_other_threads(
-    cuda: torch.device, *, compiled: bool
+@pytest.mark.parametrize(("compiled", "graphs"), [(False, False), (False, True), (True, True)])
+def test_on_a_gpu_auto_is_bf16_and_networks_run_in_other_threads(
+    cuda: torch.device, *, compiled: bool, graphs: bool
 ) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     if not torch.cuda.is_bf16_supported(including_emulation=False):
         pytest.skip("this GPU has no bfloat16")
-    config = _config(compile=compiled, channels_last=True)
+    config = _config(compile=compiled, cuda_graphs=graphs, channels_last=True)
     image, _ = _batch()
     with torch.no_grad():
         exact = build_generator(config).eval()(image)
@@ -187,3 +186,42 @@ def test_on_a_gpu_auto_is_bf16_and_compiled_networks_run_in_other_threads(
     assert results.dtype == torch.bfloat16
     for result in results.float():
         assert _error(result, exact) < ROUNDINGS * EPS["bf16"]
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_give_what_their_function_gives(cuda: torch.device) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    config = _config(precision="fp32")
+    network = build_segmenter(config).eval().to(cuda)
+    graphs = CudaGraphs(lambda x: network(x).detach())
+    images = torch.rand((6, 1, *SHAPE), generator=torch.Generator().manual_seed(3)).to(cuda)
+    half = SHAPE[0] // 2
+    with torch.no_grad():
+        wanted = [network(image[None]) for image in images]
+        wanted_half = [network(image[None, :, :half]) for image in images]
+
+    def evaluate(rows: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream(cuda)):
+            found = [(graphs(images[row : row + 1]), graphs(images[row : row + 1, :, :half])) for row in rows]
+            torch.cuda.current_stream(cuda).synchronize()
+        return found
+
+    torch.cuda.synchronize(cuda)
+    with ThreadPoolExecutor(2) as threads:  # while one records, the other works on the device
+        for rows, found in [
+            (rows, threads.submit(evaluate, rows)) for rows in ([0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0])
+        ]:
+            for row, (whole, part) in zip(rows, found.result(), strict=True):
+                torch.testing.assert_close(whole, wanted[row], rtol=0, atol=5e-3)  # TF32
+                torch.testing.assert_close(part, wanted_half[row], rtol=0, atol=5e-3)
+
+
+@pytest.mark.gpu
+def test_a_network_that_looks_at_values_cannot_be_recorded(cuda: torch.device) -> None:
+    def looks(x: torch.Tensor) -> torch.Tensor:
+        return x * float(x.sum())
+
+    with pytest.raises(ConfigError, match=r"cannot be recorded .* Set synthesis\.cuda_graphs to false"):
+        CudaGraphs(looks)(torch.ones(4, device=cuda))
+    torch.ones(1, device=cuda).item()  # the device still works
