@@ -7,14 +7,10 @@ of the process with all its workers. Volumes are healthy phantoms, so every patc
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,316 +18,20 @@ from typing import Any
 import numpy as np
 
 from ftengine.bench import slow_s3
-from ftengine.bench.peers import PEERS, Batches, Setup, batches_of
-from ftengine.bench.peers.process import Child, serve
+from ftengine.bench.loader_parts import OUR_MODES, WARM_BATCHES, apart, command
+from ftengine.bench.loader_report import as_text, draw_chart, figures
+from ftengine.bench.peers import PEERS, Setup
+from ftengine.bench.peers.process import Child
 from ftengine.bench.phantoms import draw, write_store
-from ftengine.bench.timing import environment, peak_bytes
+from ftengine.bench.timing import environment
 from ftengine.config import Config
 from ftengine.errors import ConfigError
-from ftengine.geometry import IntZYX, int_zyx
+from ftengine.geometry import IntZYX
 
-GOALS = {
-    "crops, times nnU-Net": 2.0,
-    "painted, times MONAI PersistentDataset augmented": 10.0,
-    "painted, times nnU-Net augmented": 10.0,
-    "read cost of blosc2": 1.25,
-    "share of the undelayed rate": 0.8,
-    "memory growth": 0.05,
-    "peak_gb": 1.5,
-    "first_batch_s": 5.0,
-    "plan_s": 60.0,
-    "wait_share": 0.01,
-}
 VOLUME_ZYX: IntZYX = (200, 256, 256)
 PATCH_ZYX: IntZYX = (96, 96, 96)
-OUR_MODES = ("crops", "augmented", "painted", "networks")
-_NO_AUGMENTATION = {f"augment.{name}_probability": 0.0 for name in ("flip", "rot90", "scale", "shift")}
-_WARM_BATCHES, _LEAST_BATCHES = 16, 16
-_BISECTIONS = 3
-_EARLY_BATCHES = 500
 NUM_ROWS = 161_310
-
-
-# ---- our own candidate ----
-
-
-def config_of(mode: str, patch_zyx: IntZYX, batch_size: int, assignments: Sequence[str] = ()) -> Config:
-    """The preset without a device, for one of OUR_MODES."""
-    config = Config.preset("abdomen").with_overrides(
-        {
-            "device": "cpu",
-            "region.patch_zyx": patch_zyx,
-            "training.batch_size": batch_size,
-            "loader.patches_per_epoch": 1 << 24,
-            "qc.min_pass_rate": 0.0,
-            **(_NO_AUGMENTATION if mode == "crops" else {}),
-        }
-    )
-    return _allowing_absent_classes(config).with_assignments(assignments)
-
-
-def _allowing_absent_classes(config: Config) -> Config:
-    """Healthy phantoms hold no tumour class, which newer versions refuse unless told."""
-    keys = type(config.loader).model_fields
-    return config.with_overrides({"loader.absent_classes": "allow"}) if "absent_classes" in keys else config
-
-
-def our_loader(options: Mapping[str, Any]) -> Any:
-    """The loader of a part's options: store, mode, patch_zyx, batch_size, set."""
-    from ftengine.assemble import build_judge, build_loader, build_synthesis_stage
-    from ftengine.store.reader import open_store
-
-    mode = options["mode"]
-    config = config_of(mode, int_zyx(options["patch_zyx"]), options["batch_size"], options["set"])
-    stages: tuple[Any, ...] = ()
-    if mode == "painted":
-        stages = (build_synthesis_stage(config, None, None),)
-    elif mode == "networks":
-        from ftengine.training.networks import build_generator, build_segmenter
-
-        generator = build_generator(config).eval().requires_grad_(requires_grad=False)
-        segmenter = build_segmenter(config).eval().requires_grad_(requires_grad=False)
-        stages = (build_synthesis_stage(config, generator, build_judge(config, segmenter)),)
-    return build_loader(config, open_store(options["store"]), mix="mixed", stages=stages)
-
-
-class Counted:
-    """Batches of our loader as (image, label), with the painted patches counted."""
-
-    def __init__(self, loader: Any) -> None:
-        self._loader = loader
-        self.patches = self.painted = 0
-
-    def batches(self) -> Batches:
-        """Endless."""
-        while True:
-            for batch in self._loader:
-                self.patches += len(batch.records)
-                self.painted += sum(r.painted is not None for r in batch.records)
-                yield batch.image, batch.label
-
-    def describe(self) -> dict[str, Any]:
-        """What the parent is told with each turn."""
-        return {"painted_share": self.painted / max(1, self.patches), "busy_s": self._loader.clock.seconds()}
-
-
-def serve_ours(options: Mapping[str, Any]) -> None:
-    """Part: our loader as a candidate."""
-    counted = Counted(our_loader(options))
-    serve(counted.batches(), int_zyx(options["patch_zyx"]), counted.describe)
-
-
-def serve_peer(options: Mapping[str, Any]) -> None:
-    """Part: a peer as a candidate."""
-    setup = Setup.from_json(json.dumps(options))
-    serve(batches_of(setup), setup.patch_zyx)
-
-
-# ---- parts that run alone in a fresh process ----
-
-
-def first_batch(options: Mapping[str, Any]) -> dict[str, float]:
-    """Part: seconds from opening the store to the first batch, and since the process began."""
-    import ftengine.assemble  # noqa: F401 - a training program has imported it before it starts
-
-    started = time.perf_counter()
-    with our_loader(options) as loader:
-        next(iter(loader))
-        seconds = time.perf_counter() - started
-    return {"s": seconds, "since_process_start_s": time.time() - options["started"]}
-
-
-def plan_only(options: Mapping[str, Any]) -> dict[str, float]:
-    """Part: requests of many patches, no reads."""
-    with our_loader(options) as loader:
-        plan = loader.plan
-        started, patches, step, volumes = time.perf_counter(), 0, 0, set()
-        while patches < options["patches"]:
-            requests = plan.batch(0, step)
-            volumes.add(requests[0].case)
-            patches, step = patches + len(requests), step + 1
-        seconds = time.perf_counter() - started
-    return {"s": seconds, "patches": patches, "volumes_met": len(volumes), "peak_gb": peak_bytes() / 1e9}
-
-
-def soak(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Part: resident memory over many batches."""
-    resident_mb: list[tuple[int, float]] = []
-    every = max(1, options["batches"] // 40)
-    early = min(_EARLY_BATCHES, options["batches"] // 2)
-    started, done = time.perf_counter(), 0
-    with our_loader(options) as loader:
-        while done < options["batches"]:
-            for _ in loader:
-                done += 1
-                if done % every == 0 or done in {early, options["batches"]}:
-                    resident_mb.append((done, resident_bytes() / 1e6))
-                if done == options["batches"]:
-                    break
-    after = dict(resident_mb)
-    growth = after[options["batches"]] / after[early] - 1
-    return {
-        "batches": done,
-        "early": early,
-        "early_mb": after[early],
-        "late_mb": after[done],
-        "growth": growth,
-        # the kernel's own peak lags behind by what its threads have not yet reported
-        "peak_gb": max(peak_bytes() / 1e9, max(mb for _, mb in resident_mb) / 1e3),
-        "s": time.perf_counter() - started,
-        "resident_mb": resident_mb,
-    }
-
-
-def resident_bytes() -> int:
-    """Memory of this process that is resident now."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def waits(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Part: share of the time that a consumer waits whose step is a sleep, for each step asked for, and the shortest that waits little.
-
-    Between the longest step that waits too much and the shortest that does not, a few more are tried, each half-way.
-    """
-    counted = Counted(our_loader(options))
-    source = counted.batches()
-    shares: dict[float, float] = {}
-
-    def measure(step_ms: float) -> bool:
-        for _ in range(_WARM_BATCHES):
-            next(source)
-            time.sleep(step_ms / 1e3)
-        waited, started = 0.0, time.perf_counter()
-        for _ in range(options["batches"]):
-            asked = time.perf_counter()
-            next(source)
-            waited += time.perf_counter() - asked
-            time.sleep(step_ms / 1e3)
-        shares[step_ms] = waited / (time.perf_counter() - started)
-        return shares[step_ms] < GOALS["wait_share"]
-
-    for step_ms in sorted(options["step_ms"]):
-        measure(step_ms)
-    for _ in range(_BISECTIONS):
-        enough = [ms for ms, share in shares.items() if share < GOALS["wait_share"]]
-        short = [
-            ms for ms, share in shares.items() if share >= GOALS["wait_share"] and (not enough or ms < min(enough))
-        ]
-        if not enough or not short:
-            break
-        measure((min(enough) + max(short)) / 2)
-    enough = [ms for ms, share in shares.items() if share < GOALS["wait_share"]]
-    return {
-        "shares": {f"{ms:g}": shares[ms] for ms in sorted(shares)},
-        "shortest_ms": min(enough, default=None),
-        **counted.describe(),
-    }
-
-
-def read_cost(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Part: CPU ms of a patch (image and label) by our store and by blosc2 at nnU-Net's chunks, interleaved, one thread and two."""
-    import blosc2
-
-    from ftengine.bench.peers.nnunet import write_case
-    from ftengine.store.reader import open_store
-
-    store, patch = open_store(options["store"]), int_zyx(options["patch_zyx"])
-    cases = store.cases
-    folder = Path(options["work"])
-    for number, case in enumerate(cases):
-        volume = store.read_volume(case)
-        write_case(folder, str(number), volume.image, volume.label, patch, sorted(store.labels.values())[1:])
-    blosc2.set_nthreads(1)
-
-    def opened(number: int) -> list[Any]:
-        files = (folder / f"{number}.b2nd", folder / f"{number}_seg.b2nd")
-        return [blosc2.open(urlpath=str(f), mode="r", mmap_mode="r", dparams={"nthreads": 1}) for f in files]
-
-    kept = [opened(number) for number in range(len(cases))]
-    rng = np.random.default_rng(0)
-    boxes = [
-        (
-            n % len(cases),
-            int_zyx(
-                int(rng.integers(0, s - p + 1))
-                for s, p in zip(store.shape_zyx(cases[n % len(cases)]), patch, strict=True)
-            ),
-        )
-        for n in range(options["patches"])
-    ]
-
-    def by_us(place: tuple[int, IntZYX]) -> tuple[Any, Any]:
-        read = store.read(cases[place[0]], place[1], patch)
-        return read.image, read.label
-
-    def sliced(arrays: Sequence[Any], origin: IntZYX) -> tuple[Any, Any]:
-        where = (0, *(slice(o, o + n) for o, n in zip(origin, patch, strict=True)))
-        return arrays[0][where], arrays[1][where]
-
-    readers: dict[str, Callable[[tuple[int, IntZYX]], tuple[Any, Any]]] = {
-        "ftengine store": by_us,
-        "blosc2, arrays kept open": lambda place: sliced(kept[place[0]], place[1]),
-        "blosc2, opened for each patch": lambda place: sliced(opened(place[0]), place[1]),
-    }
-    for place in boxes[:4]:
-        for a, b in zip(by_us(place), readers["blosc2, arrays kept open"](place), strict=True):
-            if not np.array_equal(a, b):
-                raise AssertionError("the two stores hold other voxels: nothing to time")
-    samples: dict[str, list[dict[str, float]]] = {}
-    for threads in (1, 2):
-        with ThreadPoolExecutor(threads) as pool:
-            for turn in range(options["rounds"] + 1):
-                for name, read in readers.items():
-                    cpu, wall = time.process_time(), time.perf_counter()
-                    for _ in pool.map(read, boxes):
-                        pass
-                    sample = {
-                        "cpu_ms": (time.process_time() - cpu) * 1e3 / len(boxes),
-                        "wall_ms": (time.perf_counter() - wall) * 1e3 / len(boxes),
-                    }
-                    if turn:  # the first warms up
-                        samples.setdefault(f"{name} | {threads}", []).append(sample)
-    sizes = {
-        "store": sum(f.stat().st_size for f in (Path(options["store"]) / "volumes").rglob("*") if f.is_file()),
-        "blosc2": sum(f.stat().st_size for f in folder.glob("*.b2nd")),
-    }
-    shape = {
-        "chunks": kept[0][0].chunks,
-        "blocks": kept[0][0].blocks,
-        "label_chunks": kept[0][1].chunks,
-        "label_blocks": kept[0][1].blocks,
-    }
-    return {"patches": len(boxes), "samples": samples, "bytes": sizes, "blosc2": shape}
-
-
-PARTS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any] | None]] = {
-    "ours": serve_ours,
-    "peer": serve_peer,
-    "first": first_batch,
-    "plan": plan_only,
-    "soak": soak,
-    "waits": waits,
-    "reads": read_cost,
-}
-
-
-def _command(part: str, options: Mapping[str, Any]) -> list[str]:
-    return ["-m", "ftengine.bench.loader", "--part", part, json.dumps(options)]
-
-
-def apart(part: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Run a part in a fresh process; AssertionError with the end of its stderr where it fails."""
-    done = subprocess.run(  # noqa: S603 - this very module
-        [sys.executable, *_command(part, options)], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise AssertionError(f"{part} failed:\n{done.stderr[-4000:]}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
-
-
-# ---- what is measured ----
+_LEAST_BATCHES = 16
 
 
 def make_sources(folder: Path, count: int, shape_zyx: IntZYX) -> tuple[Path, Path]:
@@ -352,7 +52,7 @@ def make_sources(folder: Path, count: int, shape_zyx: IntZYX) -> tuple[Path, Pat
 
 
 def _start(name: str, part: str, options: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> Child:
-    return Child(name, _command(part, options), environ=environ)
+    return Child(name, command(part, options), environ=environ)
 
 
 def fastest(name: str, setups: Sequence[Setup], *, seconds: float) -> tuple[Child, dict[str, float]]:
@@ -361,7 +61,7 @@ def fastest(name: str, setups: Sequence[Setup], *, seconds: float) -> tuple[Chil
     best: Child | None = None
     for setup in setups:
         child = _start(name, "peer", json.loads(setup.to_json()))
-        turn = child.run(seconds=seconds, batches=_LEAST_BATCHES, warm=_WARM_BATCHES)
+        turn = child.run(seconds=seconds, batches=_LEAST_BATCHES, warm=WARM_BATCHES)
         rates[str(setup.workers)] = turn["patches"] / turn["s"]
         if best is None or rates[str(setup.workers)] == max(rates.values()):
             best, child = child, best
@@ -405,7 +105,7 @@ def rates(
                 children.append(child)
         for _ in range(rounds):
             for child in children:
-                turn = child.run(seconds=seconds, batches=_LEAST_BATCHES, warm=_WARM_BATCHES)
+                turn = child.run(seconds=seconds, batches=_LEAST_BATCHES, warm=WARM_BATCHES)
                 samples.setdefault(child.name, []).append({k: turn[k] for k in ("s", "cpu_s", "patches")})
                 described[child.name] = {k: v for k, v in turn.items() if k not in {"s", "cpu_s", "patches"}}
         checked = {child.name: child.description["checked"] for child in children}
@@ -453,7 +153,7 @@ def slow_storage(
         for _ in range(rounds):
             for child in children:
                 # what was read ahead must be used up before the clock runs
-                warm = max(_WARM_BATCHES, 2 * max(in_flight) // batch_size)
+                warm = max(WARM_BATCHES, 2 * max(in_flight) // batch_size)
                 turn = child.run(seconds=seconds, batches=_LEAST_BATCHES, warm=warm)
                 samples.setdefault(child.name, []).append(turn["patches"] / turn["s"])
     medians = {name: statistics.median(kept) for name, kept in samples.items()}
@@ -580,109 +280,6 @@ def run(
     return document
 
 
-# ---- what is printed ----
-
-
-def figures(document: Mapping[str, Any]) -> dict[str, float]:
-    """The figures that the goals are about, by the goal's name; what was not measured is left out."""
-    found: dict[str, float] = {}
-    rows = document.get("rates", {}).get("rows", {})
-
-    def times(goal: str, ours: str, theirs: str) -> None:
-        if ours in rows and theirs in rows:
-            found[goal] = rows[ours]["patches_per_s"] / rows[theirs]["patches_per_s"]
-
-    times("crops, times nnU-Net", "ftengine, crops", "nnunet, crops")
-    times("painted, times MONAI PersistentDataset augmented", "ftengine, painted", "monai-persistent, augmented")
-    times("painted, times nnU-Net augmented", "ftengine, painted", "nnunet, augmented")
-    if "reads" in document:
-        cost = read_medians(document["reads"])
-        found["read cost of blosc2"] = max(
-            cost[f"ftengine store | {n}"] / cost[f"blosc2, arrays kept open | {n}"] for n in (1, 2)
-        )
-    if "slow_storage" in document:
-        found["share of the undelayed rate"] = max(document["slow_storage"]["share_of_undelayed"].values())
-    if "soak" in document:
-        found["memory growth"], found["peak_gb"] = document["soak"]["growth"], document["soak"]["peak_gb"]
-    if "first_batch" in document:
-        found["first_batch_s"] = document["first_batch"]["s"]
-    if "plan" in document:
-        found["plan_s"] = document["plan"]["s"]
-    return found
-
-
-def read_medians(reads: Mapping[str, Any], what: str = "cpu_ms") -> dict[str, float]:
-    """Median of a patch by reader and threads."""
-    return {name: statistics.median(s[what] for s in kept) for name, kept in reads["samples"].items()}
-
-
-def as_text(document: Mapping[str, Any]) -> str:
-    """Markdown."""
-    lines = [f"### {document['title']}", ""]
-    if "rates" in document:
-        lines += ["| candidate | patches/s | CPU ms a patch | painted |", "|---|---|---|---|"]
-        for name, row in document["rates"]["rows"].items():
-            painted = f"{row['painted_share']:.0%}" if "painted_share" in row else ""
-            lines.append(f"| {name} | {row['patches_per_s']:.1f} | {row['cpu_ms_a_patch']:.1f} | {painted} |")
-        for name, tried in document["rates"]["workers_tried"].items():
-            shown = ", ".join(f"{workers} workers {rate:.1f}" for workers, rate in tried.items())
-            lines += ["", f"{name}: patches/s with {shown}; the fastest ran."]
-    if "reads" in document:
-        cpu, wall = read_medians(document["reads"]), read_medians(document["reads"], "wall_ms")
-        lines += ["", "| image and label of one patch, threads | CPU ms | ms |", "|---|---|---|"]
-        lines += [f"| {name.replace(' | ', ', ')} | {cpu[name]:.2f} | {wall[name]:.2f} |" for name in cpu]
-    for mode, part in document.get("step_ms", {}).items():
-        shown = ", ".join(f"{ms} ms {share:.1%}" for ms, share in part["shares"].items())
-        lines += ["", f"Waiting by length of the step, {mode}: {shown}; shortest under 1 %: {part['shortest_ms']} ms."]
-    if "slow_storage" in document:
-        part = document["slow_storage"]
-        shown = ", ".join(
-            f"{name.replace(' | ', ', ')} in flight: {rate:.1f}" for name, rate in part["patches_per_s"].items()
-        )
-        lines += ["", f"S3, delay of each request, patches/s: {shown}."]
-    if "first_batch" in document:
-        part = document["first_batch"]
-        lines += [
-            "",
-            f"First batch {part['s']:.2f} s after opening began, {part['since_process_start_s']:.2f} s after the process did.",
-        ]
-    if "plan" in document:
-        part = document["plan"]
-        lines += ["", f"Plan of {part['patches']:,} patches over {document['num_rows']:,} rows: {part['s']:.1f} s."]
-    if "soak" in document:
-        part = document["soak"]
-        lines += [
-            "",
-            (
-                f"{part['batches']:,} batches over {document['num_rows']:,} rows in {part['s']:.0f} s: {part['early_mb']:.0f} MB resident after "
-                f"{part['early']}, {part['late_mb']:.0f} MB at the end, peak {part['peak_gb']:.2f} GB."
-            ),
-        ]
-    lines += ["", "| figure | measured | goal |", "|---|---|---|"]
-    lines += [f"| {name} | {value:.3g} | {GOALS[name]:g} |" for name, value in document["figures"].items()]
-    return "\n".join(lines)
-
-
-def draw_chart(document: Mapping[str, Any], file: Path) -> None:
-    """Patches a second of every candidate as bars, ours dark."""
-    import matplotlib as mpl
-
-    mpl.use("agg")
-    from matplotlib.figure import Figure
-
-    rows = document["rates"]["rows"]
-    names = sorted(rows, key=lambda name: rows[name]["patches_per_s"])
-    values = [rows[name]["patches_per_s"] for name in names]
-    figure = Figure(figsize=(8, 0.4 * len(names) + 1.2), layout="constrained")
-    axes = figure.subplots()
-    bars = axes.barh(names, values, color=["#0072b2" if n.startswith("ftengine") else "#b0b0b0" for n in names])
-    axes.bar_label(bars, labels=[f"{v:.1f}" for v in values], padding=3)
-    axes.set_xlabel(f"patches a second, {document['environment']['cores']} cores, no GPU")
-    axes.set_title(document["title"], fontsize=9)
-    axes.margins(x=0.12)
-    figure.savefig(file, dpi=120)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """``ftengine bench loader``."""
     parser = argparse.ArgumentParser(prog="ftengine bench loader", description=__doc__.splitlines()[0])
@@ -707,14 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of our configuration")
     parser.add_argument("--chart", type=Path, metavar="FILE", help="patches a second as a PNG")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--part", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.part:
-        name, given = options.part
-        result = PARTS[name](json.loads(given))
-        if result is not None:
-            print(json.dumps(result))
-        return
     if options.no_rates and options.peer:
         raise ConfigError("--no-rates with --peer: peers are only measured by their rates; leave one of the two out.")
     run(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ftengine.bench import loader, slow_s3
+from ftengine.bench import loader, loader_parts, slow_s3
 from ftengine.bench.peers import PEERS, Setup
 from ftengine.bench.peers.process import Child, check
 from ftengine.errors import ConfigError
@@ -66,7 +66,7 @@ def test_every_peer_delivers_what_is_asked(peer: str, mode: Any, work: Path) -> 
     if find_spec(package) is None:
         pytest.skip(f"{package} is not installed (extra 'peers')")
     setup = Setup(peer, mode, str(work / "nifti"), str(work / peer), PATCH, 4, 0)
-    child = Child(peer, loader._command("peer", json.loads(setup.to_json())), timeout_s=200)
+    child = Child(peer, loader_parts.command("peer", json.loads(setup.to_json())), timeout_s=200)
     try:
         turn = child.run(seconds=0.0, batches=2, warm=0)
     finally:
@@ -98,29 +98,45 @@ def test_a_replicated_index_leads_to_the_voxels_of_its_rows(work: Path, tmp_path
         assert any((volume.image == o.image).all() and (volume.label == o.label).all() for o in originals)
 
 
-def test_the_wait_falls_with_the_length_of_the_step(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class _Clock:
+    """Time that passes only where somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_the_wait_falls_with_the_length_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = _Clock()
+
     class Source:
-        def __init__(self, _loader: None) -> None:
+        def __init__(self, _loader: object) -> None:
             pass
 
         def batches(self) -> Iterator[None]:
-            ready = time.perf_counter()
+            ready = clock.now
             while True:
-                ready = max(ready, time.perf_counter() - 0.02) + 0.02  # one batch every 20 ms, one ahead
-                time.sleep(max(0.0, ready - time.perf_counter()))
+                ready = max(ready, clock.now - 0.02) + 0.02  # one batch every 20 ms, one ahead
+                clock.sleep(max(0.0, ready - clock.now))
                 yield None
 
         def describe(self) -> dict[str, Any]:
             return {}
 
-    monkeypatch.setattr(loader, "our_loader", lambda _options: None)
-    monkeypatch.setattr(loader, "Counted", Source)
-    result = loader.waits({"step_ms": [1, 60], "batches": 10})
+    monkeypatch.setattr(loader_parts, "our_loader", lambda _options: None)
+    monkeypatch.setattr(loader_parts, "Counted", Source)
+    monkeypatch.setattr(loader_parts, "time", clock)
+    result = loader_parts.waits({"step_ms": [1, 60], "batches": 10})
     shares = {float(ms): share for ms, share in result["shares"].items()}
-    assert shares[1.0] > 0.5
-    assert shares[60.0] < 0.01
-    assert len(shares) == 2 + loader._BISECTIONS
-    assert 10 < result["shortest_ms"] <= 60
+    assert shares[1.0] == pytest.approx(0.95)
+    assert shares[60.0] == 0
+    assert list(shares) == [1, 15.75, 23.125, 30.5, 60]  # each half-way between too short and long enough
+    assert result["shortest_ms"] == 23.125
     assert all(share >= 0.01 for ms, share in shares.items() if ms < result["shortest_ms"])
 
 
