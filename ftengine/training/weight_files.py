@@ -6,6 +6,8 @@ the released segmenters hold (``best_acc``). Objects, records and texts of NumPy
 
 import hashlib
 import pickle
+import struct
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +21,20 @@ from safetensors import SafetensorError, safe_open
 from ftengine.errors import ConfigError
 
 _HASH_BYTES = 1 << 22
+# what torch's reader raises on bytes that are no file of its own: an opcode may find any stack
+_OF_BAD_BYTES = (
+    RuntimeError,
+    EOFError,
+    zipfile.BadZipFile,
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    AssertionError,
+    ArithmeticError,
+    struct.error,
+)
 _WRAPPERS = ("state_dict", "model", "net", "network", "network_weights")  # where files keep their weights
 
 
@@ -53,7 +69,8 @@ def read_weights(path: str | Path) -> WeightFile:
 def read_pickle(path: Path) -> Any:
     """What ``torch.save`` wrote: tensors and plain values, on the CPU. Raises ConfigError; nothing in the file is run."""
     try:
-        with torch.serialization.safe_globals(_PLAIN_NUMBERS):
+        with torch.serialization.safe_globals(_PLAIN_NUMBERS), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # it is read, or refused with an error
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         refused = str(error).split("GLOBAL ", maxsplit=1)
@@ -63,7 +80,7 @@ def read_pickle(path: Path) -> Any:
                 "plain values. Get the file from its authors, or save its state dict as .safetensors."
             ) from error
         raise _damaged(path, error) from error
-    except (RuntimeError, EOFError, zipfile.BadZipFile, OSError, ValueError, TypeError, AttributeError) as error:
+    except _OF_BAD_BYTES as error:
         raise _damaged(path, error) from error
 
 
@@ -85,7 +102,9 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _damaged(path: Path, error: Exception) -> ConfigError:
-    said = " ".join(str(error).split())[:160] or "empty"
+    # around the reason torch tells how to run the file all the same
+    text = str(error).split("WeightsUnpickler error: ")[-1].split("Check the documentation", maxsplit=1)[0]
+    said = " ".join(text.split())[:160] or "empty"
     return ConfigError(f"{path}: is not a file of weights, or is damaged or cut short ({said}). Fetch it again.")
 
 

@@ -169,7 +169,7 @@ def test_imported_chest_weights_add_a_sigmoid_and_abdomen_ones_take_away_a_tanh(
     label = torch.full((1, 1, 32, 32, 32), organ, dtype=torch.uint8)
     synthesizer = Synthesizer(config.region, config.synthesis, seed=0, generator=generator)
     sigmas = ABDOMEN_SIGMAS if region == "abdomen" else CHEST_SIGMAS[:1]
-    synthesizer._fields = TextureFields(0, sigmas, (48, 48, 48))  # noqa: SLF001 - the released size takes seconds
+    synthesizer._fields = TextureFields(0, sigmas, (48, 48, 48))
     painted = synthesizer.paint(image, label, [Address(0, 0)])
     change = (painted.image - image)[painted.mask.bool()]
     activated = float(torch.tanh(torch.tensor(-2.0)) if region == "abdomen" else torch.sigmoid(torch.tensor(-2.0)))
