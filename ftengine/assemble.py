@@ -369,10 +369,12 @@ def synthesize(
     image_batch = torch.from_numpy(window)[None, None].to(device)
     label_batch = torch.from_numpy(only_organ)[None, None].to(device)
     synthesis = config.synthesis.model_copy(update={"fraction": 1.0, "min_organ_voxels": 1})
-    loaded_generator = generator
+    loaded_generator: Generator | None
     if isinstance(generator, str | Path):
         loaded_generator, trained = load_generator(generator)
         _check_blend(config, trained, generator)
+    else:
+        loaded_generator = generator
     if isinstance(loaded_generator, nn.Module):
         loaded_generator = loaded_generator.to(device).eval()
     segmenter = load_segmenter(judge)[0] if isinstance(judge, str | Path) else judge

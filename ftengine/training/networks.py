@@ -1,6 +1,7 @@
 """The networks: the segmenter S (MONAI), the generator G and the classifier C (the paper's 3-D U-Net)."""
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from monai.networks.nets.dynunet import DynUNet
@@ -71,12 +72,14 @@ def _swinunetr(network: NetworkConfig, num_classes: int, patch_zyx: IntZYX, _spa
         use_v2=True,
         use_checkpoint=network.checkpointing,
         spatial_dims=3,
-        downsample="merging" if network.patch_merging == "all" else RepeatedPatchMerging,
+        downsample="merging"
+        if network.patch_merging == "all"
+        else cast("nn.Module", RepeatedPatchMerging),  # a class of it
     )
     return swin
 
 
-class RepeatedPatchMerging(PatchMergingV2):  # type: ignore[misc]  # MONAI has no types
+class RepeatedPatchMerging(PatchMergingV2):
     """Patch merging as MONAI's SwinUNETR had it before version 1.5: of the 2 x 2 x 2 voxels, two are taken twice and two never.
 
     Source: the table in MONAI's issue 8284. Weights and shapes are those of the merging that takes each once.
@@ -140,7 +143,7 @@ def _unetr(network: NetworkConfig, num_classes: int, patch_zyx: IntZYX, _spacing
     )
 
 
-class _UnetrOfOneSize(UNETR):  # type: ignore[misc]  # MONAI has no types
+class _UnetrOfOneSize(UNETR):
     """MONAI's UNETR, which says what it wants where it is given another size than it was built for."""
 
     def forward(self, x_in: torch.Tensor) -> torch.Tensor:

@@ -82,6 +82,7 @@ def import_weights(path: str | Path, out: str | Path) -> Imported:
     for name, tensors in nets.items():
         check_layout(tensors, layout_of(name, region), where=f"{file.path}: {name}")
     out.mkdir(parents=True, exist_ok=True)
+    contents: dict[str, Any]
     if "netG" in nets:
         contents = {"model": _unet_from_released(nets["netG"]), "classifier": _unet_from_released(nets["netD"])}
         save_checkpoint(targets[GENERATOR_FILE], "generator", config, {**contents, "released": source})

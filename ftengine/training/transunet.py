@@ -62,7 +62,7 @@ class TransUNet(nn.Module):
     def _transformed(self, features: torch.Tensor) -> torch.Tensor:
         """[B, C, z, y, x] -> [B, token size, z, y, x]."""
         maps = self.tokens(features)
-        position = self.position
+        position: torch.Tensor = self.position
         if position.shape[2:] != maps.shape[2:]:
             position = nnf.interpolate(position, maps.shape[2:], mode="trilinear")
         tokens = (maps + position).flatten(2).transpose(1, 2)

@@ -168,7 +168,7 @@ def test_transunet_takes_other_sizes_than_its_patch() -> None:
         assert network(torch.zeros(1, 1, 48, 32, 64)).shape[2:] == (48, 32, 64)
 
 
-def test_transunet_looks_beyond_its_convolutions() -> None:
+def test_transunet_looks_beyond_its_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     """What lies at one end changes the far end only by way of the transformer."""
     network = build_segmenter(
         small_network("transunet", **{"region.patch_zyx": (16, 16, 160), "augment.rot90_probability": 0})
@@ -177,7 +177,7 @@ def test_transunet_looks_beyond_its_convolutions() -> None:
     network = network.double()
     for module in network.modules():  # instance norms reach everywhere, too
         if isinstance(module, torch.nn.InstanceNorm3d):
-            module.forward = lambda y: y  # type: ignore[method-assign]
+            monkeypatch.setattr(module, "forward", lambda y: y)
     other = x.clone()
     other[..., :8] = 1 - x[..., :8]
     with torch.no_grad():
@@ -255,8 +255,8 @@ def test_generator_sees_its_axes_reversed_and_paints_with_its_first_output() -> 
 def test_repeated_patch_merging_takes_the_voxels_of_old_monai() -> None:
     """Voxels that hold their own offset in the block, as bits z y x; the table is the one of MONAI's issue 8284."""
     merging = RepeatedPatchMerging(1)
-    merging.norm = torch.nn.Identity()
-    merging.reduction = torch.nn.Identity()
+    for name in ("norm", "reduction"):
+        setattr(merging, name, torch.nn.Identity())
     z, y, x = torch.meshgrid(*(torch.arange(n) % 2 for n in (2, 4, 3)), indexing="ij")
     merged = merging((100 * z + 10 * y + x).float()[None, ..., None])
     assert merged.shape == (1, 1, 2, 2, 8)

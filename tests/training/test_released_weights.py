@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -136,7 +137,11 @@ def test_an_imported_segmenter_sees_what_the_released_one_sees(imported: tuple[s
     known = [0, 1, 2, 3, 4, 5, 6] if region == "abdomen" else [0, 2]
     state = torch.load(file, weights_only=True)["state_dict"]
     theirs = SwinUNETR(
-        in_channels=1, out_channels=len(known), feature_size=48, use_v2=True, downsample=RepeatedPatchMerging
+        in_channels=1,
+        out_channels=len(known),
+        feature_size=48,
+        use_v2=True,
+        downsample=cast("torch.nn.Module", RepeatedPatchMerging),
     ).eval()
     theirs.load_state_dict({k.removeprefix("netSeg."): v for k, v in state.items() if k.startswith("netSeg.")})
     x = torch.rand(1, 1, 32, 32, 64, generator=torch.Generator().manual_seed(4))
@@ -159,11 +164,9 @@ def test_imported_chest_weights_add_a_sigmoid_and_abdomen_ones_take_away_a_tanh(
     """G's output is made constant, so that the blend can be computed by hand up to the texture, whose values are positive."""
     region, _, out = imported
     generator, config = load_generator(out / "generator.pt")
-    with torch.no_grad():
-        generator.head.weight.zero_()
-        generator.head.bias.fill_(
-            -2.0
-        )  # tanh is negative, the sigmoid positive: the abdomen is brightened by -, the chest by +
+    constant = {"head.weight": torch.zeros_like(generator.head.weight)}
+    constant["head.bias"] = torch.full((len(config.region.organs),), -2.0)  # tanh < 0 < sigmoid: both brighten
+    generator.load_state_dict(generator.state_dict() | constant)
     organ = next(iter(config.region.organs.values())).organ
     image = torch.full((1, 1, 32, 32, 32), 0.5)
     label = torch.full((1, 1, 32, 32, 32), organ, dtype=torch.uint8)
@@ -263,7 +266,7 @@ def test_export_refuses_what_the_released_code_would_compute_otherwise(
 ) -> None:
     region, _, out = imported
     narrow = Config.preset(region)
-    document = {"model": {}, "classifier": {}}
+    document: dict[str, dict[str, torch.Tensor]] = {"model": {}, "classifier": {}}
     save_checkpoint(tmp_path / "narrow.pt", "generator", narrow, document)
     with pytest.raises(ConfigError, match=r"has generator\.width=8; the released code computes with 32"):
         export_weights([tmp_path / "narrow.pt"], tmp_path / "x.pt")
