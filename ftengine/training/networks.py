@@ -134,13 +134,17 @@ def _dynunet(network: NetworkConfig, num_classes: int, patch_zyx: IntZYX, spacin
 
 def _unetr(network: NetworkConfig, num_classes: int, patch_zyx: IntZYX, _spacing: FloatZYX) -> nn.Module:
     _want_multiples(network.name, patch_zyx, (16, 16, 16))
-    return _UnetrOfOneSize(
+    unetr = _UnetrOfOneSize(
         in_channels=1,
         out_channels=num_classes,
         img_size=patch_zyx,
         hidden_size=network.transformer_width,
         mlp_dim=4 * network.transformer_width,
     )
+    for name, weight in unetr.named_parameters():
+        if "norm_cross_attn" in name:  # of a cross attention that this network does not have: no gradient ever comes
+            weight.requires_grad_(requires_grad=False)
+    return unetr
 
 
 class _UnetrOfOneSize(UNETR):
@@ -158,7 +162,7 @@ class _UnetrOfOneSize(UNETR):
 
 
 def _transunet(network: NetworkConfig, num_classes: int, patch_zyx: IntZYX, _spacing: FloatZYX) -> nn.Module:
-    _want_multiples(network.name, patch_zyx, (STRIDE,) * 3)
+    _want_multiples(network.name, patch_zyx, (STRIDE, STRIDE, STRIDE))
     if max(patch_zyx) < 2 * STRIDE:
         raise ConfigError(
             f"region.patch_zyx={patch_zyx}: network transunet wants at least {2 * STRIDE} voxels on some axis."

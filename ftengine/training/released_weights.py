@@ -330,7 +330,7 @@ def _only_classes(model: Mapping[str, torch.Tensor], classes: tuple[int, ...]) -
 
 def _exportable_region(path: Path, document: Mapping[str, Any], config: Config) -> RegionName:
     """The region of the released layout that a checkpoint can be written as; ConfigError for what would compute something else there."""
-    region = next(
+    region: RegionName | None = next(
         (name for name in _GENERATOR_OUTPUTS if Config.preset(name).region.organs == config.region.organs), None
     )
     if region is None:
