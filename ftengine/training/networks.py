@@ -143,7 +143,7 @@ def _unetr(network: NetworkConfig, num_classes: int, patch_zyx: IntZYX, _spacing
     )
     for name, weight in unetr.named_parameters():
         if "norm_cross_attn" in name:  # of a cross attention that this network does not have: no gradient ever comes
-            weight.requires_grad_(requires_grad=False)
+            weight.requires_grad = False
     return unetr
 
 
