@@ -6,7 +6,7 @@ from ftengine.cli.console import ConfigOption, SetOption
 
 
 def config(
-    preset: str = typer.Argument("abdomen", help="Preset to start from: abdomen, chest or demo."),
+    preset: str = typer.Argument("abdomen", help="Preset to start from, e.g. abdomen, abdomen-liver, chest, demo."),
     file: ConfigOption = None,
     assignments: SetOption = None,
 ) -> None:

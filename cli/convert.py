@@ -35,7 +35,7 @@ def convert(
         ),
     ],
     region: Annotated[
-        str, typer.Option(help="Preset whose grid and labels apply: abdomen, chest or demo.")
+        str, typer.Option(help="Preset whose grid and labels apply, e.g. abdomen, abdomen-liver, chest, demo.")
     ] = "abdomen",
     dataset: Annotated[
         str | None,

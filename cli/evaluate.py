@@ -18,7 +18,7 @@ def evaluate(
     ],
     truth: Annotated[str, typer.Argument(metavar="TRUTH|STORE", help="A file or folder of true labels, or a store.")],
     region: Annotated[
-        str, typer.Option(help="Preset whose labels the files have: abdomen, chest or demo.")
+        str, typer.Option(help="Preset whose labels the files have, e.g. abdomen, abdomen-liver, chest.")
     ] = "abdomen",
     config: ConfigOption = None,
     split: SplitOption = None,

@@ -20,6 +20,7 @@ from ftengine.cli import (
     store,
     train,
     view,
+    weights,
 )
 from ftengine.cli.console import EXIT_CODES
 from ftengine.errors import FtengineError
@@ -44,6 +45,7 @@ app.command(name="predict")(predict.predict)
 app.command(name="evaluate")(evaluate.evaluate)
 app.command(name="preview")(preview.preview)
 app.command(name="view")(view.view)
+app.add_typer(weights.app, name="weights")
 app.command(name="config")(config.config)
 app.command(name="doctor")(doctor.doctor)
 app.command(

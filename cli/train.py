@@ -48,7 +48,12 @@ def seg(
         Path | None, typer.Option("--judge", metavar="S.pt", help="Baseline segmenter that judges painted tumours.")
     ] = None,
     init: Annotated[
-        Path | None, typer.Option("--init", metavar="S.pt", help="Start from the weights of this segmenter.")
+        Path | None,
+        typer.Option(
+            "--init",
+            metavar="FILE",
+            help="Start from these weights: a segmenter of ours, VoCo, SwinSSL, the released ones (docs/networks.md).",
+        ),
     ] = None,
     split: SplitOption = None,
     fold: HeldOutOption = None,
@@ -161,6 +166,7 @@ def _document(result: "TrainingResult") -> dict[str, Any]:
         "mix": result.mix,
         "warnings": result.warnings,
         "bad_reads": result.bad_reads,
+        "init": result.init,
     }
 
 
@@ -168,6 +174,8 @@ def _print_result(result: "TrainingResult") -> None:
     console, speed = stdout(), result.speed
     state = "interrupted, state saved; --resume goes on" if result.interrupted else "done"
     console.print(f"{state}: {result.steps} steps, checkpoint {result.checkpoint}", highlight=False)
+    if result.init:
+        console.print(f"started from {result.init}", highlight=False, markup=False)
     table = Table(
         "stage", *(Column(name, justify="right") for name in ("busy s", "of the time", "queue before it, mean"))
     )

@@ -169,6 +169,8 @@ def load_networks(
             continue
         network, trained = load(path)
         _same_region(config, trained, path)
+        if load is load_generator:
+            _check_blend(config, trained, path)
         frozen = network.to(device).requires_grad_(requires_grad=False)
         networks.append(Inference(frozen, config.synthesis, device))
     return networks[0], networks[1]
@@ -201,6 +203,15 @@ def _same_region(config: Config, trained: Config, path: str | Path) -> None:
             raise ConfigError(
                 f"{path}: was trained with region.{key}={have}; this run has {want}. Use the checkpoint of this region."
             )
+
+
+def _check_blend(config: Config, trained: Config, path: str | Path) -> None:
+    """Released generators are painted as the released code does: in the chest that is a sigmoid and a plus (reference 1.6)."""
+    if trained.synthesis.variant == "released" != config.synthesis.variant:
+        raise ConfigError(
+            f"{path}: was trained for synthesis.variant=released; this run paints with {config.synthesis.variant}. "
+            "Add --set synthesis.variant=released."
+        )
 
 
 def train_segmentation(
@@ -358,7 +369,12 @@ def synthesize(
     image_batch = torch.from_numpy(window)[None, None].to(device)
     label_batch = torch.from_numpy(only_organ)[None, None].to(device)
     synthesis = config.synthesis.model_copy(update={"fraction": 1.0, "min_organ_voxels": 1})
-    loaded_generator = load_generator(generator)[0] if isinstance(generator, str | Path) else generator
+    loaded_generator: Generator | None
+    if isinstance(generator, str | Path):
+        loaded_generator, trained = load_generator(generator)
+        _check_blend(config, trained, generator)
+    else:
+        loaded_generator = generator
     if isinstance(loaded_generator, nn.Module):
         loaded_generator = loaded_generator.to(device).eval()
     segmenter = load_segmenter(judge)[0] if isinstance(judge, str | Path) else judge

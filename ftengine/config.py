@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from ftengine.errors import ConfigError
 from ftengine.geometry import FloatZYX, IntZYX
@@ -275,20 +275,37 @@ class QualityConfig(_Section):
 
 
 class NetworkConfig(_Section):
-    """The segmenter: S, and the student."""
+    """The segmenter: S, and the student (docs/networks.md)."""
 
-    name: Literal["swinunetr", "unet"] = "swinunetr"  # paper 4.5
+    # swinunetr: paper 4.5; the others: its baselines (Tables A5, A7), as published or as nnU-Net plans them
+    name: Literal["swinunetr", "unet", "dynunet", "unetr", "transunet"] = "swinunetr"
     feature_size: int = Field(default=48, ge=12)  # swinunetr; Table A19: 72 M parameters. A multiple of 12
     # unet: channels of its levels; the first works at full resolution, each but the last halves it
     channels: tuple[int, ...] = Field(default=(16, 32, 64, 128), min_length=2)
+    width: int = Field(default=32, ge=2)  # dynunet, transunet: channels of the first level; nnU-Net: 32
+    # unetr, transunet: size of a token, ViT-B: 768. A multiple of 12, the number of heads
+    transformer_width: int = Field(default=768, ge=12)
+    transformer_layers: int = Field(default=12, ge=1)  # transunet; ViT-B: 12, which unetr always has
     checkpointing: bool = True  # swinunetr: recompute activations; costs 1.8 % arithmetic (reference 2.2)
+    # swinunetr: which of the eight voxels of a 2 x 2 x 2 block make a token of the next stage. all: each once, as published. repeated: two of
+    # them twice and two never, as in MONAI before 1.5 (its issue 8284): for weights that were trained with it, all released ones among them
+    patch_merging: Literal["all", "repeated"] = "all"
+    axes: Literal["zyx", "xyz"] = (
+        "zyx"  # swinunetr: order of the axes inside the network; xyz: for weights trained on such arrays
+    )
 
-    @field_validator("feature_size")
+    @field_validator("feature_size", "transformer_width")
     @classmethod
-    def _multiple_of_12(cls, value: int) -> int:
+    def _multiple_of_12(cls, value: int, info: ValidationInfo) -> int:
         if value % 12:
-            raise ValueError(f"feature_size={value}: want a multiple of 12 (SwinUNETR's attention heads)")
+            raise ValueError(f"{info.field_name}={value}: want a multiple of 12 (the attention heads)")
         return value
+
+    @model_validator(mode="after")
+    def _axes_fit(self) -> Self:
+        if self.axes == "xyz" and self.name != "swinunetr":
+            raise ValueError(f"axes=xyz with name={self.name}: it is for the weights of others, which are swinunetr's")
+        return self
 
 
 class GeneratorConfig(_Section):
@@ -298,6 +315,9 @@ class GeneratorConfig(_Section):
         default=8, ge=1
     )  # channels of the first convolution; the released network has 32 and costs 2.4 times S
     initial_scale: Positive = 0.05  # standard deviation of G's last layer, so that the first tumours are faint
+    # which output paints an organ: its own (paper), or the first for all of them (the released code; reference 1.6 #12)
+    channel: Literal["organ", "first"] = "organ"
+    axes: Literal["zyx", "xyz"] = "zyx"  # as network.axes
 
 
 class TrainingConfig(_Section):
@@ -363,7 +383,7 @@ class Config(_Section):
 
     @classmethod
     def preset(cls, name: str) -> "Config":
-        """A configuration that ships with ftengine: abdomen, chest or demo."""
+        """A configuration that ships with ftengine; ``preset_names`` lists them."""
         return cls.from_dict(_preset_dict(name), where=f"preset {name}")
 
     @classmethod

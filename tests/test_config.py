@@ -25,7 +25,15 @@ def test_presets_have_the_papers_grids() -> None:
         (96, 96, 96),
     )
     assert (chest.spacing_mm_zyx, chest.window_hu, chest.patch_zyx) == ((5.0, 1.25, 1.25), (-1000, 500), (32, 192, 192))
-    assert [name for name in preset_names() if "released" not in name] == ["abdomen", "chest", "demo"]
+    assert [name for name in preset_names() if "released" not in name] == [
+        "abdomen",
+        "abdomen-kidney",
+        "abdomen-liver",
+        "abdomen-pancreas",
+        "chest",
+        "chest-covid",
+        "demo",
+    ]
 
 
 def test_presets_of_the_released_mixes_weigh_known_data_sets_and_change_nothing_else() -> None:
@@ -72,6 +80,8 @@ def test_assignments_are_read_as_yaml() -> None:
         ("region.window_hu=[3, 1]", "want low < high, in HU"),
         ("region.patch_zyx=[32, 64, 96]", "square axial patch"),
         ("network.feature_size=50", "multiple of 12"),
+        ("network.transformer_width=50", "transformer_width=50: want a multiple of 12"),
+        ("network={name: unet, axes: xyz}", "axes=xyz with name=unet"),
         ("synthesis.sizes={tiny: {radius_mm: [9, 4], warp_sigma_mm: [1, 2]}}", "want 0 < low <= high, in mm"),
         (
             "synthesis={variant: released, sizes: {odd: {radius_mm: [4, 9], warp_sigma_mm: [1, 2]}}, size_weights: {odd: 1}}",

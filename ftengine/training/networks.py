@@ -1,14 +1,20 @@
 """The networks: the segmenter S (MONAI), the generator G and the classifier C (the paper's 3-D U-Net)."""
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
-from monai.networks.nets.swin_unetr import SwinUNETR
+from monai.networks.nets.dynunet import DynUNet
+from monai.networks.nets.swin_unetr import PatchMergingV2, SwinUNETR
 from monai.networks.nets.unet import UNet
+from monai.networks.nets.unetr import UNETR
 from torch import nn
 
-from ftengine.config import Config, GeneratorConfig, NetworkConfig, RegionConfig
+from ftengine.config import Config, GeneratorConfig, NetworkConfig
 from ftengine.errors import ConfigError
+from ftengine.geometry import FloatZYX, IntZYX
+from ftengine.training.nnunet_plan import plan_network
+from ftengine.training.transunet import STRIDE, TransUNet
 from ftengine.vml import settle
 
 settle()  # forward, backward and optimiser run in several threads
@@ -29,40 +35,161 @@ def build_segmenter(config: Config) -> nn.Module:
     Raises ConfigError where the patch does not fit the network's strides.
     """
     network, region = config.network, config.region
-    divisor = 32 if network.name == "swinunetr" else 2 ** max(0, len(network.channels) - 2)
-    if any(n % divisor for n in region.patch_zyx):
-        raise ConfigError(
-            f"region.patch_zyx={region.patch_zyx}: network {network.name} wants multiples of {divisor} on each axis."
-        )
-    if network.name == "swinunetr" and max(region.patch_zyx) < 64:
-        raise ConfigError(
-            f"region.patch_zyx={region.patch_zyx}: network swinunetr wants at least 64 voxels on some axis."
-        )
-    return _seeded(config.seed, lambda: _segmenter(network, region))
+    build = _BUILDERS[network.name]
+    built = _seeded(config.seed, lambda: build(network, region.num_classes, region.patch_zyx, region.spacing_mm_zyx))
+    return built if network.axes == "zyx" else ReversedAxes(built)
 
 
-def _segmenter(network: NetworkConfig, region: RegionConfig) -> nn.Module:
-    if network.name == "swinunetr":
-        swin: nn.Module = SwinUNETR(
-            in_channels=1,
-            out_channels=region.num_classes,
-            feature_size=network.feature_size,
-            use_v2=True,
-            use_checkpoint=network.checkpointing,
-            spatial_dims=3,
-        )
-        return swin
+class ReversedAxes(nn.Module):
+    """A network whose weights were trained on arrays x, y, z, for arrays z, y, x.
+
+    The weights of a Swin transformer cannot be permuted to the same effect: MONAI takes the position biases of a window that is shorter
+    than 7 tokens from the first entries of the table for 7^3, whatever the axis, so they depend on the order of the axes.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, 1, z, y, x] -> [B, channels, z, y, x]."""
+        return reverse_axes(self.network(reverse_axes(x)))
+
+
+def reverse_axes(x: torch.Tensor) -> torch.Tensor:
+    """[..., z, y, x] -> [..., x, y, z], contiguous, and back."""
+    return x.transpose(-1, -3).contiguous()
+
+
+def _swinunetr(network: NetworkConfig, num_classes: int, patch_zyx: IntZYX, _spacing: FloatZYX) -> nn.Module:
+    _want_multiples(network.name, patch_zyx, (32, 32, 32))
+    if max(patch_zyx) < 64:
+        raise ConfigError(f"region.patch_zyx={patch_zyx}: network swinunetr wants at least 64 voxels on some axis.")
+    swin: nn.Module = SwinUNETR(
+        in_channels=1,
+        out_channels=num_classes,
+        feature_size=network.feature_size,
+        use_v2=True,
+        use_checkpoint=network.checkpointing,
+        spatial_dims=3,
+        downsample="merging"
+        if network.patch_merging == "all"
+        else cast("nn.Module", RepeatedPatchMerging),  # a class of it
+    )
+    return swin
+
+
+class RepeatedPatchMerging(PatchMergingV2):
+    """Patch merging as MONAI's SwinUNETR had it before version 1.5: of the 2 x 2 x 2 voxels, two are taken twice and two never.
+
+    Source: the table in MONAI's issue 8284. Weights and shapes are those of the merging that takes each once.
+    """
+
+    OFFSETS = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 0), (0, 0, 1), (1, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, d, h, w, C] of any size -> [B, d / 2, h / 2, w / 2, 2 C], rounded up."""
+        d, h, w = x.shape[1:4]
+        x = nn.functional.pad(x, (0, 0, 0, w % 2, 0, h % 2, 0, d % 2))
+        merged: torch.Tensor = self.norm(torch.cat([x[:, i::2, j::2, k::2] for i, j, k in self.OFFSETS], dim=-1))
+        result: torch.Tensor = self.reduction(merged)
+        return result
+
+
+def _unet(network: NetworkConfig, num_classes: int, patch_zyx: IntZYX, _spacing: FloatZYX) -> nn.Module:
+    divisor = 2 ** max(0, len(network.channels) - 2)
+    _want_multiples(network.name, patch_zyx, (divisor,) * 3)
     strides = (1, *(2,) * (len(network.channels) - 2))  # MONAI would halve the volume before its first convolution
     unet: nn.Module = UNet(
         spatial_dims=3,
         in_channels=1,
-        out_channels=region.num_classes,
+        out_channels=num_classes,
         channels=network.channels,
         strides=strides,
         num_res_units=1,
         norm=("INSTANCE", {"affine": True}),
     )
     return unet
+
+
+def _dynunet(network: NetworkConfig, num_classes: int, patch_zyx: IntZYX, spacing_mm_zyx: FloatZYX) -> nn.Module:
+    """nnU-Net's network without deep supervision; convolutions have no bias, which the norm behind them would take away."""
+    plan = plan_network(patch_zyx, spacing_mm_zyx)
+    if len(plan.strides_zyx) < 3:
+        raise ConfigError(
+            f"region.patch_zyx={patch_zyx}: network dynunet wants a patch that can be halved twice: at least 16 voxels on some axis."
+        )
+    _want_multiples(network.name, patch_zyx, plan.divisor_zyx)
+    unet: nn.Module = DynUNet(
+        spatial_dims=3,
+        in_channels=1,
+        out_channels=num_classes,
+        kernel_size=plan.kernels_zyx,
+        strides=plan.strides_zyx,
+        upsample_kernel_size=plan.strides_zyx[1:],
+        filters=plan.channels(network.width),
+    )
+    return unet
+
+
+def _unetr(network: NetworkConfig, num_classes: int, patch_zyx: IntZYX, _spacing: FloatZYX) -> nn.Module:
+    _want_multiples(network.name, patch_zyx, (16, 16, 16))
+    unetr = _UnetrOfOneSize(
+        in_channels=1,
+        out_channels=num_classes,
+        img_size=patch_zyx,
+        hidden_size=network.transformer_width,
+        mlp_dim=4 * network.transformer_width,
+    )
+    for name, weight in unetr.named_parameters():
+        if "norm_cross_attn" in name:  # of a cross attention that this network does not have: no gradient ever comes
+            weight.requires_grad = False
+    return unetr
+
+
+class _UnetrOfOneSize(UNETR):
+    """MONAI's UNETR, which says what it wants where it is given another size than it was built for."""
+
+    def forward(self, x_in: torch.Tensor) -> torch.Tensor:
+        size = tuple(n * p for n, p in zip(self.feat_size, self.patch_size, strict=True))
+        if tuple(x_in.shape[2:]) != size:
+            raise ConfigError(
+                f"network unetr was built for patches of {size} voxels and got {tuple(x_in.shape[2:])}: its position embeddings are for one size. "
+                "Use patches of region.patch_zyx, synthesis.box=full, or another network."
+            )
+        logits: torch.Tensor = super().forward(x_in)
+        return logits
+
+
+def _transunet(network: NetworkConfig, num_classes: int, patch_zyx: IntZYX, _spacing: FloatZYX) -> nn.Module:
+    _want_multiples(network.name, patch_zyx, (STRIDE, STRIDE, STRIDE))
+    if max(patch_zyx) < 2 * STRIDE:
+        raise ConfigError(
+            f"region.patch_zyx={patch_zyx}: network transunet wants at least {2 * STRIDE} voxels on some axis."
+        )
+    return TransUNet(
+        out_channels=num_classes,
+        patch_zyx=patch_zyx,
+        width=network.width,
+        token_size=network.transformer_width,
+        num_layers=network.transformer_layers,
+    )
+
+
+_BUILDERS: dict[str, Callable[[NetworkConfig, int, IntZYX, FloatZYX], nn.Module]] = {
+    "swinunetr": _swinunetr,
+    "unet": _unet,
+    "dynunet": _dynunet,
+    "unetr": _unetr,
+    "transunet": _transunet,
+}
+
+
+def _want_multiples(name: str, patch_zyx: IntZYX, divisor_zyx: IntZYX) -> None:
+    if any(n % d for n, d in zip(patch_zyx, divisor_zyx, strict=True)):
+        same = len(set(divisor_zyx)) == 1
+        wanted = f"{divisor_zyx[0]} on each axis" if same else f"{divisor_zyx}"
+        raise ConfigError(f"region.patch_zyx={patch_zyx}: network {name} wants multiples of {wanted}.")
 
 
 def build_generator(config: Config) -> "SynthesisUNet":
@@ -74,7 +201,7 @@ def build_generator(config: Config) -> "SynthesisUNet":
         )
 
     def build() -> SynthesisUNet:
-        generator = SynthesisUNet(config.generator, out_channels=len(config.region.organs))
+        generator = SynthesisUNet(config.generator, out_channels=len(config.region.organs), is_generator=True)
         nn.init.normal_(generator.head.weight, std=config.generator.initial_scale)
         generator.head.bias = nn.Parameter(torch.zeros(len(config.region.organs)))
         return generator
@@ -97,9 +224,11 @@ class SynthesisUNet(nn.Module):
     (reference 1.2), and so a batch gives what its members give one by one. Input sizes must be multiples of 8.
     """
 
-    def __init__(self, config: GeneratorConfig, *, out_channels: int) -> None:
+    def __init__(self, config: GeneratorConfig, *, out_channels: int, is_generator: bool = False) -> None:
+        """``config.channel`` concerns a generator only: every output is then the first."""
         super().__init__()
         w = config.width
+        self._is_xyz, self._is_first_for_all = config.axes == "xyz", is_generator and config.channel == "first"
         self.encoder = nn.ModuleList(
             [_double_block(1, w, 2 * w), *(_double_block(2 * w * k, 2 * w * k, 4 * w * k) for k in (1, 2, 4))]
         )
@@ -112,6 +241,8 @@ class SynthesisUNet(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, 1, z, y, x] -> [B, out_channels, z, y, x], no activation."""
         skips = []
+        if self._is_xyz:
+            x = reverse_axes(x)
         for level, block in enumerate(self.encoder):
             x = block(x if level == 0 else nn.functional.max_pool3d(x, 2))
             skips.append(x)
@@ -119,7 +250,9 @@ class SynthesisUNet(nn.Module):
         for up, block in zip(self.upsample, self.decoder, strict=True):
             x = block(torch.cat([up(x), skips.pop()], dim=1))
         out: torch.Tensor = self.head(x)
-        return out
+        if self._is_first_for_all:
+            out = out[:, :1].expand_as(out)
+        return reverse_axes(out) if self._is_xyz else out
 
 
 def _double_block(in_channels: int, middle: int, out_channels: int) -> nn.Sequential:

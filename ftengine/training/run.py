@@ -45,7 +45,8 @@ class TrainingResult:
 
     speed: the stall meter, of the steps since the last start or resume. quality: ``QualityGate.summary`` and mix:
     ``PatchLedger.summary``, of the whole run, empty where it paints nothing. warnings: texts that came up, of the whole run.
-    bad_reads: failed reads of each volume that could not be read, since the last start or resume.
+    bad_reads: failed reads of each volume that could not be read, since the last start or resume. init: what became of the initial
+    weights, one line; empty without them.
     """
 
     checkpoint: Path
@@ -56,6 +57,7 @@ class TrainingResult:
     mix: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     bad_reads: dict[str, int] = field(default_factory=dict)
+    init: str = ""
     interrupted: bool = False
 
     @property

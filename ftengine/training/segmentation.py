@@ -13,6 +13,7 @@ from ftengine.errors import ConfigError
 from ftengine.loader.loader import Loader
 from ftengine.quality.gate import QualityGate
 from ftengine.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from ftengine.training.init_weights import InitReport, load_initial_weights
 from ftengine.training.ledger import PatchLedger
 from ftengine.training.losses import segmentation_loss
 from ftengine.training.networks import build_segmenter
@@ -44,7 +45,7 @@ def train_segmenter(
 ) -> TrainingResult:
     """Train for ``config.training.steps`` steps on the loader's batches; writes ``out/checkpoint.pt``.
 
-    init: a segmenter's checkpoint to start from (weights only). resume: go on from ``out``, to the same losses as without the break
+    init: weights to start from (``load_initial_weights``); what of them was of use goes to ``run.json`` and, where something was not, to ``warn``. resume: go on from ``out``, to the same losses as without the break
     (bit for bit on the CPU). ``gate`` counts the verdicts on the batches that training takes, where the loader paints; ``warn`` gets
     its warnings and the loader's. ``identity`` names what else decides the result (painter files, split): a resumed run must be given the same. Ctrl-C and
     SIGTERM finish the step, save and return with ``interrupted``. Raises RejectionError where the gate stops the run. Source: FreeTumor 4.5 and Table A19: DiceCE, AdamW, warm-up and cosine per iteration.
@@ -52,12 +53,13 @@ def train_segmenter(
     settings = config.training
     network = build_segmenter(config)
     document: dict[str, Any] | None = None
+    report: InitReport | None = None
     if resume:
         document = load_checkpoint(Path(out) / CHECKPOINT, "segmenter")
         check_identity(document["identity"], identity or {})
         load_weights(network, Path(out) / CHECKPOINT, document)
     elif init is not None:
-        load_weights(network, init, load_checkpoint(init, "segmenter"))
+        report = load_initial_weights(network, init, config)
     run = Run(out, config, resume=resume)
     network.to(device).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
@@ -71,6 +73,10 @@ def train_segmenter(
         loader.load_state_dict(document["loader"])
         first_step, losses = document["step"], list(document["losses"])
     run.begin(first_step)
+    if report is not None:
+        report.record(run.folder / "run.json")
+        if report.skipped or report.missing:
+            warn(f"--init {report.line()}")
     loss_function = segmentation_loss()
 
     def train_step(batch: Batch, step: int) -> Callable[[], dict[str, float]]:
@@ -124,6 +130,7 @@ def train_segmenter(
         mix={} if ledger is None else ledger.summary(),
         warnings=[] if ledger is None else ledger.warnings,
         bad_reads=loader.failures.by_case(),
+        init="" if report is None else report.line(),
         interrupted=done < settings.steps,
     )
 
