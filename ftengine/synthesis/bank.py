@@ -46,16 +46,12 @@ class BankTumor:
         """Take what is needed of a crop whose margin is ``cut_margin_vox``."""
         margin = cut_margin_vox(spacing_mm_zyx, edge_reach_vox_zyx)
         inside, organ = crop.mask.astype(bool), crop.label == organ_value
-        near = ndi.distance_transform_edt(~inside, sampling=spacing_mm_zyx) <= RING_MM
-        ring = crop.image_hu[near & organ]
+        distance_mm, nearest = ndi.distance_transform_edt(~inside, sampling=spacing_mm_zyx, return_indices=True)
+        ring = crop.image_hu[(distance_mm <= RING_MM) & organ]
+        image = np.where(inside | organ, crop.image_hu, crop.image_hu[tuple(nearest)])
         place = tuple(slice(m - r, n - m + r) for m, r, n in zip(margin, edge_reach_vox_zyx, inside.shape, strict=True))
-        image, inside, organ = crop.image_hu[place], inside[place], organ[place]
-        nearest = ndi.distance_transform_edt(
-            ~inside, sampling=spacing_mm_zyx, return_distances=False, return_indices=True
-        )
-        image = np.where(inside | organ, image, image[tuple(nearest)])
         surround = float(ring.mean(dtype=np.float64)) if ring.size else math.nan
-        return cls(crop.case, np.ascontiguousarray(image), np.ascontiguousarray(crop.mask[place]), surround)
+        return cls(crop.case, np.ascontiguousarray(image[place]), np.ascontiguousarray(crop.mask[place]), surround)
 
 
 @dataclass(frozen=True)
@@ -81,9 +77,9 @@ class TumorBank:
             kept: list[BankTumor] = []
             left = limit
             for crop in found:
-                tumor = BankTumor.of(crop, region.organs[organ].organ, region.spacing_mm_zyx, reach)
-                if tumor.num_voxels * math.prod(region.spacing_mm_zyx) < config.bank_least_mm3:
+                if np.count_nonzero(crop.mask) * math.prod(region.spacing_mm_zyx) < config.bank_least_mm3:
                     continue
+                tumor = BankTumor.of(crop, region.organs[organ].organ, region.spacing_mm_zyx, reach)
                 if config.paste == "contrast" and math.isnan(tumor.surround_hu):
                     continue
                 if tumor.num_bytes > left:

@@ -110,7 +110,7 @@ def _paste_on_gpu(
     mask = torch.zeros(total + 1, dtype=torch.uint8, device=device)
     painted = torch.zeros(total + 1, device=device)
     size = upload(np.array(shape[1:], dtype=np.int64), device)
-    for n in range(centers.shape[1]):
+    for n in range(max(map(len, tumors))):
         rows = [r for r, row in enumerate(tumors) if n < len(row)]
         parts = [_voxels(tumors[r][n], values[r][n]) for r in rows]
         patch = upload(np.repeat(np.array(rows, dtype=np.int64), [len(p[0]) for p in parts]), device)

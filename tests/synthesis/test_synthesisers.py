@@ -124,7 +124,7 @@ def test_a_batch_paints_what_its_members_paint_bit_by_bit(arm: str) -> None:
         alone = _synthesizer(_config(arm)).paint(image[part], label[part], ADDRESSES[part])
         assert torch.equal(alone.image[0], whole.image[row])
         assert torch.equal(alone.label[0], whole.label[row])
-        assert alone.records() == whole.records()[part]
+        assert repr(alone.records()) == repr(whole.records()[part])  # P is NaN, which differs from itself
 
 
 @settings(max_examples=25, deadline=None)
@@ -242,7 +242,10 @@ def test_pasting_on_the_device_equals_pasting_by_slices() -> None:
         organ = torch.from_numpy((rng.random((3, 14, 12, 16)) < 0.8).astype(np.uint8))
         centers = torch.from_numpy(rng.integers(-3, 18, (3, 3, 3)))
         values = [[t.image_hu.astype(np.float32) for t in row] for row in tumors]
-        by_slices, on_device = _paste_on_cpu(tumors, values, centers, organ), _paste_on_gpu(tumors, values, centers, organ)
+        by_slices, on_device = (
+            _paste_on_cpu(tumors, values, centers, organ),
+            _paste_on_gpu(tumors, values, centers, organ),
+        )
         assert torch.equal(by_slices[0], on_device[0])
         assert torch.equal(by_slices[1], on_device[1])
         box = paste_tumors(tumors, centers, organ, (-175.0, 250.0), relative=False).box
@@ -366,7 +369,10 @@ def test_many_tumors_are_painted_and_reported_each() -> None:
         ({"synthesizer": "copy-paste", "shape": "realistic"}, "cut tumours have their own shapes"),
         ({"synthesizer": "syntumor", "rim_fraction": 0.1}, "rim_fraction with synthesizer=syntumor"),
         ({"synthesizer": "copy-paste", "heterogeneity": (0, 1)}, "heterogeneity with synthesizer=copy-paste"),
-        ({"variant": "released", "hyperdense_fraction": 0.2}, "hyperdense_fraction with synthesizer=freetumor, variant=rel"),
+        (
+            {"variant": "released", "hyperdense_fraction": 0.2},
+            "hyperdense_fraction with synthesizer=freetumor, variant=rel",
+        ),
         ({"target_contrast_hu": (10, 50), "contrast_factor": (0.5, 2)}, "both decide the contrast"),
         ({"target_contrast_hu": (50, 10)}, "want 0 <= low <= high"),
         ({"heterogeneity": (0, 2)}, "at most 1"),
