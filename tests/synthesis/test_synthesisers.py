@@ -15,12 +15,15 @@ from numpy.typing import NDArray
 from ftengine.assemble import build_judge, synthesize
 from ftengine.config import DIVERSE, MANY_TUMORS, Config
 from ftengine.errors import ConfigError
+from ftengine.synthesis import paste
 from ftengine.synthesis.bank import BankTumor, PastedTumor, TumorBank, turns_between
 from ftengine.synthesis.engine import Address, Synthesizer
 from ftengine.synthesis.paste import _paste_on_cpu, _paste_on_gpu, paste_tumors
 from ftengine.synthesis.shape import draw_patch
 from ftengine.training.networks import build_segmenter
+from tests.kernels.support import KernelsOnCpu
 from tests.support import host_syncs_forbidden
+from tests.synthesis.test_painting import _reads as reads
 
 SHAPE = (32, 36, 40)
 BASE = Config.preset("abdomen").with_overrides(
@@ -418,6 +421,25 @@ def test_synthesize_paints_one_ct_with_each(arm: str) -> None:
     if bank is not None:
         with pytest.raises(ConfigError, match="the bank holds no tumour of pancreas"):
             synthesize(image_hu, label[1, 0].numpy(), "pancreas", config=config, bank=bank)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_nothing_is_read_back_before_the_records(
+    arm: str, on_cpu: KernelsOnCpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CUDA kernels and the device's way to paste, run on the CPU."""
+    config = _config(arm)
+    image, label = _batch()
+    voxels = [tuple(np.bincount(patch.numpy().ravel()).tolist()) for patch in label]
+    wanted = _synthesizer(config).paint(image, label, ADDRESSES)
+    synthesizer = _synthesizer(config)
+    synthesizer.paint(image, label, ADDRESSES, label_voxels=voxels)  # makes noise fields
+    monkeypatch.setattr(paste, "_paste_on_cpu", _paste_on_gpu)
+    with on_cpu("forward"), reads() as found:
+        painting = synthesizer.paint(image, label, ADDRESSES, label_voxels=voxels)
+        assert found == []
+    assert torch.equal(painting.mask, wanted.mask)
+    torch.testing.assert_close(painting.image, wanted.image, rtol=0, atol=2e-6)
 
 
 @pytest.mark.gpu
