@@ -20,6 +20,7 @@ from ftengine.geometry import IntZYX
 from ftengine.kernels import tumor_mask
 from ftengine.synthesis.bank import BankTumor, TumorBank, edge_reach_vox
 from ftengine.synthesis.engine import Address, Synthesizer
+from ftengine.synthesis.painting import Painting
 from ftengine.synthesis.shape import count_labels, draw_patch
 
 SOFT = {"synthesis.edge_sigma_mm": 1.2}
@@ -36,7 +37,7 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     "hyperdense": {**CONSTANT, **SOFT, "synthesis.hyperdense_fraction": 0.15},
     "target": {**CONSTANT, **SOFT, "synthesis.target_contrast_hu": (10.0, 60.0)},
     "rim": {**CONSTANT, **SOFT, "synthesis.rim_fraction": 0.15},
-    "heterogeneity": {**CONSTANT, **SOFT, "synthesis.heterogeneity": (0.0, 0.6)},
+    "heterogeneity": {**CONSTANT, **SOFT, "synthesis.heterogeneity": (0.0, 0.4)},
     "diverse": {**CONSTANT, **DIVERSE},
 }
 _TUMORS_IN_BANK = 16
@@ -93,12 +94,17 @@ class _Arm:
                 if not torch.equal(painting.image[outside], self._image[outside]):
                     raise AssertionError("a voxel outside its mask was painted")
 
-    def paint(self) -> Any:
+    def paint(self) -> Painting:
         """The next batch; after ``_BATCHES`` the first again."""
         first = self._calls % _BATCHES * len(self._image)
         self._calls += 1
         addresses = [Address(0, first + i) for i in range(len(self._image))]
         return self._synthesizer.paint(self._image, self._label, addresses, label_voxels=self._voxels)
+
+    def paint_all(self) -> None:
+        """A round."""
+        for _ in range(_BATCHES):
+            self.paint()
 
 
 def run(*, patch_zyx: IntZYX, batch: int, rounds: int, threads: int = 1, as_json: bool = False) -> dict[str, Any]:
@@ -109,16 +115,12 @@ def run(*, patch_zyx: IntZYX, batch: int, rounds: int, threads: int = 1, as_json
         base = Config.preset("abdomen").with_overrides({"region.patch_zyx": patch_zyx, "device": "cpu"})
         arms = {name: _Arm(base.with_overrides(dict(keys)), batch) for name, keys in ARMS.items()}
 
-        def all_batches(arm: _Arm) -> None:
-            for _ in range(_BATCHES):
-                arm.paint()
-
-        rows = interleave({name: (lambda arm=arm: all_batches(arm)) for name, arm in arms.items()}, rounds=rounds)
+        rows = interleave({name: arm.paint_all for name, arm in arms.items()}, rounds=rounds)
     finally:
         torch.set_num_threads(before)
     unit = rows[0].samples_s
     patches = _BATCHES * batch
-    document = {
+    document: dict[str, Any] = {
         "environment": environment() | {"threads": threads},
         "patch_zyx": list(patch_zyx),
         "batch": batch,

@@ -235,10 +235,8 @@ class SynthesisConfig(_Section):
     rim_contrast: Range = (0.5, 1.0)  # the rim's contrast over the core's, drawn uniformly; ours, no source
     # mean contrast inside M, drawn uniformly, in place of contrast_factor: G decides the texture alone. None: G decides both
     target_contrast_hu: Range | None = None
-    heterogeneity: Range = (
-        0.0,
-        0.0,
-    )  # drawn uniformly; 1: the contrast follows a noise field of mean 1; ours, no source
+    # deviation of the contrast inside M over its mean, from a noise field; drawn uniformly; ours, no source
+    heterogeneity: Range = (0.0, 0.0)
     # copy-paste
     paste: Literal["absolute", "contrast"] = (
         "absolute"  # HU as cut, or over the tissue around; few-labels trial: absolute
@@ -320,7 +318,7 @@ class SynthesisConfig(_Section):
             raise ValueError(f"rim_width_mm={self.rim_width_mm}: want 0 < low <= high, in mm")
         if self.heterogeneity[1] > 1:
             raise ValueError(
-                f"heterogeneity={self.heterogeneity}: want at most 1, where the contrast follows the noise field"
+                f"heterogeneity={self.heterogeneity}: want at most 1: beyond, much of a tumour changes its sign"
             )
         return self
 
@@ -363,7 +361,7 @@ DIVERSE: Mapping[str, Any] = {
     "synthesis.target_contrast_hu": (10.0, 60.0),
     "synthesis.hyperdense_fraction": 0.15,
     "synthesis.rim_fraction": 0.15,
-    "synthesis.heterogeneity": (0.0, 0.6),
+    "synthesis.heterogeneity": (0.0, 0.4),
 }
 
 

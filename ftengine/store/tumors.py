@@ -10,6 +10,7 @@ raises   StoreError where a chunk is damaged, or the index contradicts itself
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import scipy.ndimage as ndi
@@ -97,7 +98,7 @@ def _grown(box: Box, margin_zyx: IntZYX) -> Box:
 
 
 def _group_at(
-    groups: NDArray[np.int32], parts: NDArray[np.int32], part: int, extent: tuple[slice, ...], window: Box
+    groups: NDArray[np.integer[Any]], parts: NDArray[np.integer[Any]], part: int, extent: tuple[slice, ...], window: Box
 ) -> int:
     """The group of chunks that a component's first voxel lies in; 0 outside the volume's chunks that hold the class."""
     first = np.unravel_index(int(np.argmax(parts[extent] == part)), parts[extent].shape)

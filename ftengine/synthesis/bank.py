@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import scipy.ndimage as ndi
@@ -14,6 +15,8 @@ from ftengine.errors import ConfigError
 from ftengine.geometry import FloatZYX, IntZYX, int_zyx, mm_to_vox
 from ftengine.kernels.gaussian_blur import TRUNCATE
 from ftengine.types import TumorCrop
+
+_Voxel = TypeVar("_Voxel", np.int16, np.uint8)
 
 RING_MM = 6.0  # how far around a tumour its organ is looked at
 
@@ -142,7 +145,7 @@ class PastedTumor:
             bounds.append((int(held[0]), int(held[-1]) + 1))
         return tuple(bounds)
 
-    def _turned(self, array: NDArray[np.generic]) -> NDArray[np.generic]:
+    def _turned(self, array: NDArray[_Voxel]) -> NDArray[_Voxel]:
         steps = tuple(slice(None, None, -1) if flip else slice(None) for flip in self.flips)
         return array.transpose(self.axes)[steps]
 

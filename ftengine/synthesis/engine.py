@@ -242,7 +242,7 @@ class Synthesizer:
         mask, box = self._with_edge(placement, x, in_place=in_place)
         sign = -1
         if placement.pasted is not None:
-            sign, texture = 1, self._pasted_difference(x, placement)
+            sign, texture = 1, self._pasted_difference(x, placement, in_place=in_place)
         elif self._is_syntumor:
             shape = int_zyx(x.shape[1:])
             fields = self._noise.crops([d.texture_draw for d in draws], shape, x.device)
@@ -286,7 +286,7 @@ class Synthesizer:
             return texture
         fields = None
         if self.config.heterogeneity[1] > 0:
-            fields = self._noise.crops([d.texture_draw for d in draws], int_zyx(x.shape[1:]), x.device)
+            fields = [self._noise.crop(d.texture_draw, int_zyx(x.shape[1:]), x.device) for d in draws]
         return restyle(
             texture,
             g,
@@ -298,13 +298,14 @@ class Synthesizer:
             spacing_mm_zyx=self._spacing,
         )
 
-    def _pasted_difference(self, x: torch.Tensor, placement: Placement) -> torch.Tensor:
+    def _pasted_difference(self, x: torch.Tensor, placement: Placement, *, in_place: bool) -> torch.Tensor:
         """What turns the tissue into the pasted tumour, [R, z, y, x]: the tumour itself, or its contrast on top of the mean tissue in M."""
         assert placement.pasted is not None  # noqa: S101 - asked for pasted tumours only
+        buffer = self._buffers.take("texture", x) if in_place else torch.empty_like(x)
+        difference = torch.sub(placement.pasted, x, out=buffer)
         if self.config.paste == "absolute":
-            return placement.pasted - x
-        tissue = mean_inside(x, placement.mask, placement.box).view(-1, 1, 1, 1)
-        return placement.pasted + tissue - x
+            return difference
+        return difference.add_(mean_inside(x, placement.mask, placement.box).view(-1, 1, 1, 1))
 
     def paint(
         self,

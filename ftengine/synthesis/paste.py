@@ -81,6 +81,7 @@ def _paste_on_cpu(
     to_mask, to_painted, places, organs = mask.numpy(), painted.numpy(), centers.numpy(), organ.numpy()
 
     def paste(row: int) -> None:
+        pasted_to = []
         for n, (tumor, unit) in enumerate(zip(tumors[row], values[row], strict=True)):
             begin = [int(c) - m for c, m in zip(places[row, n], tumor.middle, strict=True)]
             first = [max(b, 0) for b in begin]
@@ -92,7 +93,9 @@ def _paste_on_cpu(
             own, below = tumor.mask[here], to_mask[row][there]
             np.copyto(to_painted[row][there], unit[here], where=own.astype(bool) | (below == 0))
             np.maximum(below, own, out=below)
-        np.multiply(to_mask[row], organs[row] > 0, out=to_mask[row])
+            pasted_to.append(there)
+        for there in pasted_to:  # not earlier: it says which voxels a tumour lies on
+            to_mask[row][there] *= organs[row][there] > 0
 
     for_each(len(tumors), paste)
     return mask, painted

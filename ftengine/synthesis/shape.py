@@ -80,7 +80,7 @@ class Style:
     """What makes the tumours of one patch look different from others, beyond G and the contrast factor.
 
     rim_width_mm: 0 for no rim. rim_contrast: of the rim, over the core's. target_hu: mean contrast inside M, None where G and the factor
-    decide it. heterogeneity: how far the contrast follows a noise field, 0 to 1.
+    decide it. heterogeneity: deviation of the contrast inside M over its mean, by a noise field.
     """
 
     is_hyperdense: bool = False
