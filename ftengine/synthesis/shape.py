@@ -225,7 +225,9 @@ def _draw_pasted(rng: np.random.Generator, config: SynthesisConfig, bank: TumorB
     axes = orders[int(rng.integers(len(orders)))]
     z, y, x = (bool(v < 0.5) for v in rng.random(3))
     pasted = (
-        PastedTumor(chosen, axes, (z, y, x)) if config.paste_turns else PastedTumor(chosen, (0, 1, 2), (False,) * 3)
+        PastedTumor(chosen, axes, (z, y, x))
+        if config.paste_turns
+        else PastedTumor(chosen, (0, 1, 2), (False, False, False))
     )
     first, end = pasted.extent_vox
     radii = float_zyx((b - a) / 2 for a, b in zip(first, end, strict=True))

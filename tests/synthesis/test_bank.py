@@ -57,7 +57,7 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, dict[str,
             annotation="tumor" if case < 4 else "organ",
             split="train" if case < 3 else "val",
         )
-        write_volume(root, name, *volumes[name], phantom.grid, phantom.grid, region, provenance)
+        write_volume(root, name, phantom.image_hu, label, phantom.grid, phantom.grid, region, provenance)
     index.compact_index(root)
     return open_store(root), volumes
 
