@@ -12,6 +12,7 @@ PROGRAMS = {
     "store": "random patches: our reader, zarr-python on the same store, a whole .nii.gz",
     "kernels": "the kernels of the synthesis and their whole chain, by size class, batch and threads; on a GPU the share of its bandwidth",
     "box": "G and S on boxes around tumours against whole patches: time, verdicts, image; the GFLOP of the networks",
+    "synthesisers": "painting a patch with each synthesiser, without networks",
     "loader": "our loader and those of MONAI, nnU-Net and TorchIO; read cost, shortest step, slow storage, memory",
     "step": "a training step on ready patches, on our loader's, on painted and judged ones",
     "shapes": "our tumour shapes against real ones",

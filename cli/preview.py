@@ -24,7 +24,7 @@ def preview(
     quiet: QuietOption = False,
 ) -> None:
     """Draw PNG sheets of painted patches: original, mask, synthetic, difference, verdict; in radiological view."""
-    from ftengine.assemble import check_region, load_painters
+    from ftengine.assemble import build_bank, check_region, load_painters
     from ftengine.cli.console import load_config
     from ftengine.evaluation.preview import preview as draw
     from ftengine.store.reader import open_store
@@ -44,6 +44,7 @@ def preview(
             generator=generator,
             judge=quality,
             segmenter=segmenter,
+            bank=build_bank(chosen, opened, split=split),
             split=split,
             on_sheet=lambda sheet: reporter.advance(str(sheet.path)),
         )

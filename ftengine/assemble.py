@@ -20,7 +20,11 @@ from ftengine.loader.plan import Mix, Plan
 from ftengine.loader.stages import Stage
 from ftengine.quality.gate import QualityGate
 from ftengine.quality.judge import SegmenterJudge
+from ftengine.rng import Purpose, patch_rng
+from ftengine.store.folds import rows_in
 from ftengine.store.reader import Store, open_store
+from ftengine.store.tumors import tumor_crops
+from ftengine.synthesis.bank import TumorBank, cut_margin_vox, edge_reach_vox
 from ftengine.synthesis.center import margin_vox
 from ftengine.synthesis.engine import Address, Generator, Judge, Synthesizer
 from ftengine.synthesis.inference import Inference
@@ -129,12 +133,62 @@ def config_for_store(store: Store) -> Config:
     )
 
 
+def build_bank(
+    config: Config, store: Store, *, split: str | None = None, held_out_fold: int | None = None
+) -> TumorBank | None:
+    """The tumours that ``synthesizer: copy-paste`` pastes, None for the others. A function of the rows of the store and the configuration.
+
+    split, held_out_fold: as ``build_loader`` takes them; the tumours come from the annotated volumes that it would draw from, and no other
+    volume is read. Each organ's volumes are visited in a random order, until ``synthesis.bank_mb`` is full. Raises ConfigError
+    where no tumour is found.
+    """
+    if config.synthesis.synthesizer != "copy-paste":
+        return None
+    check_region(config, store)
+    table = store.select(["split", "fold", "annotation", "dataset", "tumor_values"])
+    used = rows_in(table, split=split, held_out_fold=held_out_fold)
+    used &= np.array(table.column("annotation").to_pylist(), dtype=str) == "tumor"
+    weights = config.loader.dataset_weights
+    used &= np.array([weights.get(name, 1.0) > 0 for name in table.column("dataset").to_pylist()], dtype=bool)
+    values = table.column("tumor_values").to_pylist()
+    spacing = config.region.spacing_mm_zyx
+    margin = cut_margin_vox(spacing, edge_reach_vox(config.synthesis.edge_sigma_mm, spacing))
+    crops = {}
+    for name, organ in config.region.organs.items():
+        rows = np.array([row for row in np.flatnonzero(used) if organ.tumor in values[row]], dtype=np.int64)
+        order = patch_rng(config.seed, Purpose.TUMOR_BANK, index=organ.tumor).permutation(rows).tolist()
+        crops[name] = tumor_crops(store, order, organ.tumor, margin, num_threads=config.loader.reader_threads)
+    bank = TumorBank.collect(crops, config.region, config.synthesis)
+    if not len(bank):
+        where = (f" in split {split!r}" if split is not None else "") + (
+            f" outside fold {held_out_fold}" if held_out_fold is not None else ""
+        )
+        raise ConfigError(
+            f"{store.location}: no tumour to paste{where} ({int(used.sum())} annotated volumes to cut from, "
+            f"synthesis.bank_least_mm3={config.synthesis.bank_least_mm3:g}, synthesis.bank_mb={config.synthesis.bank_mb}, paste="
+            f"{config.synthesis.paste}). Convert volumes with labelled tumours, choose another --split or --fold, lower bank_least_mm3 or "
+            "raise bank_mb; or set synthesis.synthesizer to one that needs no tumours."
+        )
+    return bank
+
+
 def build_synthesis_stage(
-    config: Config, generator: Generator | None, judge: Judge | None, *, with_gate: bool = True
+    config: Config,
+    generator: Generator | None,
+    judge: Judge | None,
+    *,
+    with_gate: bool = True,
+    bank: TumorBank | None = None,
 ) -> SynthesisStage:
-    """The painting stage of a configuration; ``generator`` and ``judge`` as ``Synthesizer`` takes them, ``with_gate`` as the stage does."""
+    """The painting stage of a configuration; generator, judge and bank as ``Synthesizer`` takes them, ``with_gate`` as the stage does."""
     synthesizer = Synthesizer(
-        config.region, config.synthesis, seed=config.seed, generator=generator, judge=judge, retries=config.qc.retries
+        config.region,
+        config.synthesis,
+        seed=config.seed,
+        generator=generator,
+        judge=judge,
+        retries=config.qc.retries,
+        bank=bank,
     )
     return SynthesisStage(synthesizer, QualityGate(config.qc) if with_gate else None)
 
@@ -177,12 +231,17 @@ def load_networks(
 
 
 def build_synthesizer_of_any_size(
-    config: Config, generator: Generator | None, segmenter: nn.Module | None, *, spacing_mm_zyx: FloatZYX | None = None
+    config: Config,
+    generator: Generator | None,
+    segmenter: nn.Module | None,
+    *,
+    spacing_mm_zyx: FloatZYX | None = None,
+    bank: TumorBank | None = None,
 ) -> Synthesizer:
     """A Synthesizer whose networks see patches of any size: padded by replication to a multiple of their stride, then cropped.
 
     generator, segmenter: G and S, on the device of the patches, S in eval mode; None as for ``Synthesizer``. spacing_mm_zyx: of the
-    patches, where it is not the region's.
+    patches, where it is not the region's. bank: as for ``Synthesizer``.
     """
     return Synthesizer(
         config.region,
@@ -192,6 +251,7 @@ def build_synthesizer_of_any_size(
         judge=None if segmenter is None else build_judge(config, _AnySize(segmenter, 32)),
         retries=config.qc.retries,
         spacing_mm_zyx=spacing_mm_zyx,
+        bank=bank,
     )
 
 
@@ -228,14 +288,22 @@ def train_segmentation(
     on_step: Progress = lambda _step, _values: None,
     warn: Callable[[str], None] = ignore_warning,
 ) -> TrainingResult:
-    """``ftengine train seg``: the baseline without ``generator_path``, else a student with online synthesis and quality control."""
+    """``ftengine train seg``: a student with online synthesis and quality control; without anything to paint with, the baseline.
+
+    ``synthesis.synthesizer: freetumor`` paints with ``generator_path``; the others paint without one.
+    """
     store = open_store(store_path)
     stage = gate = None
-    if generator_path is not None:
-        stage = build_synthesis_stage(config, *load_painters(config, generator_path, judge_path), with_gate=False)
+    if generator_path is not None or not config.synthesis.needs_generator:
+        bank = build_bank(config, store, split=split, held_out_fold=held_out_fold)
+        painters = load_painters(config, generator_path, judge_path)
+        stage = build_synthesis_stage(config, *painters, with_gate=False, bank=bank)
         gate = QualityGate(config.qc)
     elif judge_path is not None:
-        raise ConfigError("--judge without --synth: a judge needs painted tumours; give --synth G.pt too.")
+        raise ConfigError(
+            "--judge without --synth: a judge needs painted tumours; give --synth G.pt too, or choose a synthesis.synthesizer that "
+            "needs no generator."
+        )
     with build_loader(
         config,
         store,
@@ -327,15 +395,17 @@ def synthesize(
     generator: Generator | str | Path | None = None,
     judge: nn.Module | str | Path | None = None,
     config: Config | None = None,
+    bank: TumorBank | None = None,
 ) -> SynthesisResult:
     """Paint one tumour into ``organ`` of a CT.
 
     image_hu: int16 HU [z, y, x], RAS+; label: uint8 of the same shape with the region's values (the organ must be there). A volume
     larger than the region's patch is painted in one patch around the tumour's place. generator, judge: networks or checkpoint files;
     generator None: a fixed contrast instead of tanh(G(x)); judge None: no quality control. config: its region and synthesis sections
-    apply (default: the abdomen preset, or the chest one where ``organ`` is lung). Voxels outside
+    apply (default: the abdomen preset, or the chest one where ``organ`` is lung); ``synthesis.synthesizer: copy-paste`` takes a bank, as
+    ``build_bank`` makes it. Voxels outside
     the mask (with a soft edge: outside the organ) come back bit-identical.
-    Raises ConfigError for an unknown organ, shapes that differ or an organ that the label does not hold.
+    Raises ConfigError for an unknown organ, shapes that differ, an organ that the label does not hold, or one without a tumour in the bank.
     """
     if config is None:
         config = Config.preset("chest" if organ == "lung" else "abdomen")
@@ -350,6 +420,10 @@ def synthesize(
     if not np.issubdtype(image_hu.dtype, np.integer) or not np.issubdtype(label.dtype, np.integer):
         raise ConfigError(
             f"image_hu is {image_hu.dtype} and label {label.dtype}; want integer HU and integer label values."
+        )
+    if bank is not None and organ not in bank.tumors:
+        raise ConfigError(
+            f"the bank holds no tumour of {organ}; it has {', '.join(bank.tumors) or 'none'}. Choose one of these."
         )
     spacing = spacing_mm_zyx or region.spacing_mm_zyx
     inside = label == region.organs[organ].organ
@@ -383,6 +457,7 @@ def synthesize(
         loaded_generator,
         None if segmenter is None else segmenter.to(device).eval(),
         spacing_mm_zyx=spacing,
+        bank=bank,
     )
     painting = synthesizer.paint(image_batch, label_batch, [Address(0, 0)])
     painted = painting.records()[0]

@@ -193,10 +193,16 @@ def shipped_shapes() -> dict[str, Any]:
     return shapes
 
 
-class SynthesisConfig(_Section):
-    """How tumours are painted (Eq. 1)."""
+# Counts of SyntheticTumors (reference 1.4), which gives three ranges for four classes: that tiny and small share one is ours
+MANY_TUMORS = {"tiny": (3, 10), "small": (3, 10), "medium": (2, 5), "large": (1, 3)}
 
-    variant: Literal["paper", "released"] = "paper"
+
+class SynthesisConfig(_Section):
+    """How tumours are painted (Eq. 1, or as ``synthesizer`` says; docs/synthesisers.md)."""
+
+    # what paints; freetumor takes a generator, the others take none (Tables A6 and A14 compare it with copy-paste and syntumor)
+    synthesizer: Literal["freetumor", "constant", "copy-paste", "syntumor"] = "freetumor"
+    variant: Literal["paper", "released"] = "paper"  # of freetumor
     shape: Literal["paper", "realistic"] = (
         "paper"  # realistic: drawn by realistic_shapes, not by sizes (docs/shapes.md)
     )
@@ -222,6 +228,29 @@ class SynthesisConfig(_Section):
     fixed_contrast: float = Field(
         default=0.2, gt=-1.0, lt=1.0
     )  # in place of tanh(G(x)) where no generator is given: about -50 HU in liver
+    # what G leaves constant (few-labels 4: a narrow, always hypodense contrast); of freetumor, variant paper, and constant; all off by default
+    hyperdense_fraction: Probability = 0.0  # of the painted patches are brighter than their organ
+    rim_fraction: Probability = 0.0  # of the painted patches have a rim of the other sign around the core
+    rim_width_mm: Range = (1.5, 4.5)  # drawn uniformly, cut to a third of the smallest radius; ours, no source
+    rim_contrast: Range = (0.5, 1.0)  # the rim's contrast over the core's, drawn uniformly; ours, no source
+    # mean contrast inside M, drawn uniformly, in place of contrast_factor: G decides the texture alone. None: G decides both
+    target_contrast_hu: Range | None = None
+    # deviation of the contrast inside M over its mean, from a noise field; drawn uniformly; ours, no source
+    heterogeneity: Range = (0.0, 0.0)
+    # copy-paste
+    paste: Literal["absolute", "contrast"] = (
+        "absolute"  # HU as cut, or over the tissue around; few-labels trial: absolute
+    )
+    paste_turns: bool = True  # flips, and turns by 90 degrees between axes of one spacing, drawn for each tumour
+    bank_mb: int = Field(default=256, ge=1)  # of 10^6 bytes: memory of all cut tumours, in equal parts to the organs
+    bank_least_mm3: float = Field(
+        default=27.0, ge=0.0
+    )  # a smaller component is not cut; few-labels 2: 8 voxels of 1.5 mm
+    # syntumor; reference 5.1 (D) and 1.6 (edge, in voxels of 1 mm)
+    syntumor_contrast_hu: Range = (65.0, 145.0)  # D, drawn uniformly
+    syntumor_edge_mm: Range = (1.0, 2.0)  # standard deviation of the mask's blur, drawn uniformly
+    # many: a class or the mix of all, and as many as SyntheticTumors has of it (reference 1.4); one: as num_tumors says
+    syntumor_tumors: Literal["one", "many"] = "one"
     # below the cost floor (docs/synthesis-cost.md); the defaults are the paper's way
     box: Literal["full", "auto"] = "full"  # auto: G and S see a box around the tumour
     box_context_mm: float = Field(default=18.0, ge=0.0)  # tissue around it: small tumours at 1.5 mm fit boxes of 64
@@ -261,6 +290,80 @@ class SynthesisConfig(_Section):
         if not 0 <= self.contrast_factor[0] <= self.contrast_factor[1]:
             raise ValueError(f"contrast_factor={self.contrast_factor}: want 0 <= low <= high")
         return self
+
+    @model_validator(mode="after")
+    def _keys_fit_the_synthesizer(self) -> Self:
+        name = self.synthesizer
+        if self.variant == "released" and name != "freetumor":
+            raise ValueError(
+                f"variant=released with synthesizer={name}: it is a variant of freetumor; set one of them back"
+            )
+        if name == "copy-paste" and self.shape == "realistic":
+            raise ValueError(
+                "shape=realistic with synthesizer=copy-paste: cut tumours have their own shapes; set shape to paper"
+            )
+        if self.diverse_keys and (self.variant == "released" or name not in {"freetumor", "constant"}):
+            raise ValueError(
+                f"{', '.join(self.diverse_keys)} with synthesizer={name}, variant={self.variant}: these keys change what freetumor "
+                "(variant paper) and constant paint; set them back"
+            )
+        if self.target_contrast_hu is not None and self.contrast_factor != (1.0, 1.0):
+            raise ValueError(
+                f"target_contrast_hu with contrast_factor={self.contrast_factor}: both decide the contrast; set contrast_factor to [1, 1]"
+            )
+        if self.syntumor_tumors == "many":
+            self._many_tumors_fit()
+        for key in ("rim_contrast", "heterogeneity", "syntumor_contrast_hu", "syntumor_edge_mm", "target_contrast_hu"):
+            _require_ordered(key, getattr(self, key))
+        if not 0 < self.rim_width_mm[0] <= self.rim_width_mm[1]:
+            raise ValueError(f"rim_width_mm={self.rim_width_mm}: want 0 < low <= high, in mm")
+        if self.heterogeneity[1] > 1:
+            raise ValueError(
+                f"heterogeneity={self.heterogeneity}: want at most 1: beyond, much of a tumour changes its sign"
+            )
+        return self
+
+    def _many_tumors_fit(self) -> None:
+        if self.synthesizer != "syntumor" or self.num_tumors != 1 or self.shape != "paper":
+            raise ValueError(
+                f"syntumor_tumors=many with synthesizer={self.synthesizer}, num_tumors={self.num_tumors}, shape={self.shape}: want "
+                "syntumor, which then draws the number by size class, 1 and paper; set syntumor_tumors to one"
+            )
+        foreign = set(self.size_weights) - set(MANY_TUMORS)
+        if foreign:
+            raise ValueError(f"size_weights names {sorted(foreign)}; syntumor_tumors=many knows {sorted(MANY_TUMORS)}")
+
+    @property
+    def needs_generator(self) -> bool:
+        """Whether a generator decides the contrast; without one, freetumor paints ``fixed_contrast``."""
+        return self.synthesizer == "freetumor"
+
+    @property
+    def diverse_keys(self) -> list[str]:
+        """The keys that are on of those that vary what G leaves constant."""
+        is_on = {
+            "hyperdense_fraction": self.hyperdense_fraction > 0,
+            "rim_fraction": self.rim_fraction > 0,
+            "target_contrast_hu": self.target_contrast_hu is not None,
+            "heterogeneity": self.heterogeneity[1] > 0,
+        }
+        return [key for key, on in is_on.items() if on]
+
+
+def _require_ordered(key: str, values: Range | None) -> None:
+    if values is not None and not 0 <= values[0] <= values[1]:
+        raise ValueError(f"{key}={values}: want 0 <= low <= high")
+
+
+# The diverse variant of freetumor or constant: what G leaves constant is drawn. Ours; the contrasts span those of the few-labels phantoms
+DIVERSE: Mapping[str, Any] = {
+    "synthesis.edge_sigma_mm": 1.2,
+    "synthesis.contrast_factor": (1.0, 1.0),
+    "synthesis.target_contrast_hu": (10.0, 60.0),
+    "synthesis.hyperdense_fraction": 0.15,
+    "synthesis.rim_fraction": 0.15,
+    "synthesis.heterogeneity": (0.0, 0.4),
+}
 
 
 class QualityConfig(_Section):

@@ -43,6 +43,20 @@ class Patch:
 
 
 @dataclass(frozen=True)
+class TumorCrop:
+    """A connected component of a tumour class, cut out of a volume with a margin; outside the volume -1024 HU and label 0.
+
+    value: its label value. image_hu: int16, label: uint8 in the region's values, mask: uint8, 1 on the component; all [z, y, x].
+    """
+
+    case: str
+    value: int
+    image_hu: NDArray[np.int16]
+    label: NDArray[np.uint8]
+    mask: NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
 class Augmentation:
     """What happens to a patch after the crop, drawn beforehand: transpose y/x, then flip, then scale and shift of [0, 1] values."""
 
@@ -72,9 +86,9 @@ class Painted:
     """What the synthesis did to one patch of a batch."""
 
     organ: str
-    size_class: str  # of the first tumour; shape realistic: by its drawn volume
+    size_class: str  # of the first tumour; shape realistic and copy-paste: by its volume before the organ cuts it
     center_zyx: tuple[IntZYX, ...]
-    radii_vox_zyx: tuple[FloatZYX, ...]  # of each tumour's main ellipsoid
+    radii_vox_zyx: tuple[FloatZYX, ...]  # of each tumour's main ellipsoid; copy-paste: half its extent
     num_voxels: int  # voxels of the mask M
     proportion: float  # P of Eq. 4; NaN where no judge was asked
     passed: bool  # the patch went to training painted; else it went back to the original (Eq. 5)

@@ -9,7 +9,7 @@ import torch.distributed
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from ftengine.adapters.verdict import verdict_of
-from ftengine.assemble import build_loader, build_synthesis_stage, config_for_store, load_painters
+from ftengine.assemble import build_bank, build_loader, build_synthesis_stage, config_for_store, load_painters
 from ftengine.config import Config
 from ftengine.errors import ConfigError
 from ftengine.loader.loader import Loader
@@ -58,13 +58,15 @@ class PatchDataset(IterableDataset[dict[str, Any]]):
         """Open the store; the loader itself is made when it is first needed.
 
         config: None is the preset of the store. batches: whole batches of ``training.batch_size`` in place of patches.
-        paint: synthesis and quality control; None paints where a generator is given. generator, judge: checkpoints of ``ftengine train``;
-        painting without a generator takes ``synthesis.fixed_contrast``, without a judge it keeps every tumour.
+        paint: synthesis and quality control; None paints where a generator is given or ``synthesis.synthesizer`` needs none. generator,
+        judge: checkpoints of ``ftengine train``; freetumor without a generator takes ``synthesis.fixed_contrast``, painting without a
+        judge keeps every tumour.
         mix: None is "mixed" with painting, else "annotated". split, held_out_fold: as for ``build_loader``.
         stages: further stages, behind the synthesis. rank, world_size: None asks ``torch.distributed`` when the loader is made, and is
         (0, 1) where no process group is. Raises ConfigError for a judge without painting, and where store and configuration do not fit.
         """
-        paints = generator is not None if paint is None else paint
+        needs_generator = config is None or config.synthesis.needs_generator
+        paints = generator is not None or not needs_generator if paint is None else paint
         if not paints and (generator is not None or judge is not None):
             raise ConfigError(
                 "PatchDataset: a generator or a judge without painting does nothing. Give a generator, or paint=True for a fixed contrast."
@@ -92,7 +94,9 @@ class PatchDataset(IterableDataset[dict[str, Any]]):
         if self._loader is None:
             stages = self._stages
             if self._paints:
-                stages = (build_synthesis_stage(self.config, *load_painters(self.config, *self._painters)), *stages)
+                painters = load_painters(self.config, *self._painters)
+                bank = build_bank(self.config, self.store, **self._rows)
+                stages = (build_synthesis_stage(self.config, *painters, bank=bank), *stages)
             self._rank = self._given_rank or _distributed_rank()
             rank, world_size = self._rank
             self._loader = build_loader(

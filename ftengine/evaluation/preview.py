@@ -38,6 +38,7 @@ from ftengine.geometry import FloatZYX, IntZYX, float_zyx, int_zyx
 from ftengine.loader.pipeline import PatchPipeline
 from ftengine.loader.plan import Mix, Plan
 from ftengine.store.reader import Store
+from ftengine.synthesis.bank import TumorBank
 from ftengine.synthesis.engine import Address, Generator, Judge, Synthesizer
 from ftengine.synthesis.shape import count_labels, organs_in_patch
 from ftengine.types import Augmentation, Painted, Patch, PatchRequest
@@ -120,6 +121,7 @@ def preview(
     generator: Generator | None = None,
     judge: Judge | None = None,
     segmenter: Segmenter | None = None,
+    bank: TumorBank | None = None,
     mix: Mix = "mixed",
     split: str | None = None,
     on_sheet: Callable[[SheetInfo], None] = lambda _sheet: None,
@@ -134,7 +136,7 @@ def preview(
     columns original, mask outline, synthetic, difference in HU and, with ``segmenter``, that network's prediction.
 
     config: for the store's region. generator, judge: as ``Synthesizer`` takes them, on the configured device; generator None paints a
-    fixed contrast, judge None keeps every tumour. segmenter: float32 [1, 1, z, y, x] -> logits [1, classes, z, y, x], the network the
+    fixed contrast, judge None keeps every tumour; bank: as ``assemble.build_bank`` makes it, for copy-paste. segmenter: float32 [1, 1, z, y, x] -> logits [1, classes, z, y, x], the network the
     judge asks; a module is moved to the device and set to eval mode. split: only volumes of that split. on_sheet: called after each sheet.
     width_px: width of the PNGs. Tries ``TRIES_PER_SHEET`` patches a sheet, and returns fewer sheets than asked where those do not
     suffice. Raises ConfigError where none can be painted, where configuration and store differ, or for ``num_sheets`` below 1.
@@ -148,7 +150,7 @@ def preview(
         )
     sheets: list[SheetInfo] = []
     refused: Counter[str] = Counter()
-    painter = _Painter(config, store, generator, judge, segmenter)
+    painter = _Painter(config, store, generator, judge, segmenter, bank)
     for request in _requests(Plan(config, store, mix=mix, split=split), num_sheets * TRIES_PER_SHEET):
         sample = painter.paint(request, refused)
         if sample is None:
@@ -189,6 +191,7 @@ class _Painter:
         generator: Generator | None,
         judge: Judge | None,
         segmenter: Segmenter | None,
+        bank: TumorBank | None,
     ) -> None:
         device = _device(config)
         self._config, self._store = config, store
@@ -202,6 +205,7 @@ class _Painter:
             generator=generator,
             judge=self._witness,
             retries=config.qc.retries,
+            bank=bank,
         )
 
     def paint(self, request: PatchRequest, refused: Counter[str]) -> _Sample | None:

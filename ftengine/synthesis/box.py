@@ -53,8 +53,11 @@ class TumorBoxes:
 def tumor_extent_vox(tumor: TumorDraw) -> tuple[IntZYX, IntZYX]:
     """First voxel and the one behind the last that a tumour can reach, counted from its centre, whatever its warps.
 
-    An ellipsoid of radius r is rasterised in ceil(2 r) voxels to both sides of its centre and nowhere else (``kernels.tumor_mask``).
+    An ellipsoid of radius r is rasterised in ceil(2 r) voxels to both sides of its centre and nowhere else (``kernels.tumor_mask``); a
+    tumour of the bank has the extent of its mask.
     """
+    if tumor.pasted is not None:
+        return tumor.pasted.extent_vox
     offsets = np.array([e.offset_vox_zyx for e in tumor.ellipsoids])
     reach = np.ceil(2 * np.array([e.radii_vox_zyx for e in tumor.ellipsoids])).astype(np.int64)
     return int_zyx((offsets - reach).min(axis=0)), int_zyx((offsets + reach).max(axis=0))

@@ -18,13 +18,18 @@ from ftengine.config import RegionConfig, SynthesisConfig
 from ftengine.errors import ConfigError
 from ftengine.geometry import FloatZYX, IntZYX, int_zyx, mm_to_vox
 from ftengine.kernels import choose_center, gaussian_blur, masked_blend, tumor_mask_and_box, upload
-from ftengine.kernels.gaussian_blur import TRUNCATE
+from ftengine.synthesis.bank import TumorBank, edge_reach_vox, require_bank
 from ftengine.synthesis.box import Regions, box_shape, choose_regions, margin_for
 from ftengine.synthesis.center import choose_center_released, margin_vox
 from ftengine.synthesis.painting import Canvas, Painting, Verdicts, take_rows
+from ftengine.synthesis.paste import paste_tumors
 from ftengine.synthesis.released import ABDOMEN_SIGMAS, CHEST_SIGMAS, TextureFields, released_blend
-from ftengine.synthesis.rows import count_voxels, voxels_of_value
+from ftengine.synthesis.rows import count_voxels, mean_inside, voxels_of_value
 from ftengine.synthesis.shape import PatchDraw, count_labels, draw_patch, organs_in_patch
+from ftengine.synthesis.style import restyle
+from ftengine.synthesis.syntumor import noise_fields, syntumor_texture
+
+_SATURATED = 20.0  # its tanh is 1 in float32: what is painted without a contrast to be scaled
 
 
 class _Buffers(threading.local):
@@ -104,8 +109,10 @@ class Address:
 class Placement:
     """Tumours drawn for some patches of a batch.
 
-    rows: the patches they are for. centers: int64 [R, N, 3], the voxel of each tumour. mask: uint8 [R, z, y, x], hard. box: int64
-    [R, 2, 3], the mask's first voxel and the one behind its last. organ: uint8 [R, z, y, x], the healthy tissue of the painted organ.
+    rows: the patches they are for. centers: int64 [R, N, 3], the voxel of each tumour; N is the most of a patch, the others repeat the
+    draw 0. mask: uint8 [R, z, y, x], hard. box: int64 [R, 2, 3], the mask's first voxel and the one behind its last (copy-paste: before the
+    organ cut it). organ: uint8 [R, z, y, x], the healthy tissue of the painted organ. pasted: float32 [R, z, y, x], copy-paste's
+    values where tumours lie.
     """
 
     rows: list[int]
@@ -114,6 +121,7 @@ class Placement:
     mask: torch.Tensor
     box: torch.Tensor
     organ: torch.Tensor
+    pasted: torch.Tensor | None = None
 
 
 class Synthesizer:
@@ -129,8 +137,18 @@ class Synthesizer:
         judge: Judge | None = None,
         retries: int = 0,
         spacing_mm_zyx: FloatZYX | None = None,
+        bank: TumorBank | None = None,
     ) -> None:
-        """``generator`` None: ``config.fixed_contrast`` takes the place of tanh(G(x)). ``judge`` None: every painted patch is kept."""
+        """``generator`` None: ``config.fixed_contrast`` takes the place of tanh(G(x)). ``judge`` None: every painted patch is kept.
+
+        bank: what ``synthesizer: copy-paste`` pastes. Raises ConfigError for a generator or a bank that the synthesizer does not take, and
+        for a bank that is missing, empty or of another spacing.
+        """
+        if generator is not None and not config.needs_generator:
+            raise ConfigError(
+                f"a generator with synthesis.synthesizer={config.synthesizer}, which takes none. Leave the generator (--synth) out, or set "
+                "synthesis.synthesizer to freetumor."
+            )
         self.region = region
         self.config = config
         self._seed = seed
@@ -139,8 +157,17 @@ class Synthesizer:
         self._retries = retries
         self._spacing = spacing_mm_zyx or region.spacing_mm_zyx
         self._is_chest = "lung" in region.organs
-        self._edge_reach = [int(TRUNCATE * s + 0.5) for s in mm_to_vox(config.edge_sigma_mm, self._spacing)]
+        self._bank = require_bank(bank, config, self._spacing)
+        self._is_syntumor = config.synthesizer == "syntumor"
+        self._edge_reach = edge_reach_vox(
+            config.syntumor_edge_mm[1] if self._is_syntumor else config.edge_sigma_mm, self._spacing
+        )
         self._buffers = _Buffers()
+        # tanh(G(x)) where no generator is: syntumor and copy-paste subtract and add what they have as it is
+        self._constant = (
+            _SATURATED if config.synthesizer in {"syntumor", "copy-paste"} else math.atanh(config.fixed_contrast)
+        )
+        self._noise = noise_fields(seed, region.patch_zyx, self._spacing)
         self._fields = TextureFields(seed, CHEST_SIGMAS if self._is_chest else ABDOMEN_SIGMAS)
 
     def draw(
@@ -164,7 +191,14 @@ class Synthesizer:
             address = addresses[row]
             organs = organs_in_patch(counts[row], self.region, self.config.min_organ_voxels)
             patch_draw = draw_patch(
-                organs, self.config, self._spacing, seed=self._seed, epoch=address.epoch, index=address.index, draw=draw
+                organs,
+                self.config,
+                self._spacing,
+                seed=self._seed,
+                epoch=address.epoch,
+                index=address.index,
+                draw=draw,
+                bank=self._bank,
             )
             if patch_draw is not None:
                 drawn[row] = patch_draw
@@ -175,6 +209,11 @@ class Synthesizer:
         rows, draws = list(drawn), list(drawn.values())
         organ = voxels_of_value(take_rows(label, rows)[:, 0], [self.region.organs[d.organ].organ for d in draws])
         centers = self._centers(organ, draws)
+        if self._bank is not None:
+            tumors = [[t.pasted for t in d.tumors if t.pasted is not None] for d in draws]
+            relative = self.config.paste == "contrast"
+            pasted = paste_tumors(tumors, centers, organ, self.region.window_hu, relative=relative)
+            return Placement(rows, draws, centers, pasted.mask, pasted.box, organ, pasted.values)
         table = _EllipsoidTable.of(draws)
         placed = centers
         if table.is_more_than_tumors:
@@ -187,25 +226,53 @@ class Synthesizer:
     def difference(self, x: torch.Tensor, placement: Placement) -> torch.Tensor:
         """G(x) before its activation, on the channel of each patch's organ: float32 [R, z, y, x]. x: [R, 1, z, y, x]."""
         if self._generator is None:
-            return torch.full_like(x[:, 0], math.atanh(self.config.fixed_contrast))
+            return torch.full_like(x[:, 0], self._constant)
         return self._evaluate(self._generator, x, [d.organ for d in placement.draws])
 
     def blend(self, x: torch.Tensor, g: torch.Tensor, placement: Placement, *, in_place: bool = False) -> torch.Tensor:
         """Eq. 1 with the drawn textures: float32 [R, z, y, x]; differentiable in ``g``. x, g: [R, z, y, x].
 
         in_place: paint into ``x``, with buffers that are kept from call to call; no gradients then. A fresh tensor of this size costs
-        more than a small tumour. (The released variant makes a new tensor all the same.)
+        more than a small tumour. (The released variant makes a new tensor all the same.) Synthesisers that take no generator are handed
+        the g that ``difference`` gives.
         """
         if self.config.variant == "released":
             return self._blend_released(x, g, placement)
         draws = placement.draws
+        mask, box = self._with_edge(placement, x, in_place=in_place)
+        sign = -1
+        if placement.pasted is not None:
+            sign, texture = 1, self._pasted_difference(x, placement, in_place=in_place)
+        elif self._is_syntumor:
+            shape = int_zyx(x.shape[1:])
+            fields = self._noise.crops([d.texture_draw for d in draws], shape, x.device)
+            texture = syntumor_texture(fields, [d.syntumor_contrast_hu for d in draws], self._width_hu)
+        else:
+            texture = self._texture(x, g, placement, box, in_place=in_place)
+        return masked_blend(x, g, texture, mask, sign=sign, organ=placement.organ, box=box, out=x if in_place else None)
+
+    @property
+    def _width_hu(self) -> float:
+        return self.region.window_hu[1] - self.region.window_hu[0]
+
+    def _with_edge(
+        self, placement: Placement, like: torch.Tensor, *, in_place: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mask with its soft edge, where there is one, and the box around that: it fades inside the organ and into M, no further."""
         mask, box = placement.mask, placement.box
-        if self.config.edge_sigma_mm > 0:
-            # the edge fades inside the organ and into M, never into tissue that holds no tumour
-            sigma = mm_to_vox(self.config.edge_sigma_mm, self._spacing)
-            reach = np.array(self._edge_reach, dtype=np.int64)
-            box = box + upload(np.stack([-reach, reach]), box.device)
-            mask = gaussian_blur(mask, sigma, box=box, out=self._buffers.take("mask", x) if in_place else None)
+        if not any(self._edge_reach):
+            return mask, box
+        sigmas = [d.syntumor_edge_mm if self._is_syntumor else self.config.edge_sigma_mm for d in placement.draws]
+        reach = np.array(self._edge_reach, dtype=np.int64)
+        box = box + upload(np.stack([-reach, reach]), box.device)
+        out = self._buffers.take("mask", like) if in_place else None
+        return gaussian_blur(mask, [mm_to_vox(s, self._spacing) for s in sigmas], box=box, out=out), box
+
+    def _texture(
+        self, x: torch.Tensor, g: torch.Tensor, placement: Placement, box: torch.Tensor, *, in_place: bool
+    ) -> torch.Tensor:
+        """g(x) of Eq. 1, times the contrast factor and what the style makes of it. x, g: [R, z, y, x]; box: of all that is painted."""
+        draws = placement.draws
         texture = gaussian_blur(
             x,
             [mm_to_vox(d.texture_sigma_mm, self._spacing) for d in draws],
@@ -215,7 +282,30 @@ class Synthesizer:
         factors = np.array([d.contrast_factor for d in draws], dtype=np.float32)
         if (factors != 1).any():
             texture = texture.mul_(upload(factors, x.device).view(-1, 1, 1, 1))
-        return masked_blend(x, g, texture, mask, organ=placement.organ, box=box, out=x if in_place else None)
+        if not self.config.diverse_keys:
+            return texture
+        fields = None
+        if self.config.heterogeneity[1] > 0:
+            fields = [self._noise.crop(d.texture_draw, int_zyx(x.shape[1:]), x.device) for d in draws]
+        return restyle(
+            texture,
+            g,
+            placement.mask,
+            box,
+            [d.style for d in draws],
+            fields=fields,
+            width_hu=self._width_hu,
+            spacing_mm_zyx=self._spacing,
+        )
+
+    def _pasted_difference(self, x: torch.Tensor, placement: Placement, *, in_place: bool) -> torch.Tensor:
+        """What turns the tissue into the pasted tumour, [R, z, y, x]: the tumour itself, or its contrast on top of the mean tissue in M."""
+        assert placement.pasted is not None  # noqa: S101 - asked for pasted tumours only
+        buffer = self._buffers.take("texture", x) if in_place else torch.empty_like(x)
+        difference = torch.sub(placement.pasted, x, out=buffer)
+        if self.config.paste == "absolute":
+            return difference
+        return difference.add_(mean_inside(x, placement.mask, placement.box).view(-1, 1, 1, 1))
 
     def paint(
         self,
@@ -297,7 +387,7 @@ class Synthesizer:
     ) -> torch.Tensor:
         """G(x) before its activation, [R, z, y, x]: right where the regions are, any number elsewhere. x: [R, z, y, x]."""
         if self._generator is None:
-            return self._buffers.take("contrast", x, fill=math.atanh(self.config.fixed_contrast))
+            return self._buffers.take("contrast", x, fill=self._constant)
         organs = [d.organ for d in placement.draws]
         new = [i for i in regions.whole if placement.rows[i] not in known]
         if new:
@@ -350,7 +440,11 @@ class Synthesizer:
             ]
             return upload(np.array(rows, dtype=np.int64), organ.device)
         margin = margin_vox(self.config.center_margin_mm, self._spacing)
-        return choose_center(organ, margin, [[t.center_draw[0] for t in d.tumors] for d in draws])
+        most = max((len(d.tumors) for d in draws), default=0)
+        center_draws = np.zeros((len(draws), most))
+        for row, draw in enumerate(draws):
+            center_draws[row, : len(draw.tumors)] = [t.center_draw[0] for t in draw.tumors]
+        return choose_center(organ, margin, center_draws)
 
     def _blend_released(self, x: torch.Tensor, g: torch.Tensor, placement: Placement) -> torch.Tensor:
         shape = (x.shape[1], x.shape[2], x.shape[3])

@@ -17,7 +17,7 @@ from ftengine.types import Painted
 class Verdicts:
     """P, verdict, voxels and centres of the patches of one draw, copied once behind one CUDA event; reading them waits for that.
 
-    rows: the patches of the batch. number: of the draw, 0 for the first. figures: float64 [R, 3 + 3 N] on the host, exact.
+    rows: the patches of the batch. number: of the draw, 0 for the first. figures: float64 [R, 3 + 3 N] on the host, exact; N: most tumours.
     """
 
     rows: list[int]
@@ -59,7 +59,7 @@ class Verdicts:
             row: Painted(
                 organ=draw.organ,
                 size_class=draw.tumors[0].size_class,
-                center_zyx=tuple(int_zyx(center[i : i + 3]) for i in range(0, len(center), 3)),
+                center_zyx=tuple(int_zyx(center[3 * i : 3 * i + 3]) for i in range(len(draw.tumors))),
                 radii_vox_zyx=tuple(t.radii_vox_zyx for t in draw.tumors),
                 num_voxels=int(num_voxels),
                 proportion=proportion,

@@ -71,3 +71,34 @@ def with_values(
 
     for_each(len(chosen), write)
     return result
+
+
+def mean_inside(
+    values: torch.Tensor, mask: torch.Tensor, box: torch.Tensor, *, tanh_of: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Mean of the values, or of their product with the tanh of others, where each patch's mask is 1: float32 [R]; 0 where it is 1 nowhere.
+
+    values, tanh_of: float32 [R, z, y, x]; mask: uint8 [R, z, y, x], 0 outside box: int64 [R, 2, 3]. Summed in float64. Differentiable.
+    """
+    requires_grad = values.requires_grad or (tanh_of is not None and tanh_of.requires_grad)
+    if values.device.type == "cuda" or requires_grad:
+        picked = values if tanh_of is None else values * torch.tanh(tanh_of)
+        inside = mask.view(torch.bool)
+        total = torch.where(inside, picked, 0.0).flatten(1).sum(1, dtype=torch.float64)
+        return (total / inside.flatten(1).sum(1).clamp(min=1)).to(torch.float32)
+    means = np.zeros(len(mask), dtype=np.float32)
+    given, masks, corners = values.numpy(), mask.numpy().view(bool), box.numpy()
+    others = None if tanh_of is None else tanh_of.numpy()
+
+    def average(i: int) -> None:
+        (z0, y0, x0), (z1, y1, x1) = np.clip(corners[i], 0, masks.shape[1:]).tolist()
+        place = (slice(z0, z1), slice(y0, y1), slice(x0, x1))
+        inside = masks[i][place]
+        picked = given[i][place][inside]
+        if others is not None:
+            picked = picked * np.tanh(others[i][place][inside])
+        if picked.size:
+            means[i] = picked.sum(dtype=np.float64) / picked.size
+
+    for_each(len(means), average)
+    return torch.from_numpy(means)

@@ -2,6 +2,7 @@
 
 Three laws of shape. ``variant: released`` and ``shape: paper`` draw one warped ellipsoid from a size class. ``shape: realistic`` draws a
 volume from the organ's distribution, a main ellipsoid and lobes that overlap it, from numbers fitted to real tumours (docs/shapes.md).
+``synthesizer: copy-paste`` draws no shape but a tumour of the bank, and how it is turned.
 """
 
 import math
@@ -14,9 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri
 
-from ftengine.config import POOLED_SHAPE, RealisticShapeConfig, RegionConfig, SizeClassConfig, SynthesisConfig
+from ftengine.config import (
+    MANY_TUMORS,
+    POOLED_SHAPE,
+    Range,
+    RealisticShapeConfig,
+    RegionConfig,
+    SizeClassConfig,
+    SynthesisConfig,
+)
 from ftengine.geometry import FloatZYX, IntZYX, float_zyx, int_zyx, mm_to_vox
 from ftengine.rng import Purpose, patch_rng
+from ftengine.synthesis.bank import PastedTumor, TumorBank, turns_between
 
 # Released code (reference 1.4): class -> (lowest and highest integer radius, elastic sigmas to choose from or a range), voxels
 _RELEASED_RADII_VOX = {"tiny": (3, 5), "small": (6, 10), "medium": (12, 20), "large": (24, 40)}
@@ -25,6 +35,7 @@ _WARP_PLANES = ((0, 1), (1, 2), (0, 2))  # pairs of x, y, z axes, in the order o
 
 _REFERENCE_RADIUS_MM = 20.0  # where a realistic tumour has ``lobes`` lobes on average
 _MAX_LOBES = 32  # more cannot be told from each other
+_RIM_OF_RADIUS = 1 / 3  # a rim is at most so wide: a core is left
 _UNION_STEPS = 32  # grid points an axis that the volume of overlapping ellipsoids is counted on: within 2 %
 
 FloatArray: TypeAlias = NDArray[np.float64]
@@ -47,7 +58,8 @@ class Ellipsoid:
 class TumorDraw:
     """One tumour, drawn but not placed: its centre follows from ``center_draw`` and the organ's voxels.
 
-    ``radii_vox_zyx`` and ``warp`` are those of the main ellipsoid; the tumour is the union with its ``lobes``.
+    ``radii_vox_zyx`` and ``warp`` are those of the main ellipsoid; the tumour is the union with its ``lobes``. Where ``pasted`` is given,
+    it is that tumour of the bank, and the radii are half its extent.
     """
 
     size_class: str
@@ -55,11 +67,27 @@ class TumorDraw:
     warp: FloatArray  # (3, 2, 3, 3) displacements in voxels, laid out as ``kernels.tumor_mask`` wants them
     center_draw: tuple[float, float]  # uniform in [0, 1): paper uses the first; released: slice, then pixel
     lobes: tuple[Ellipsoid, ...] = ()  # shape realistic
+    pasted: PastedTumor | None = None  # synthesizer copy-paste
 
     @property
     def ellipsoids(self) -> tuple[Ellipsoid, ...]:
         """The main ellipsoid, then the lobes."""
         return Ellipsoid((0, 0, 0), self.radii_vox_zyx, self.warp), *self.lobes
+
+
+@dataclass(frozen=True)
+class Style:
+    """What makes the tumours of one patch look different from others, beyond G and the contrast factor.
+
+    rim_width_mm: 0 for no rim. rim_contrast: of the rim, over the core's. target_hu: mean contrast inside M, None where G and the factor
+    decide it. heterogeneity: deviation of the contrast inside M over its mean, by a noise field.
+    """
+
+    is_hyperdense: bool = False
+    rim_width_mm: float = 0.0
+    rim_contrast: float = 0.0
+    target_hu: float | None = None
+    heterogeneity: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -71,7 +99,11 @@ class PatchDraw:
     texture_sigma_mm: float
     contrast_factor: float
     edge_sigma_vox: float  # released variant: standard deviation of the mask's edge blur
-    texture_draw: tuple[float, float, float, float]  # released variant: field and crop corner, uniform in [0, 1)
+    # released variant, syntumor, heterogeneity: noise field and crop corner, uniform in [0, 1)
+    texture_draw: tuple[float, float, float, float]
+    style: Style = Style()
+    syntumor_contrast_hu: float = 0.0  # D
+    syntumor_edge_mm: float = 0.0
 
 
 def count_labels(label: NDArray[np.uint8]) -> tuple[int, ...]:
@@ -103,17 +135,21 @@ def draw_patch(
     epoch: int,
     index: int,
     draw: int = 0,
+    bank: TumorBank | None = None,
 ) -> PatchDraw | None:
     """Draw what to paint on a patch that holds ``organs``; None where ``synthesis.fraction`` leaves it healthy.
 
-    ``draw`` counts redraws of a rejected patch: they keep organ and decision to paint, and draw everything else anew.
+    ``draw`` counts redraws of a rejected patch: they keep organ and decision to paint, and draw everything else anew. bank: for
+    ``synthesizer: copy-paste``, which paints only organs that have a tumour in it.
     """
+    if bank is not None:
+        organs = [organ for organ in organs if organ in bank.tumors]
     choice = patch_rng(seed, Purpose.TUMOR, epoch=epoch, index=index)
     if not organs or choice.random() >= config.fraction:
         return None
     organ = organs[int(choice.integers(len(organs)))]
     rng = patch_rng(seed, Purpose.TUMOR, epoch=epoch, index=index, draw=draw + 1)
-    tumors = tuple(_draw_one(rng, config, spacing_mm_zyx, organ) for _ in range(config.num_tumors))
+    tumors = _draw_tumors(rng, config, spacing_mm_zyx, organ, bank)
     a, b, c, d = (float(v) for v in rng.random(4))
     return PatchDraw(
         organ=organ,
@@ -122,7 +158,31 @@ def draw_patch(
         contrast_factor=float(rng.uniform(*config.contrast_factor)),
         edge_sigma_vox=float(rng.uniform(1.0, 2.0)),
         texture_draw=(a, b, c, d),
+        # new draws come last: those above keep their bits
+        style=_draw_style(rng.random(6).tolist(), config, tumors, spacing_mm_zyx),
+        syntumor_contrast_hu=float(rng.uniform(*config.syntumor_contrast_hu)),
+        syntumor_edge_mm=float(rng.uniform(*config.syntumor_edge_mm)),
     )
+
+
+def _draw_style(
+    draws: list[float], config: SynthesisConfig, tumors: Sequence[TumorDraw], spacing_mm_zyx: FloatZYX
+) -> Style:
+    """All that a style may need is drawn at any configuration: a key that is turned on leaves what the others draw as it was."""
+    sign, rim, width, contrast, target, noise = draws
+    smallest_mm = min(r * s for t in tumors for r, s in zip(t.radii_vox_zyx, spacing_mm_zyx, strict=True))
+    has_rim = rim < config.rim_fraction
+    return Style(
+        is_hyperdense=sign < config.hyperdense_fraction,
+        rim_width_mm=min(_between(config.rim_width_mm, width), smallest_mm * _RIM_OF_RADIUS) if has_rim else 0.0,
+        rim_contrast=_between(config.rim_contrast, contrast) if has_rim else 0.0,
+        target_hu=None if config.target_contrast_hu is None else _between(config.target_contrast_hu, target),
+        heterogeneity=_between(config.heterogeneity, noise),
+    )
+
+
+def _between(bounds: Range, draw: float) -> float:
+    return bounds[0] + (bounds[1] - bounds[0]) * draw
 
 
 def size_class_of(radius_mm: float, sizes: Mapping[str, SizeClassConfig]) -> str:
@@ -143,6 +203,49 @@ def shape_law(organ: str, config: SynthesisConfig) -> RealisticShapeConfig:
     return config.realistic_shapes.get(organ) or config.realistic_shapes[POOLED_SHAPE]
 
 
+def _draw_tumors(
+    rng: np.random.Generator,
+    config: SynthesisConfig,
+    spacing_mm_zyx: FloatZYX,
+    organ: str,
+    bank: TumorBank | None,
+) -> tuple[TumorDraw, ...]:
+    if bank is not None:
+        return tuple(_draw_pasted(rng, config, bank, organ) for _ in range(config.num_tumors))
+    if config.syntumor_tumors == "many":
+        return tuple(_draw_tumor(rng, config, spacing_mm_zyx, name) for name in _draw_many(rng, config))
+    return tuple(_draw_one(rng, config, spacing_mm_zyx, organ) for _ in range(config.num_tumors))
+
+
+def _draw_pasted(rng: np.random.Generator, config: SynthesisConfig, bank: TumorBank, organ: str) -> TumorDraw:
+    """A tumour of the bank, each of its organ's alike, in a random orientation."""
+    tumors = bank.tumors[organ]
+    chosen = tumors[int(rng.integers(len(tumors)))]
+    orders = turns_between(bank.spacing_mm_zyx)
+    axes = orders[int(rng.integers(len(orders)))]
+    z, y, x = (bool(v < 0.5) for v in rng.random(3))
+    pasted = (
+        PastedTumor(chosen, axes, (z, y, x))
+        if config.paste_turns
+        else PastedTumor(chosen, (0, 1, 2), (False, False, False))
+    )
+    first, end = pasted.extent_vox
+    radii = float_zyx((b - a) / 2 for a, b in zip(first, end, strict=True))
+    volume_mm3 = chosen.num_voxels * math.prod(bank.spacing_mm_zyx)
+    name = size_class_of((3.0 * volume_mm3 / (4.0 * math.pi)) ** (1.0 / 3.0), config.sizes)
+    return TumorDraw(name, radii, np.zeros((3, 2, 3, 3)), _two(rng), pasted=pasted)
+
+
+def _draw_many(rng: np.random.Generator, config: SynthesisConfig) -> list[str]:
+    """The size class of each tumour of a patch (``MANY_TUMORS``): all of one class or, as often as an average class, some of each."""
+    names = [name for name, weight in config.size_weights.items() if weight > 0]
+    weights = np.array([config.size_weights[name] for name in names])
+    weights = np.append(weights, weights.mean())
+    kind = int(rng.choice(len(weights), p=weights / weights.sum()))
+    chosen = names if kind == len(names) else [names[kind]]
+    return [name for name in chosen for _ in range(int(rng.integers(MANY_TUMORS[name][0], MANY_TUMORS[name][1] + 1)))]
+
+
 def _draw_one(rng: np.random.Generator, config: SynthesisConfig, spacing_mm_zyx: FloatZYX, organ: str) -> TumorDraw:
     if config.variant == "released":
         return _draw_released_tumor(rng, config, spacing_mm_zyx)
@@ -157,9 +260,11 @@ def _draw_size_class(rng: np.random.Generator, config: SynthesisConfig) -> str:
     return names[int(rng.choice(len(names), p=weights / weights.sum()))]
 
 
-def _draw_tumor(rng: np.random.Generator, config: SynthesisConfig, spacing_mm_zyx: FloatZYX) -> TumorDraw:
+def _draw_tumor(
+    rng: np.random.Generator, config: SynthesisConfig, spacing_mm_zyx: FloatZYX, size_class: str | None = None
+) -> TumorDraw:
     """Paper variant: radii and warps in millimetres, so that a tumour has the same shape at any spacing."""
-    name = _draw_size_class(rng, config)
+    name = size_class or _draw_size_class(rng, config)
     size = config.sizes[name]
     radii_mm = rng.uniform(*size.radius_mm, size=3)
     warp_mm = rng.standard_normal((3, 2, 3, 3)) * rng.uniform(*size.warp_sigma_mm)

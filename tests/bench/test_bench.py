@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from ftengine.bench import kernels, store
+from ftengine.bench import kernels, store, synthesisers
 from ftengine.bench.timing import as_table, interleave
 
 
@@ -50,3 +50,12 @@ def test_candidates_are_interleaved() -> None:
     assert len(rows[0].samples_s) == 3
     assert rows[1].median_s > rows[0].median_s
     assert "times faster than a" in as_table("t", rows, "a")
+
+
+def test_synthesiser_bench_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    document = synthesisers.run(patch_zyx=(32, 32, 32), batch=1, rounds=1, as_json=True)
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(document))
+    rows = {row["name"]: row for row in document["rows"]}
+    assert set(rows) == set(synthesisers.ARMS)
+    assert rows["constant"]["of_constant"] == 1
+    assert all(row["ms_per_patch"] > 0 for row in rows.values())
