@@ -10,7 +10,7 @@ Everything else is float32 with one rounding an operation, in one order, or an e
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +79,12 @@ def texture_field(
             raise KernelInputError(f"{_NAME}: {name} is {value}; want 0 to 2**{bits} - 1. Choose another {name}.")
     device = torch.device(device)
     require_device(_NAME, "device", device)
-    return _make_eagerly(seed, number, float(sigma_a), float(sigma_b), shape, device)
+    make = _make
+    if torch.compiler.is_compiling():  # asked first, since ``disable`` imports the whole compiler
+        make = torch.compiler.disable(
+            _make, reason="texture_field is made once, outside compiled code; pass its crops in"
+        )
+    return make(seed, number, float(sigma_a), float(sigma_b), shape, device)
 
 
 def _make(seed: int, number: int, sigma_a: float, sigma_b: float, shape_zyx: IntZYX, device: torch.device) -> Tensor:
@@ -92,11 +97,6 @@ def _make(seed: int, number: int, sigma_a: float, sigma_b: float, shape_zyx: Int
     gaussian_blur(batch, [sigma_b] * 3, out=batch)
     _scale_to_mean(batch, u0)
     return batch[0]
-
-
-_make_eagerly: Callable[..., Tensor] = torch.compiler.disable(
-    _make, reason="texture_field is made once, outside compiled code; pass its crops in"
-)
 
 
 @dataclass(frozen=True)
