@@ -34,6 +34,18 @@ HeldOutOption = Annotated[
         "--fold", metavar="K", help="Hold out this fold: train on all others ('store subset --folds' deals them)."
     ),
 ]
+ValSplitOption = Annotated[
+    str | None,
+    typer.Option(
+        "--val-split",
+        metavar="NAME",
+        help="Validate on this split, every training.validate_every; best.pt is the best.",
+    ),
+]
+PictureSplitOption = Annotated[
+    str | None,
+    typer.Option("--val-split", metavar="NAME", help="Pictures show patches of this split (default: of --split)."),
+]
 INTERRUPTED = 130
 
 
@@ -52,6 +64,7 @@ def seg(
     ] = None,
     split: SplitOption = None,
     fold: HeldOutOption = None,
+    val_split: ValSplitOption = None,
     config: ConfigOption = None,
     assignments: SetOption = None,
     resume: ResumeOption = False,
@@ -63,6 +76,7 @@ def seg(
     from ftengine.cli.console import load_config
     from ftengine.store.reader import open_store
 
+    quiet = quiet or not _is_main()
     chosen = load_config(config or _config_of(out, resume=resume), assignments, open_store(store))
     with progress("training", chosen.training.steps, quiet=quiet or as_json) as reporter:
         result = train_segmentation(
@@ -74,6 +88,7 @@ def seg(
             init=init,
             split=split,
             held_out_fold=fold,
+            val_split=val_split,
             resume=resume,
             on_step=_StepReporter(reporter, "loss"),
             warn=(lambda _text: None) if quiet else reporter.warn,
@@ -91,6 +106,7 @@ def synth(
     out: OutOption,
     split: SplitOption = None,
     fold: HeldOutOption = None,
+    val_split: PictureSplitOption = None,
     config: ConfigOption = None,
     assignments: SetOption = None,
     resume: ResumeOption = False,
@@ -102,6 +118,7 @@ def synth(
     from ftengine.cli.console import load_config
     from ftengine.store.reader import open_store
 
+    quiet = quiet or not _is_main()
     chosen = load_config(config or _config_of(out, resume=resume), assignments, open_store(store))
     with progress("training the generator", chosen.generator_training.steps, quiet=quiet or as_json) as reporter:
         result = train_synthesis(
@@ -111,11 +128,19 @@ def synth(
             baseline=baseline,
             split=split,
             held_out_fold=fold,
+            val_split=val_split,
             resume=resume,
             on_step=_StepReporter(reporter, "loss_seen"),
             warn=(lambda _text: None) if quiet else reporter.warn,
         )
     _finish(result, as_json=as_json)
+
+
+def _is_main() -> bool:
+    """Whether this is the process of a run that reports: the only one, or torchrun's first."""
+    from ftengine.training.distributed import world_of_environment
+
+    return world_of_environment().is_main
 
 
 def _config_of(out: Path, *, resume: bool) -> Path | None:
@@ -141,7 +166,9 @@ class _StepReporter:
 
 
 def _finish(result: "TrainingResult", *, as_json: bool) -> None:
-    if as_json:
+    if not _is_main():
+        pass  # another process of the run reports
+    elif as_json:
         print_json(_document(result))
     else:
         _print_result(result)
@@ -161,6 +188,7 @@ def _document(result: "TrainingResult") -> dict[str, Any]:
         "mix": result.mix,
         "warnings": result.warnings,
         "bad_reads": result.bad_reads,
+        "best": result.best,
     }
 
 
@@ -180,6 +208,11 @@ def _print_result(result: "TrainingResult") -> None:
         f"{result.stall['patches_per_s']:.2f} patches/s, median step {speed.median_step_s:.3f} s, longest wait {speed.max_wait_s:.3f} s",
         highlight=False,
     )
+    if result.best:
+        console.print(
+            f"best validation: Dice {result.best['dice']:.3f} after {result.best['step']:.0f} steps, {result.checkpoint.with_name('best.pt')}",
+            highlight=False,
+        )
     if result.bad_reads:
         named = ", ".join(f"{case} ({count})" for case, count in sorted(result.bad_reads.items()))
         console.print(f"{sum(result.bad_reads.values())} reads failed and were replaced: {named}", highlight=False)

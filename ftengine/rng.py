@@ -15,6 +15,7 @@ class Purpose(IntEnum):
     ANCHOR = 5
     TEXTURE_FIELD = 6
     INITIALIZATION = 7
+    CUTMIX = 8
 
 
 def patch_rng(seed: int, purpose: Purpose, *, epoch: int = 0, index: int = 0, draw: int = 0) -> np.random.Generator:
