@@ -25,5 +25,5 @@ class MovingAverage:
         decay = min(self._decay, (1 + self.num_updates) / (10 + self.num_updates))
         for average, now in zip(self.network.parameters(), network.parameters(), strict=True):
             average.lerp_(now.to(average.dtype), 1.0 - decay)
-        for average, now in zip(self.network.buffers(), network.buffers(), strict=True):
-            average.copy_(now)
+        for kept, current in zip(self.network.buffers(), network.buffers(), strict=True):
+            kept.copy_(current)

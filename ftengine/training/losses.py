@@ -1,7 +1,8 @@
 """Losses of the two stages: DiceCE for segmentation, Eq. 2 and Eq. 3 for the generator and the classifier."""
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from monai.losses.dice import DiceCELoss
@@ -11,7 +12,8 @@ REAL, PAINTED = 1, 2  # the classifier's classes; 0 is background and never a ta
 Form = Literal["paper", "released"]
 
 
-class Total(NamedTuple):
+@dataclass(frozen=True)
+class Total:
     """A mean that is not yet divided: its parts can be added up over batches and processes before it is.
 
     total: sum over the samples (paper) or voxels (released) that count, with gradients. count: how many they are, without.

@@ -18,7 +18,7 @@ from ftengine.synthesis.painting import take_rows
 from ftengine.training.checkpoint import Kind, load_weights
 from ftengine.training.distributed import ALONE, World
 from ftengine.training.learner import Learner, autocast, compiled_forward
-from ftengine.training.losses import PAINTED, REAL, Total, classified_as_loss, tumor_seen_loss
+from ftengine.training.losses import PAINTED, REAL, Form, Total, classified_as_loss, tumor_seen_loss
 from ftengine.training.networks import build_classifier, build_generator
 from ftengine.training.run import CHECKPOINT, Progress, Schedule, TrainingResult, ignore_warning
 from ftengine.training.trainer import Figures, Frame, Pictures, Trainer
@@ -200,11 +200,9 @@ class Adversarial:
             )
             assert isinstance(loss, torch.Tensor)  # noqa: S101 - at least one of the two is on
             self.generator.backward(loss)
-        for name, part in (("seen", seen), ("fools", fools)):
+        for name, part in (("seen", seen), ("fools", fools), ("used", fools if seen is None else seen)):
             if part is not None:
                 self._sums.add(name, part)
-                used = part
-        self._sums.add("used", used)
         return painted.detach()
 
     def _losses_of_generator(
@@ -238,8 +236,10 @@ class Adversarial:
         if not num_terms:
             return
         form = self._settings.loss_form
-        counts = {"real": [g.real_mask for g in given], "painted": [g.painted_mask for g in given]}
-        whole = {name: self._num_counted(masks, form) for name, masks in counts.items()}
+        whole = {
+            "real": self._num_counted([g.real_mask for g in given], form),
+            "painted": self._num_counted([g.painted_mask for g in given], form),
+        }
         for g in given:
             terms: list[torch.Tensor] = []
             if len(g.real_image):
@@ -256,7 +256,7 @@ class Adversarial:
                 self.classifier.backward(torch.stack(terms).sum() / num_terms)
         self.classifier.update(rate)
 
-    def _num_counted(self, masks: Sequence[torch.Tensor | None], form: str) -> torch.Tensor:
+    def _num_counted(self, masks: Sequence[torch.Tensor | None], form: Form) -> torch.Tensor:
         """Samples (paper) or voxels (released) of all processes that a loss counts, at least 1."""
         count = torch.zeros((), device=self._device)
         for mask in masks:

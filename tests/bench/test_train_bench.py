@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ftengine.bench import train
+from ftengine.config import Config
 
 TINY = ["region.patch_zyx=[16,16,16]", "network.name=unet", "network.channels=[4,8]", "generator.width=1"]
 
@@ -37,7 +38,7 @@ def test_each_stage_is_measured_and_failures_are_lines(
         raise subprocess.TimeoutExpired(command, timeout)
 
     monkeypatch.setattr(train, "measure_stage", measure)
-    monkeypatch.setattr(train.subprocess, "run", too_slow)
+    monkeypatch.setattr(subprocess, "run", too_slow)
     monkeypatch.setattr(train, "environment", dict)
     document = train.run(
         device="cpu", rounds=0, with_real_size=True, real_steps=2, assignments=[*TINY, "training.batch_size=2"]
@@ -62,20 +63,20 @@ def test_each_stage_is_measured_and_failures_are_lines(
 
 
 def test_nothing_begins_when_the_time_is_up() -> None:
-    config = train.Config.preset("abdomen").with_assignments(TINY)
+    config = Config.preset("abdomen").with_assignments(TINY)
     rows = train.real_size(config, torch.device("cpu"), steps=1, seconds=0.0, compiled=True)
     assert all("left out" in row["error"] for row in rows.values())
 
 
 def test_a_child_measures_what_it_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    config = train.Config.preset("abdomen").with_assignments(TINY)
+    config = Config.preset("abdomen").with_assignments(TINY)
     job = {"config": config.model_dump(mode="json"), "stage": "seg", "device": "cpu", "steps": 1}
     train.main(["--child", json.dumps(job)])
     assert len(json.loads(capsys.readouterr().out)["step_s"]) == 1
 
 
 def test_all_patches_of_the_real_size_batch_are_painted() -> None:
-    config = train.Config.preset("abdomen").with_assignments(TINY)
+    config = Config.preset("abdomen").with_assignments(TINY)
     procedure, _ = train.build_stage("synth", config, torch.device("cpu"))
     procedure.add(train.healthy_batch(config, 3, torch.device("cpu")))
     assert procedure._num_drawn == 3  # type: ignore[attr-defined]

@@ -30,7 +30,7 @@ def recorded() -> Iterator[list[Gradients]]:
         update(learner, rate, divide_by=divide_by)
         learner.optimizer.step = step  # type: ignore[method-assign]
 
-    Learner.update = spy  # type: ignore[method-assign]
+    Learner.update = spy  # type: ignore[method-assign,assignment]
     try:
         yield gradients
     finally:

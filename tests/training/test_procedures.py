@@ -13,7 +13,8 @@ from ftengine.assemble import build_loader
 from ftengine.config import Config
 from ftengine.store.reader import Store
 from ftengine.synthesis.engine import Address, Synthesizer
-from ftengine.training import synthesis
+from ftengine.training import losses, synthesis
+from ftengine.training.distributed import ALONE
 from ftengine.training.ema import MovingAverage
 from ftengine.training.learner import Learner
 from ftengine.training.losses import PAINTED, REAL, Total, segmentation_loss
@@ -177,7 +178,7 @@ def _check_classifier_targets(stage: Adversarial, monkeypatch: pytest.MonkeyPatc
     """C learns "real" on all labelled tumours, "painted" on the voxels that were painted, and nothing else."""
     batch = _organs()
     asked: dict[int, list[torch.Tensor]] = {REAL: [], PAINTED: []}
-    whole = synthesis.classified_as_loss
+    whole = losses.classified_as_loss
 
     def spy(logits: torch.Tensor, mask: torch.Tensor, target: int, **form: object) -> Total:
         if stage.classifier.network.head.weight.requires_grad:  # type: ignore[union-attr]  # C's phase
@@ -321,12 +322,12 @@ def test_low_precision_keeps_weights_float32_and_loses_little(batch: Batch, seei
     config = CONFIG.with_overrides({"training.precision": precision, "generator_training.precision": precision})
     batch = part(batch, 1, 3)  # fp16 is slow on the CPU
     exact, low = (Segmentation(c, build_segmenter(c), CPU) for c in (CONFIG, config))
-    losses = []
-    for stage in (exact, low):
-        stage.add(batch)
-        losses.append(stage.update(1e-3)()["loss"])
-    assert losses[0] != losses[1]
-    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    values = []
+    for segmentation in (exact, low):
+        segmentation.add(batch)
+        values.append(segmentation.update(1e-3)()["loss"])
+    assert values[0] != values[1]
+    assert values[1] == pytest.approx(values[0], rel=0.02)
     assert all(p.dtype == torch.float32 for p in low.product.parameters())
     stage = _adversarial(config, seeing)
     stage.add(batch)
@@ -364,7 +365,7 @@ def test_the_moving_average_is_the_mean_that_it_says() -> None:
 def test_a_learner_goes_on_with_its_average_and_its_own_weights() -> None:
     def learner(network: nn.Module) -> Learner:
         optimizer = torch.optim.AdamW(network.parameters())
-        return Learner(network, optimizer, device=CPU, world=synthesis.ALONE, ema_decay=0.9)
+        return Learner(network, optimizer, device=CPU, world=ALONE, ema_decay=0.9)
 
     def step(given: Learner) -> None:
         given.backward(given(torch.ones(1, 3)).square().mean())
@@ -424,20 +425,20 @@ def test_optimisers_are_those_of_the_configuration() -> None:
 def test_s_overfits_a_batch_in_20_steps(batch: Batch) -> None:
     config = CONFIG.with_overrides({"training.clip_norm": None})
     stage = Segmentation(config, build_segmenter(config), CPU)
-    losses = []
+    values = []
     for _ in range(20):
         stage.add(batch)
-        losses.append(stage.update(2e-2)()["loss"])
-    assert losses[-1] < losses[0] / 2
+        values.append(stage.update(2e-2)()["loss"])
+    assert values[-1] < values[0] / 2
 
 
 def test_g_overfits_a_batch_in_20_steps(healthy: Batch, seeing: nn.Module) -> None:
     """Eq. 2 against an S that sees tumours falls by half: G has learned what S looks for."""
     stage = _adversarial(PAINTING, seeing)
-    losses = []
+    values, figures = [], dict[str, float]()
     for _ in range(20):
         stage.add(healthy)
         figures = stage.update(1e-2)()
-        losses.append(figures["loss_seen"])
-    assert losses[-1] < losses[0] / 2
+        values.append(figures["loss_seen"])
+    assert values[-1] < values[0] / 2
     assert figures["proportion"] > 0.5

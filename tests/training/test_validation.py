@@ -143,7 +143,12 @@ def test_the_volumes_are_shared_out_and_put_together(monkeypatch: pytest.MonkeyP
     values = {str(n): {"x": 0.1 * n} for n in range(7)}
     asked: dict[int, list[str]] = {}
     shares: list[dict[str, dict[str, float]]] = []
-    monkeypatch.setattr(World, "gather", lambda world, item: shares.append(item) or shares)
+
+    def gather(_world: World, item: dict[str, dict[str, float]]) -> list[dict[str, dict[str, float]]]:
+        shares.append(item)
+        return shares
+
+    monkeypatch.setattr(World, "gather", gather)
 
     def score_as(rank: int) -> dict[str, float]:
         def score(_network: nn.Module, case: str) -> dict[str, float]:
