@@ -15,6 +15,7 @@ PROGRAMS = {
     "synthesisers": "painting a patch with each synthesiser, without networks",
     "loader": "our loader and those of MONAI, nnU-Net and TorchIO; read cost, shortest step, slow storage, memory",
     "step": "a training step on ready patches, on our loader's, on painted and judged ones",
+    "train": "our training loop against a bare PyTorch loop; one step of each stage at real size",
     "shapes": "our tumour shapes against real ones",
     "shape_fit": "fit the laws of synthesis.shape realistic to real tumours",
     "convert": "conversion against the usual MONAI chain, workers, memory, size",

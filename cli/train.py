@@ -34,6 +34,18 @@ HeldOutOption = Annotated[
         "--fold", metavar="K", help="Hold out this fold: train on all others ('store subset --folds' deals them)."
     ),
 ]
+ValSplitOption = Annotated[
+    str | None,
+    typer.Option(
+        "--val-split",
+        metavar="NAME",
+        help="Validate on this split, every training.validate_every; best.pt is the best.",
+    ),
+]
+PictureSplitOption = Annotated[
+    str | None,
+    typer.Option("--val-split", metavar="NAME", help="Pictures show patches of this split (default: of --split)."),
+]
 INTERRUPTED = 130
 
 
@@ -57,6 +69,7 @@ def seg(
     ] = None,
     split: SplitOption = None,
     fold: HeldOutOption = None,
+    val_split: ValSplitOption = None,
     config: ConfigOption = None,
     assignments: SetOption = None,
     resume: ResumeOption = False,
@@ -68,6 +81,7 @@ def seg(
     from ftengine.cli.console import load_config
     from ftengine.store.reader import open_store
 
+    quiet = quiet or not _is_main()
     chosen = load_config(config or _config_of(out, resume=resume), assignments, open_store(store))
     with progress("training", chosen.training.steps, quiet=quiet or as_json) as reporter:
         result = train_segmentation(
@@ -79,6 +93,7 @@ def seg(
             init=init,
             split=split,
             held_out_fold=fold,
+            val_split=val_split,
             resume=resume,
             on_step=_StepReporter(reporter, "loss"),
             warn=(lambda _text: None) if quiet else reporter.warn,
@@ -96,6 +111,7 @@ def synth(
     out: OutOption,
     split: SplitOption = None,
     fold: HeldOutOption = None,
+    val_split: PictureSplitOption = None,
     config: ConfigOption = None,
     assignments: SetOption = None,
     resume: ResumeOption = False,
@@ -107,6 +123,7 @@ def synth(
     from ftengine.cli.console import load_config
     from ftengine.store.reader import open_store
 
+    quiet = quiet or not _is_main()
     chosen = load_config(config or _config_of(out, resume=resume), assignments, open_store(store))
     with progress("training the generator", chosen.generator_training.steps, quiet=quiet or as_json) as reporter:
         result = train_synthesis(
@@ -116,11 +133,19 @@ def synth(
             baseline=baseline,
             split=split,
             held_out_fold=fold,
+            val_split=val_split,
             resume=resume,
             on_step=_StepReporter(reporter, "loss_seen"),
             warn=(lambda _text: None) if quiet else reporter.warn,
         )
     _finish(result, as_json=as_json)
+
+
+def _is_main() -> bool:
+    """Whether this is the process of a run that reports: the only one, or torchrun's first."""
+    from ftengine.training.distributed import world_of_environment
+
+    return world_of_environment().is_main
 
 
 def _config_of(out: Path, *, resume: bool) -> Path | None:
@@ -146,7 +171,9 @@ class _StepReporter:
 
 
 def _finish(result: "TrainingResult", *, as_json: bool) -> None:
-    if as_json:
+    if not _is_main():
+        pass  # another process of the run reports
+    elif as_json:
         print_json(_document(result))
     else:
         _print_result(result)
@@ -167,6 +194,7 @@ def _document(result: "TrainingResult") -> dict[str, Any]:
         "warnings": result.warnings,
         "bad_reads": result.bad_reads,
         "init": result.init,
+        "best": result.best,
     }
 
 
@@ -188,6 +216,11 @@ def _print_result(result: "TrainingResult") -> None:
         f"{result.stall['patches_per_s']:.2f} patches/s, median step {speed.median_step_s:.3f} s, longest wait {speed.max_wait_s:.3f} s",
         highlight=False,
     )
+    if result.best:
+        console.print(
+            f"best validation: Dice {result.best['dice']:.3f} after {result.best['step']:.0f} steps, {result.checkpoint.with_name('best.pt')}",
+            highlight=False,
+        )
     if result.bad_reads:
         named = ", ".join(f"{case} ({count})" for case, count in sorted(result.bad_reads.items()))
         console.print(f"{sum(result.bad_reads.values())} reads failed and were replaced: {named}", highlight=False)

@@ -13,6 +13,7 @@ from torch import nn
 
 from ftengine.config import Config
 from ftengine.errors import ConfigError
+from ftengine.evaluation.validator import build_validation
 from ftengine.geometry import Box, FloatZYX, int_zyx
 from ftengine.kernels import choose_center
 from ftengine.loader.loader import Loader
@@ -29,9 +30,12 @@ from ftengine.synthesis.center import margin_vox
 from ftengine.synthesis.engine import Address, Generator, Judge, Synthesizer
 from ftengine.synthesis.inference import Inference
 from ftengine.training.checkpoint import load_generator, load_segmenter
+from ftengine.training.distributed import device_name_for, joined
 from ftengine.training.run import Progress, TrainingResult, ignore_warning
 from ftengine.training.segmentation import train_segmenter
 from ftengine.training.synthesis import train_generator
+from ftengine.training.trainer import Pictures
+from ftengine.training.validation import Validation
 from ftengine.types import Batch
 
 
@@ -284,6 +288,7 @@ def train_segmentation(
     init: str | Path | None = None,
     split: str | None = None,
     held_out_fold: int | None = None,
+    val_split: str | None = None,
     resume: bool = False,
     on_step: Progress = lambda _step, _values: None,
     warn: Callable[[str], None] = ignore_warning,
@@ -291,44 +296,81 @@ def train_segmentation(
     """``ftengine train seg``: a student with online synthesis and quality control; without anything to paint with, the baseline.
 
     ``synthesis.synthesizer: freetumor`` paints with ``generator_path``; the others paint without one.
+    val_split: validate on the tumour-annotated volumes of this split, which ``split`` must leave out; without it, on those of the
+    held-out fold where ``training.validate_every`` is set. Under torchrun this is one of the processes of a run.
     """
     store = open_store(store_path)
-    stage = gate = None
-    if generator_path is not None or not config.synthesis.needs_generator:
-        bank = build_bank(config, store, split=split, held_out_fold=held_out_fold)
-        painters = load_painters(config, generator_path, judge_path)
-        stage = build_synthesis_stage(config, *painters, with_gate=False, bank=bank)
-        gate = QualityGate(config.qc)
-    elif judge_path is not None:
+    paints = generator_path is not None or not config.synthesis.needs_generator
+    if judge_path is not None and not paints:
         raise ConfigError(
             "--judge without --synth: a judge needs painted tumours; give --synth G.pt too, or choose a synthesis.synthesizer that "
             "needs no generator."
         )
-    with build_loader(
-        config,
-        store,
-        mix="mixed" if stage else "annotated",
-        split=split,
-        held_out_fold=held_out_fold,
-        stages=(stage,) if stage else (),
-    ) as loader:
-        return train_segmenter(
-            config,
-            loader,
-            out,
-            device=resolve_device(config.device),
-            init=init,
-            resume=resume,
-            on_step=on_step,
-            warn=warn,
-            gate=gate,
-            identity={
-                "--synth": _fingerprint(generator_path),
-                "--judge": _fingerprint(judge_path),
-                "--split": split or "",
-                "--fold": _text(held_out_fold),
-            },
+    with joined() as world:
+        here = config.with_overrides({"device": device_name_for(config.device, world)})
+        device = resolve_device(here.device)
+        stage = gate = None
+        if paints:
+            bank = build_bank(here, store, split=split, held_out_fold=held_out_fold)
+            painters = load_painters(here, generator_path, judge_path)
+            stage = build_synthesis_stage(here, *painters, with_gate=False, bank=bank)
+            gate = QualityGate(config.qc)
+        validation = _validation(config, store, split, val_split, held_out_fold, device)
+        with build_loader(
+            here,
+            store,
+            mix="mixed" if stage else "annotated",
+            split=split,
+            held_out_fold=held_out_fold,
+            stages=(stage,) if stage else (),
+            rank=world.rank,
+            world_size=world.size,
+        ) as loader:
+            return train_segmenter(
+                config,
+                loader,
+                out,
+                device=device,
+                init=init,
+                resume=resume,
+                on_step=on_step,
+                warn=warn,
+                gate=gate,
+                identity={
+                    "--synth": _fingerprint(generator_path),
+                    "--judge": _fingerprint(judge_path),
+                    "--split": split or "",
+                    "--fold": _text(held_out_fold),
+                    "--val-split": val_split or "",
+                },
+                validation=validation,
+                world=world,
+            )
+
+
+def _validation(
+    config: Config,
+    store: Store,
+    split: str | None,
+    val_split: str | None,
+    held_out_fold: int | None,
+    device: torch.device,
+) -> Validation | None:
+    """What training validates on, if anything. Raises ConfigError where it would be trained on too, or holds no annotated volume."""
+    if val_split is None and (held_out_fold is None or config.training.validate_every is None):
+        if config.training.validate_every is not None:
+            raise ConfigError(
+                f"training.validate_every={config.training.validate_every}: no volumes to validate on; give --val-split NAME or --fold K."
+            )
+        return None
+    if val_split is not None and split in {None, val_split}:
+        raise ConfigError(
+            f"--val-split {val_split}: training would see these volumes too (--split {split or 'not given: all'}). Give --split with the "
+            "split to train on."
         )
+    return build_validation(
+        config, store, device=device, split=val_split, fold=None if val_split is not None else held_out_fold
+    )
 
 
 def train_synthesis(
@@ -339,27 +381,68 @@ def train_synthesis(
     baseline: str | Path,
     split: str | None = None,
     held_out_fold: int | None = None,
+    val_split: str | None = None,
     resume: bool = False,
     on_step: Progress = lambda _step, _values: None,
     warn: Callable[[str], None] = ignore_warning,
 ) -> TrainingResult:
-    """``ftengine train synth``: the generator against a frozen baseline segmenter."""
+    """``ftengine train synth``: the generator against a frozen baseline segmenter.
+
+    val_split: pictures show patches of this split (None: of ``split``). Under torchrun this is one of the processes of a run.
+    """
     store = open_store(store_path)
     segmenter, trained = load_segmenter(baseline)
     _same_region(config, trained, baseline)
-    for_loader = config.with_overrides({"training.batch_size": config.generator_training.batch_size})
-    with build_loader(for_loader, store, mix="mixed", split=split, held_out_fold=held_out_fold) as loader:
-        return train_generator(
-            config,
-            loader,
-            segmenter,
-            out,
-            device=resolve_device(config.device),
-            resume=resume,
-            on_step=on_step,
-            warn=warn,
-            identity={"--baseline": _fingerprint(baseline), "--split": split or "", "--fold": _text(held_out_fold)},
+    with joined() as world:
+        device_name = device_name_for(config.device, world)
+        here = config.with_overrides(
+            {"device": device_name, "training.batch_size": config.generator_training.batch_size}
         )
+        with build_loader(
+            here,
+            store,
+            mix="mixed",
+            split=split,
+            held_out_fold=held_out_fold,
+            rank=world.rank,
+            world_size=world.size,
+        ) as loader:
+            return train_generator(
+                config,
+                loader,
+                segmenter,
+                out,
+                device=resolve_device(device_name),
+                resume=resume,
+                on_step=on_step,
+                warn=warn,
+                identity={"--baseline": _fingerprint(baseline), "--split": split or "", "--fold": _text(held_out_fold)},
+                pictures=_pictures(here, store, segmenter, val_split or split),
+                world=world,
+            )
+
+
+def _pictures(config: Config, store: Store, segmenter: nn.Module, split: str | None) -> Pictures:
+    """Draws what G paints on the same patches each time, before any verdict, as 'ftengine preview' does."""
+    shown = config.with_overrides({"qc.retries": 0})
+
+    def draw(generator: nn.Module, folder: Path) -> list[Path]:
+        from ftengine.evaluation.preview import preview  # matplotlib, which runs without pictures do not need
+
+        number = config.generator_training.num_pictures
+        sheets = preview(
+            shown,
+            store,
+            folder,
+            num_sheets=number,
+            generator=generator,
+            judge=build_judge(shown, segmenter),
+            segmenter=segmenter,
+            split=split,
+        )
+        return [sheet.path for sheet in sheets]
+
+    return draw
 
 
 def _text(number: int | None) -> str:

@@ -426,27 +426,61 @@ class GeneratorConfig(_Section):
 class TrainingConfig(_Section):
     """Segmentation training (paper 4.5 and Table A19)."""
 
-    batch_size: int = Field(default=4, ge=1)  # Table A19
-    steps: int = Field(default=100_000, ge=1)
+    batch_size: int = Field(
+        default=4, ge=1
+    )  # Table A19; of each process, and of each batch that ``accumulate`` adds up
+    accumulate: int = Field(default=1, ge=1)  # batches of a step whose gradients are added up; paper: 1
+    steps: int = Field(default=100_000, ge=1)  # updates of the weights
     learning_rate: Positive = 3e-4  # Table A19
     warmup_steps: int = Field(default=1_000, ge=0)
     weight_decay: float = Field(default=0.01, ge=0.0)  # torch's AdamW default, which the released code ends up with
+    amsgrad: bool = False  # released code: true
     clip_norm: Positive | None = None  # released code: none
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # released code: fp16
+    compile: bool = False  # the network through torch.compile
+    ema_decay: float | None = Field(default=None, gt=0.0, lt=1.0)  # moving average of the weights; paper: none
+    cutmix_probability: Probability = (
+        0.0  # of a batch; released code: 1, with image and label cut apart (reference 2.1 #7)
+    )
+    validate_every: int | None = Field(
+        default=None, ge=1
+    )  # None: with each checkpoint, if volumes are named (--val-split)
+    validate_unit: Literal["steps", "epochs"] = "steps"  # of validate_every; released code: epochs
     log_every: int = Field(default=10, ge=1)
     checkpoint_every: int = Field(default=1_000, ge=1)
+
+    @model_validator(mode="after")
+    def _cutmix_has_partners(self) -> Self:
+        if self.cutmix_probability > 0 and self.batch_size == 1:
+            raise ValueError("cutmix_probability > 0 with batch_size=1: a patch has no partner; want at least 2")
+        return self
 
 
 class GeneratorTrainingConfig(_Section):
     """Synthesis training: G against the frozen S and the classifier C (Eq. 2-3)."""
 
-    batch_size: int = Field(default=4, ge=1)  # Table A19
+    batch_size: int = Field(default=4, ge=1)  # Table A19; as in training
+    accumulate: int = Field(default=1, ge=1)  # as in training
     steps: int = Field(default=20_000, ge=1)
+    optimizer: Literal["adamw", "adam"] = "adamw"  # Table A19; released code: adam (reference 1.6 #13)
+    schedule: Literal["cosine", "constant"] = "cosine"  # Table A19; released code: constant
     learning_rate: Positive = 1e-4  # Table A19
     betas: tuple[Probability, Probability] = (0.9, 0.999)  # paper: AdamW; the released code has (0, 0.999)
-    weight_decay: float = Field(default=0.01, ge=0.0)
+    weight_decay: float = Field(default=0.01, ge=0.0)  # adam adds it to the gradient; released code: 0
     warmup_steps: int = Field(default=0, ge=0)
-    lambda_cls: float = Field(default=0.1, ge=0.0)  # Eq. 3
+    clip_norm: Positive | None = None  # of G and of C; released code: none
+    lambda_cls: float = Field(default=0.1, ge=0.0)  # Eq. 3; released code: 0.1, chest 0.5
+    losses: Literal["both", "seen", "fools"] = (
+        "both"  # Table A16; seen: Eq. 2 alone, without C; fools: L_cls of Eq. 3 alone
+    )
+    loss_form: Literal["paper", "released"] = (
+        "paper"  # released: linear, pooled, any tumour class (reference 1.6 #7, #8)
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # released code: fp32, chest fp16
+    compile: bool = False  # G, C and S through torch.compile
+    ema_decay: float | None = Field(default=None, gt=0.0, lt=1.0)  # moving average of G's weights; paper: none
+    pictures_every: int | None = Field(default=None, ge=1)  # steps between pictures of the same few painted patches
+    num_pictures: int = Field(default=2, ge=1, le=32)
     log_every: int = Field(default=10, ge=1)
     checkpoint_every: int = Field(default=1_000, ge=1)
 

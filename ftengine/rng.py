@@ -15,6 +15,7 @@ class Purpose(IntEnum):
     ANCHOR = 5
     TEXTURE_FIELD = 6
     INITIALIZATION = 7
+    CUTMIX = 8
     TUMOR_BANK = 9
 
 

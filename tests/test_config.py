@@ -36,14 +36,20 @@ def test_presets_have_the_papers_grids() -> None:
     ]
 
 
-def test_presets_of_the_released_mixes_weigh_known_data_sets_and_change_nothing_else() -> None:
+def test_presets_of_the_released_code_weigh_known_data_sets_and_change_training_alone() -> None:
     known = set(load_registry().entries)
     for name in ("abdomen-released-synth", "abdomen-released-seg", "chest-released"):
         config, plain = Config.preset(name), Config.preset(name.split("-")[0])
         assert set(config.loader.dataset_weights) <= known
         assert config.loader.annotated_fraction is None
         same = {"loader.dataset_weights": {}, "loader.annotated_fraction": 0.5}
-        assert config.with_overrides(same) == plain
+        training = {"training": plain.training, "generator_training": plain.generator_training}
+        assert config.with_overrides(same).model_copy(update=training) == plain
+    of_g = Config.preset("abdomen-released-synth").generator_training
+    assert (of_g.optimizer, of_g.schedule, of_g.betas, of_g.weight_decay) == ("adam", "constant", (0.0, 0.999), 0.0)
+    of_s = Config.preset("abdomen-released-seg").training
+    assert (of_s.amsgrad, of_s.precision, of_s.cutmix_probability) == (True, "fp16", 1.0)
+    assert Config.preset("chest-released").generator_training.lambda_cls == 0.5
     assert Config.preset("abdomen-released-synth").loader.dataset_weights == {"lits": 200, "msd07": 100, "kits23": 100}
 
 

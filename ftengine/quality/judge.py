@@ -41,14 +41,20 @@ class SegmenterJudge:
         Raises ConfigError where the segmenter's classes are not the region's.
         """
         with torch.no_grad():
-            logits = self._segmenter(image).contiguous()
+            logits = self._segmenter(image)
+        return self.verdict(logits, mask, tumor_values)
+
+    def verdict(
+        self, logits: torch.Tensor, mask: torch.Tensor, tumor_values: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As calling it, from S's logits [B, classes, z, y, x] on the painted patches."""
         if logits.shape[1] != self._region.num_classes:
             raise ConfigError(
                 f"the judge gives {logits.shape[1]} classes; region {self._region.name} has {self._region.num_classes} label values "
                 f"({', '.join(self._region.labels)}). Use a segmenter that was trained for this region."
             )
         classes = self._region.tumor_values if self._any_tumor else torch.tensor(tumor_values, dtype=torch.int64)
-        proportion = tumor_proportion(logits, mask, tumor_classes=classes)
+        proportion = tumor_proportion(logits.contiguous(), mask, tumor_classes=classes)
         if self._threshold is None:
             return proportion, torch.ones_like(proportion, dtype=torch.bool)
         passed = proportion > self._threshold if self._strict else proportion >= self._threshold

@@ -1,35 +1,52 @@
-"""What both training stages share: the run's folder, its logs, the loop over steps, the learning rate, and stopping cleanly."""
+"""The folder of a training run and its logs, what a run comes to, the learning rate, and stopping cleanly."""
 
 import json
 import math
 import platform
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from ftengine import __version__
 from ftengine.config import Config
 from ftengine.errors import ConfigError
-from ftengine.loader.loader import Loader
-from ftengine.loader.nvtx import nvtx_range
-from ftengine.training.ledger import PatchLedger
-from ftengine.training.stall import StallMeter, StallReport
-from ftengine.types import Batch
+from ftengine.training.stall import StallReport
 
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINT, BEST = "checkpoint.pt", "best.pt"
 Progress: TypeAlias = Callable[[int, dict[str, float]], None]  # steps done so far; figures of a logged step, else empty
 
 
 def ignore_warning(_text: str) -> None:
     """What becomes of warnings where nobody shows them: the result of the run still holds them."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long a stage trains and how fast. steps: updates of the weights, each of ``accumulate`` batches."""
+
+    steps: int
+    learning_rate: float
+    warmup_steps: int
+    log_every: int
+    checkpoint_every: int
+    accumulate: int = 1
+    kind: Literal["cosine", "constant"] = "cosine"
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        if self.kind == "constant" and step >= self.warmup_steps:
+            return self.learning_rate
+        return learning_rate(step, base=self.learning_rate, warmup_steps=self.warmup_steps, steps=self.steps)
 
 
 def learning_rate(step: int, *, base: float, warmup_steps: int, steps: int) -> float:
@@ -46,7 +63,8 @@ class TrainingResult:
     speed: the stall meter, of the steps since the last start or resume. quality: ``QualityGate.summary`` and mix:
     ``PatchLedger.summary``, of the whole run, empty where it paints nothing. warnings: texts that came up, of the whole run.
     bad_reads: failed reads of each volume that could not be read, since the last start or resume. init: what became of the initial
-    weights, one line; empty without them.
+    weights, one line; empty without them. best: step and Dice of ``best.pt``, empty where nothing was validated. With several processes
+    speed is that of this one, everything else that of all.
     """
 
     checkpoint: Path
@@ -59,6 +77,7 @@ class TrainingResult:
     bad_reads: dict[str, int] = field(default_factory=dict)
     init: str = ""
     interrupted: bool = False
+    best: dict[str, float] = field(default_factory=dict)
 
     @property
     def stall(self) -> dict[str, float]:
@@ -77,16 +96,22 @@ def check_identity(saved: Mapping[str, str], given: Mapping[str, str]) -> None:
 
 
 class Run:
-    """The folder of a training run: ``config.yaml``, ``run.json``, ``checkpoint.pt``, and its logs.
+    """The folder of a training run: ``config.yaml``, ``run.json``, ``checkpoint.pt``, ``best.pt``, ``pictures/``, and its logs.
 
-    ``metrics.jsonl`` has a line for each logged step and, in a run that paints, ``epochs.jsonl`` one for each epoch that has ended;
-    ``tensorboard/`` has both, figures of epochs with the prefix ``epoch/``.
+    ``metrics.jsonl`` has a line for each logged step, ``validation.jsonl`` one for each validation and, in a run that paints,
+    ``epochs.jsonl`` one for each epoch that has ended; ``tensorboard/`` has all of them, figures of epochs with the prefix ``epoch/``, those
+    of validations with ``val/``.
     """
 
-    def __init__(self, folder: str | Path, config: Config, *, resume: bool) -> None:
-        """Raises ConfigError where a run lies there already and ``resume`` is false, or none lies there and it is true."""
+    def __init__(self, folder: str | Path, config: Config, *, resume: bool, writes: bool = True) -> None:
+        """``writes`` false: another process writes. Raises ConfigError where a run lies there already and ``resume`` is false, or none
+        lies there and it is true.
+        """
         self.folder = Path(folder)
         self.checkpoint = self.folder / CHECKPOINT
+        self.best = self.folder / BEST
+        self.pictures = self.folder / "pictures"
+        self._writes = writes
         if resume and not self.checkpoint.exists():
             raise ConfigError(
                 f"{self.checkpoint}: there is nothing to resume. Start without --resume, or give the folder of a started run."
@@ -96,6 +121,7 @@ class Run:
         self.config = config
         self._metrics = self.folder / "metrics.jsonl"
         self._epochs = self.folder / "epochs.jsonl"
+        self._validations = self.folder / "validation.jsonl"
         self._board: SummaryWriter | None = None
 
     def begin(self, first_step: int) -> None:
@@ -103,29 +129,50 @@ class Run:
 
         Called once everything that could refuse the run has been checked, so that a refused run changes nothing.
         """
+        if not self._writes:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
         document = {"config": self.config.model_dump(mode="json"), "versions": versions()}
         (self.folder / "run.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        for file in (self._metrics, self._epochs):
+        for file, last in (
+            (self._metrics, first_step - 1),
+            (self._epochs, first_step - 1),
+            (self._validations, first_step),
+        ):
             lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-            kept = [line for line in lines if line.strip() and json.loads(line)["step"] < first_step]
+            kept = [line for line in lines if line.strip() and json.loads(line)["step"] <= last]
             file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         self._board = SummaryWriter(str(self.folder / "tensorboard"))
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Write one line to ``metrics.jsonl`` and the same scalars to TensorBoard."""
+    def log(self, step: int, values: Mapping[str, float], samples: Mapping[str, Sequence[float]] | None = None) -> None:
+        """Write one line to ``metrics.jsonl`` and the same scalars to TensorBoard; ``samples`` become histograms there."""
         self._write(self._metrics, {"step": step, **values})
         self._show(step, values)
+        if self._board is not None:
+            for name, numbers in (samples or {}).items():
+                self._board.add_histogram(name, np.asarray(numbers), step)
 
     def log_epoch(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
         """Write one line to ``epochs.jsonl``, and the same scalars to TensorBoard; ``step`` is the epoch's last."""
         self._write(self._epochs, {"epoch": epoch, "step": step, **values})
         self._show(step, {f"epoch/{name}": value for name, value in values.items()})
 
+    def log_validation(self, steps_done: int, values: Mapping[str, float]) -> None:
+        """Write one line to ``validation.jsonl``, and the same scalars to TensorBoard."""
+        self._write(self._validations, {"step": steps_done, **values})
+        self._show(steps_done, {f"val/{name}": value for name, value in values.items()})
+
+    def show_pictures(self, steps_done: int, files: Sequence[Path]) -> None:
+        """Put PNG files into TensorBoard."""
+        if self._board is not None:
+            for number, file in enumerate(files):
+                self._board.add_image(f"painted/{number}", _read_png(file), steps_done, dataformats="HWC")
+
     def _write(self, file: Path, document: Mapping[str, float]) -> None:
-        with file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(document) + "\n")
+        if self._writes:
+            with file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(document) + "\n")
 
     def _show(self, step: int, values: Mapping[str, float]) -> None:
         if self._board is not None:
@@ -148,6 +195,18 @@ def read_epochs(folder: str | Path) -> list[dict[str, float]]:
     return _read_lines(Path(folder) / "epochs.jsonl")
 
 
+def read_validations(folder: str | Path) -> list[dict[str, float]]:
+    """The validations of a run, in order; ``step`` is how many steps were done."""
+    return _read_lines(Path(folder) / "validation.jsonl")
+
+
+def _read_png(path: Path) -> NDArray[np.float32]:
+    """A picture as float32 [rows, columns, 3 or 4] from 0 to 1."""
+    from matplotlib.image import imread
+
+    return np.asarray(imread(path), dtype=np.float32)
+
+
 def _read_lines(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
@@ -155,7 +214,6 @@ def _read_lines(path: Path) -> list[dict[str, float]]:
 def versions() -> dict[str, str]:
     """What made a result: our version and those of Python and the packages that compute."""
     import monai
-    import numpy as np
 
     return {
         "ftengine": __version__,
@@ -165,93 +223,6 @@ def versions() -> dict[str, str]:
         "numpy": np.__version__,
         "machine": platform.machine(),
     }
-
-
-def run_steps(
-    run: Run,
-    loader: Loader,
-    *,
-    first_step: int,
-    steps: int,
-    log_every: int,
-    checkpoint_every: int,
-    train_step: Callable[[Batch, int], Callable[[], dict[str, float]]],
-    save: Callable[[int], None],
-    on_step: Progress,
-    ledger: PatchLedger | None = None,
-    warn: Callable[[str], None] = ignore_warning,
-) -> tuple[int, StallReport]:
-    """Run training steps ``first_step`` to ``steps``; returns how many are done in all, and what the stall meter says.
-
-    ``train_step(batch, step)`` does one step and returns a function that gives its figures, which is called for logged steps only, so
-    that other steps need not wait for the device. ``save`` is called every ``checkpoint_every`` steps and at the end. ``ledger`` counts
-    each batch before its step and may stop the run with RejectionError; ``warn`` gets its warnings when they come up, the loader's
-    notes, and the names of volumes that could not be read. SIGINT and SIGTERM finish the step and save.
-    """
-    meter = StallMeter(loader)
-    step = first_step
-    bad_cases: set[str] = set()
-    for note in loader.notes:
-        warn(note)
-    try:
-        with stopping_on_signals() as stop:
-            while step < steps and not stop:
-                epoch = loader.epoch
-                for batch in _arriving(loader):
-                    meter.arrived()
-                    warning = None if ledger is None else ledger.count(batch)
-                    if warning is not None:
-                        warn(warning)
-                    for case in sorted(loader.failures.by_case().keys() - bad_cases):
-                        bad_cases.add(case)
-                        warn(f"{case} could not be read and is skipped; 'ftengine store verify' says why")
-                    saved = (
-                        step + 1
-                    ) % checkpoint_every == 0  # logged too: figures() refuses a diverged run before it is saved
-                    logged = (step + 1) % log_every == 0 or saved or step + 1 == steps
-                    with nvtx_range("training step"):
-                        figures = train_step(batch, step)
-                        values = figures() if logged else {}
-                    meter.stepped()
-                    if logged:
-                        values |= meter.take_line() | ({} if ledger is None else ledger.take_line())
-                        values["loader/bad_reads"] = float(loader.failures.num_bad)
-                        values = _finite(values)
-                        run.log(step, values)
-                    if ledger is not None and loader.epoch != epoch:
-                        run.log_epoch(epoch, step, _finite(ledger.take_epoch()))
-                    step += 1
-                    on_step(step, values)
-                    if saved and step < steps:
-                        with meter.saving():
-                            save(step)
-                    if step >= steps or stop:
-                        break
-            with meter.saving():
-                save(step)
-            report = meter.report(
-                run.config, loader.plan.batch_size, draws_a_patch=1.0 if ledger is None else ledger.draws_a_patch
-            )
-    finally:
-        loader.close()
-        run.close()
-    return step, report
-
-
-def _arriving(loader: Loader) -> Iterator[Batch]:
-    """The batches to the end of the epoch; a profiler sees the time in which training waits for one."""
-    batches = iter(loader)
-    while True:
-        with nvtx_range("wait for data"):
-            batch = next(batches, None)
-        if batch is None:
-            return
-        yield batch
-
-
-def _finite(values: Mapping[str, float]) -> dict[str, float]:
-    """What has a value: JSON knows no NaN."""
-    return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 class StopRequest:

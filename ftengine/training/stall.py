@@ -190,12 +190,15 @@ class StallMeter:
                 lap.levels[name] = lap.levels.get(name, 0) + level
 
     @contextmanager
-    def saving(self) -> Iterator[None]:
-        """Time inside the block is saving, not training; what the loader does meanwhile is not counted either."""
+    def saving(self, what: str = "save") -> Iterator[None]:
+        """Time inside the block is saving (or validating), not training; what the loader does meanwhile is not counted either.
+
+        ``what``: its name in a profile.
+        """
         self._add_time()
         began = self._now()
         try:
-            with nvtx_range("save"):
+            with nvtx_range(what):
                 yield
         finally:
             now = self._now()

@@ -1,0 +1,36 @@
+"""Validation during training, with the figures of ``ftengine evaluate``."""
+
+import torch
+from torch import nn
+
+from ftengine.config import Config
+from ftengine.errors import ConfigError
+from ftengine.evaluation.evaluate import cases_of_kind
+from ftengine.evaluation.infer import predict_volume
+from ftengine.evaluation.metrics import score_case
+from ftengine.store.reader import Store
+from ftengine.training.validation import Validation
+
+
+def build_validation(
+    config: Config, store: Store, *, device: torch.device, split: str | None = None, fold: int | None = None
+) -> Validation:
+    """Validation on the tumour-annotated volumes of a split or a fold: sliding windows with ``config.inference``, in float32.
+
+    A volume's score is the Dice of each tumour class that its truth holds. Raises ConfigError where no volume is left.
+    """
+    cases = cases_of_kind(store, "tumor", split, fold)
+    if not cases:
+        where = f"split {split!r}" if split is not None else f"fold {fold}"
+        raise ConfigError(
+            f"{store.location}: {where} holds no tumour-annotated volume to validate on. Choose another, or leave validation out."
+        )
+    tumors = {name: value for name, value in config.region.labels.items() if value in config.region.tumor_values}
+
+    def score(network: nn.Module, case: str) -> dict[str, float]:
+        patch = store.read_volume(case)
+        predicted = predict_volume(network, patch.image, config, device)
+        scored = score_case(case, predicted, patch.label, tumors).classes
+        return {name: of_class.dice for name, of_class in scored.items() if of_class.truth_voxels}
+
+    return Validation(cases, score)

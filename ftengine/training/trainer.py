@@ -1,0 +1,384 @@
+"""The one training loop of both stages: batches, steps, logs, validation, checkpoints, resuming, several processes.
+
+A stage is a ``Procedure``: what it does with a batch and with a step. Everything else is here.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ftengine.config import Config
+from ftengine.errors import ConfigError
+from ftengine.loader.loader import Loader
+from ftengine.loader.nvtx import nvtx_range
+from ftengine.training.checkpoint import Kind, load_checkpoint, save_checkpoint
+from ftengine.training.distributed import ALONE, World
+from ftengine.training.init_weights import InitReport
+from ftengine.training.ledger import PatchLedger
+from ftengine.training.run import (
+    CHECKPOINT,
+    Progress,
+    Run,
+    Schedule,
+    StopRequest,
+    TrainingResult,
+    check_identity,
+    ignore_warning,
+    stopping_on_signals,
+)
+from ftengine.training.stall import StallMeter
+from ftengine.training.validation import DICE, Validation, validate
+from ftengine.types import Batch, PatchRecord
+
+Figures = Callable[[], dict[str, float]]
+Pictures = Callable[[nn.Module, Path], Sequence[Path]]  # the network and a folder -> PNG files there
+
+
+class Procedure(Protocol):
+    """A stage: what it does with a batch and with a step, and what it keeps. All processes call its methods alike."""
+
+    kind: Kind
+    main_loss: str  # name of the figure that stands for the run
+
+    def add(self, batch: Batch) -> None:
+        """Forward and backward of one batch of the step."""
+        ...
+
+    def update(self, rate: float) -> Figures:
+        """End the step: update the weights. What it returns is called for logged steps only, so that others need not wait for the device."""
+        ...
+
+    def samples(self) -> dict[str, list[float]]:
+        """Numbers since the last call whose distribution is logged, by name; called after the figures of a logged step."""
+        ...
+
+    @property
+    def product(self) -> nn.Module:
+        """The network that the stage is for."""
+        ...
+
+    def spread(self) -> None:
+        """Give every process the weights of rank 0."""
+        ...
+
+    def contents(self) -> dict[str, Any]:
+        """What a checkpoint holds of it: "model", the weights of the product, and everything else to go on with."""
+        ...
+
+    def load_contents(self, document: Mapping[str, Any]) -> None:
+        """Go on where ``contents`` was taken; the product holds its weights already."""
+        ...
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where a stage is trained and who watches, whichever stage it is."""
+
+    out: Path
+    device: torch.device
+    resume: bool = False
+    on_step: Progress = lambda _step, _values: None
+    warn: Callable[[str], None] = ignore_warning
+    identity: Mapping[str, str] = field(
+        default_factory=dict
+    )  # what else decides the result; a resumed run must be given the same
+    world: World = ALONE
+
+    def document(self, kind: Kind) -> dict[str, Any] | None:
+        """The checkpoint that the run goes on from; None for a new run. Raises ConfigError where it does not fit."""
+        if not self.resume:
+            return None
+        path = self.out / CHECKPOINT
+        document = load_checkpoint(path, kind)
+        if "learners" not in document:
+            raise ConfigError(
+                f"{path}: was written by an older version, whose runs this one cannot go on with. Use it with --init in a new run, or resume "
+                "with the version that began it."
+            )
+        check_identity(document["identity"], self.identity)
+        return document
+
+
+@dataclass(frozen=True)
+class _Word:
+    """What the processes tell each other at each batch."""
+
+    stop: bool
+    records: list[PatchRecord]
+    bad_cases: frozenset[str]
+
+
+class Trainer:
+    """Trains a procedure from its first step, or the checkpoint's, to its last."""
+
+    def __init__(
+        self,
+        config: Config,
+        procedure: Procedure,
+        loader: Loader,
+        frame: Frame,
+        schedule: Schedule,
+        *,
+        document: Mapping[str, Any] | None = None,
+        ledger: PatchLedger | None = None,
+        validation: Validation | None = None,
+        pictures: Pictures | None = None,
+        pictures_every: int | None = None,
+        initial: InitReport | None = None,
+    ) -> None:
+        """document: of ``Frame.document``. ledger: counts each batch before its step and may stop the run with RejectionError. initial: what
+        became of the weights that a new run starts from.
+
+        Raises ConfigError where the run cannot be begun or gone on with; nothing has been written then.
+        """
+        self._config, self._procedure, self._loader = config, procedure, loader
+        self._frame, self._schedule, self._world = frame, schedule, frame.world
+        self._ledger, self._validation = ledger, validation
+        self._pictures, self._pictures_every = pictures, pictures_every
+        self._initial = initial
+        self._run = Run(frame.out, config, resume=frame.resume, writes=self._world.is_main)
+        self._step, self._losses, self._best = 0, list[float](), dict[str, float]()
+        self._rng: list[dict[str, torch.Tensor | None]] | None = None
+        self._validated_at = -1
+        self._bad_cases: set[str] = set()
+        self._meter = StallMeter(loader)
+        if document is not None:
+            self._load(document)
+
+    def train(self) -> TrainingResult:
+        """Run the steps that are left. SIGINT and SIGTERM, to any process, let all finish the same step and save."""
+        self._procedure.spread()
+        self._run.begin(self._step)
+        if self._world.is_main:
+            self._say_what_began()
+        try:
+            with self._own_randomness(), stopping_on_signals() as stop:
+                self._take_steps(stop)
+                if self._step == self._schedule.steps and self._validated_at != self._step:
+                    self._validate()
+                self._save()
+            report = self._meter.report(
+                self._config,
+                self._loader.plan.batch_size,
+                draws_a_patch=1.0 if self._ledger is None else self._ledger.draws_a_patch,
+            )
+        finally:
+            self._loader.close()
+            self._run.close()
+        ledger = self._ledger
+        return TrainingResult(
+            self._run.checkpoint,
+            self._step,
+            self._losses,
+            report,
+            quality={} if ledger is None else ledger.gate.summary(),
+            mix={} if ledger is None else ledger.summary(),
+            warnings=[] if ledger is None else ledger.warnings,
+            bad_reads=self._loader.failures.by_case(),
+            interrupted=self._step < self._schedule.steps,
+            best=self._best,
+            init="" if self._initial is None else self._initial.line(),
+        )
+
+    def _say_what_began(self) -> None:
+        initial = self._initial
+        if initial is not None:
+            initial.record(self._run.folder / "run.json")
+            if initial.skipped or initial.missing:
+                self._frame.warn(f"--init {initial.line()}")
+        for note in self._loader.notes:
+            self._frame.warn(note)
+
+    # ---- the loop ----
+
+    def _take_steps(self, stop: StopRequest) -> None:
+        if self._step >= self._schedule.steps:
+            return
+        part = 0
+        for batch in self._arriving():
+            self._meter.arrived()
+            stopping = self._take_note(batch, stop)
+            part += 1
+            is_whole = part == self._schedule.accumulate
+            with nvtx_range("training step"):
+                self._procedure.add(batch)
+                values = self._end_step() if is_whole else {}
+            self._meter.stepped()
+            epoch_ended = self._loader.epoch != batch.records[0].request.epoch
+            if is_whole:
+                part = 0
+                self._log(values)
+                self._step += 1
+            if epoch_ended and self._ledger is not None:
+                last = self._step - is_whole
+                self._run.log_epoch(batch.records[0].request.epoch, last, _finite(self._ledger.take_epoch()))
+            if not is_whole:
+                continue
+            self._frame.on_step(self._step, values)
+            self._between_steps(epoch_ended=epoch_ended)
+            if self._step >= self._schedule.steps or (stopping if self._world.size > 1 else bool(stop)):
+                return
+
+    def _arriving(self) -> Iterator[Batch]:
+        """Batches of one epoch after the other; a profiler sees the time in which training waits for one."""
+        while True:
+            batches = iter(self._loader)
+            while True:
+                with nvtx_range("wait for data"):
+                    batch = next(batches, None)
+                if batch is None:
+                    break
+                yield batch
+
+    def _take_note(self, batch: Batch, stop: StopRequest) -> bool:
+        """Count the batches of all processes and warn; returns whether any process was asked to stop."""
+        records = [] if self._ledger is None else batch.records
+        words = self._world.gather(_Word(bool(stop), records, frozenset(self._loader.failures.by_case())))
+        if self._ledger is not None:
+            together = sorted((r for word in words for r in word.records), key=lambda r: r.request.index)
+            warning = self._ledger.count(Batch(batch.image, batch.label, together))
+            if warning is not None and self._world.is_main:
+                self._frame.warn(warning)
+        bad_cases = {case for word in words for case in word.bad_cases}
+        for case in sorted(bad_cases - self._bad_cases):
+            if self._world.is_main:
+                self._frame.warn(f"{case} could not be read and is skipped; 'ftengine store verify' says why")
+        self._bad_cases |= bad_cases
+        return any(word.stop for word in words)
+
+    def _end_step(self) -> dict[str, float]:
+        """Update the weights; the figures of a logged step, else nothing."""
+        rate = self._schedule.rate(self._step)
+        figures = self._procedure.update(rate)
+        if not self._is_logged():
+            return {}
+        values = figures()
+        refuse_divergence(self._frame.out, self._step, values)
+        self._losses.append(values.get(self._procedure.main_loss, math.nan))
+        return values | {"learning_rate": rate}
+
+    def _is_logged(self) -> bool:
+        done = self._step + 1  # steps that are saved too: a diverged run is refused before it is saved
+        schedule = self._schedule
+        return done % schedule.log_every == 0 or done % schedule.checkpoint_every == 0 or done == schedule.steps
+
+    def _log(self, values: dict[str, float]) -> None:
+        """Complete the figures of a logged step and write them."""
+        if not values:
+            return
+        values |= self._meter.take_line() | ({} if self._ledger is None else self._ledger.take_line())
+        values["loader/bad_reads"] = float(self._loader.failures.num_bad)
+        kept = _finite(values)
+        values.clear()
+        values.update(kept)
+        self._run.log(self._step, values, self._procedure.samples())
+
+    def _between_steps(self, *, epoch_ended: bool) -> None:
+        """Pictures, validation and a checkpoint, where they are due after ``self._step`` steps."""
+        step, schedule = self._step, self._schedule
+        if self._pictures is not None and self._pictures_every is not None and step % self._pictures_every == 0:
+            self._draw()
+        if self._is_validation_due(epoch_ended=epoch_ended):
+            self._validate()
+        if step % schedule.checkpoint_every == 0 and step < schedule.steps:
+            self._save()
+
+    # ---- validation and pictures ----
+
+    def _is_validation_due(self, *, epoch_ended: bool) -> bool:
+        every = self._config.training.validate_every
+        if every is None:
+            return self._step % self._schedule.checkpoint_every == 0
+        if self._config.training.validate_unit == "epochs":
+            return epoch_ended and self._loader.epoch % every == 0
+        return self._step % every == 0
+
+    def _validate(self) -> None:
+        """Score the product, log it, and keep it in ``best.pt`` where it is the best so far."""
+        if self._validation is None:
+            return
+        with self._meter.saving("validate"):
+            figures = validate(self._validation, self._procedure.product, self._world)
+            self._validated_at = self._step
+            self._run.log_validation(self._step, figures)
+            if self._best and figures[DICE] <= self._best[DICE]:
+                return
+            self._best = {"step": self._step, DICE: figures[DICE]}
+            if self._world.is_main:
+                contents = {"model": self._procedure.product.state_dict(), "step": self._step, "best": self._best}
+                save_checkpoint(self._run.best, self._procedure.kind, self._config, contents)
+
+    def _draw(self) -> None:
+        if self._pictures is not None and self._world.is_main:
+            with self._meter.saving("pictures"):
+                files = self._pictures(self._procedure.product, self._run.pictures / f"step-{self._step:07d}")
+                self._run.show_pictures(self._step, files)
+
+    # ---- state ----
+
+    def _save(self) -> None:
+        with self._meter.saving():
+            rng = self._world.gather(_rng_state(self._frame.device))
+            if not self._world.is_main:
+                return
+            contents = {
+                **self._procedure.contents(),
+                "loader": self._loader.state_dict(),
+                "step": self._step,
+                "losses": self._losses,
+                "best": self._best,
+                "ledger": None if self._ledger is None else self._ledger.state_dict(),
+                "rng": rng,
+                "identity": dict(self._frame.identity),
+            }
+            save_checkpoint(self._run.checkpoint, self._procedure.kind, self._config, contents)
+
+    def _load(self, document: Mapping[str, Any]) -> None:
+        self._procedure.load_contents(document)
+        if self._ledger is not None and document.get("ledger") is not None:  # a run may have begun without
+            self._ledger.load_state_dict(document["ledger"])
+        self._loader.load_state_dict(document["loader"])
+        self._step, self._losses, self._best = document["step"], list(document["losses"]), dict(document["best"])
+        self._rng = document["rng"]
+
+    @contextmanager
+    def _own_randomness(self) -> Iterator[None]:
+        """Inside the block torch's global generators are the run's own, for networks that draw (drop-out): seeded, saved and resumed."""
+        device, rank = self._frame.device, self._world.rank
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed((self._config.seed * 1_000_003 + rank) % 2**63)
+            if self._rng is not None and rank < len(self._rng):
+                _set_rng_state(self._rng[rank], device)
+            yield
+
+
+def refuse_divergence(out: Path, step: int, values: Mapping[str, float]) -> None:
+    """ConfigError where a loss is no number any more."""
+    for name, value in values.items():
+        if name.startswith("loss") and not math.isfinite(value):
+            raise ConfigError(
+                f"{out}: the {name} is {value} at step {step}: training diverged. The last checkpoint is kept; lower the learning_rate or set "
+                "clip_norm of this stage."
+            )
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float]:
+    """What has a value: JSON knows no NaN."""
+    return {name: value for name, value in values.items() if math.isfinite(value)}
+
+
+def _rng_state(device: torch.device) -> dict[str, torch.Tensor | None]:
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+
+
+def _set_rng_state(state: Mapping[str, torch.Tensor | None], device: torch.device) -> None:
+    if state["cpu"] is not None:
+        torch.set_rng_state(state["cpu"])
+    if state["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
