@@ -1,7 +1,6 @@
 """Both stages on a GPU, in each precision."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,10 +16,10 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture
-def cuda() -> Iterator[torch.device]:
+def cuda() -> torch.device:
     if not torch.cuda.is_available():
         pytest.skip("no NVIDIA GPU")
-    yield torch.device("cuda", 0)
+    return torch.device("cuda", 0)
 
 
 def _batch(device: torch.device) -> Batch:
@@ -39,8 +38,8 @@ def test_both_stages_step_and_are_near_the_cpu(cuda: torch.device, precision: st
     losses: dict[str, dict[str, float]] = {}
     for device, settings in ((torch.device("cpu"), exact), (cuda, config)):
         segmentation = Segmentation(settings, build_segmenter(settings).to(device), device)
-        networks = (build(settings).to(device) for build in (build_generator, build_classifier, build_segmenter))
-        adversarial = Adversarial(settings, *networks, device)
+        generator, classifier = build_generator(settings).to(device), build_classifier(settings).to(device)
+        adversarial = Adversarial(settings, generator, classifier, build_segmenter(settings).to(device), device)
         for stage in (segmentation, adversarial):
             stage.add(_batch(device))
             losses.setdefault(device.type, {}).update(stage.update(1e-3)())

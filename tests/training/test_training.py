@@ -19,6 +19,7 @@ from ftengine.errors import ConfigError, RejectionError
 from ftengine.loader import nvtx
 from ftengine.store.reader import Store
 from ftengine.training.checkpoint import load_checkpoint, load_generator, load_segmenter
+from ftengine.training.networks import build_segmenter
 from ftengine.training.run import learning_rate, read_epochs, read_metrics, stopping_on_signals
 from tests.support import make_store, small_config
 
@@ -284,6 +285,77 @@ def test_a_broken_generator_resumes_to_the_same_weights(store: Store, baseline: 
         train_synthesis(CONFIG, store.path, tmp_path / "broken", baseline=baseline, on_step=_stop_after(4))
     resumed = train_synthesis(CONFIG, store.path, tmp_path / "broken", baseline=baseline, resume=True)
     assert _weights_equal(resumed.checkpoint, whole.checkpoint)
+
+
+EVERYTHING = CONFIG.with_overrides(
+    {
+        "training.steps": 6,
+        "training.accumulate": 2,
+        "training.ema_decay": 0.9,
+        "training.cutmix_probability": 0.7,
+        "training.precision": "bf16",
+        "training.amsgrad": True,
+        "generator_training.accumulate": 2,
+        "generator_training.ema_decay": 0.9,
+    }
+)
+
+
+def test_averages_accumulation_and_cutmix_resume_to_the_same_weights(
+    store: Store, baseline: Path, tmp_path: Path
+) -> None:
+    """An epoch is one batch of two volumes, or two: steps of two batches reach over its end."""
+    whole = train_segmentation(EVERYTHING, store.path, tmp_path / "whole")
+    with pytest.raises(_StopError):
+        train_segmentation(EVERYTHING, store.path, tmp_path / "broken", on_step=_stop_after(5))
+    resumed = train_segmentation(EVERYTHING, store.path, tmp_path / "broken", resume=True)
+    assert resumed.losses == whole.losses
+    assert len(whole.losses) == 6
+    assert _weights_equal(resumed.checkpoint, whole.checkpoint)
+    assert whole.speed.num_steps == 12  # batches
+    g = train_synthesis(EVERYTHING, store.path, tmp_path / "g", baseline=baseline)
+    with pytest.raises(_StopError):
+        train_synthesis(EVERYTHING, store.path, tmp_path / "h", baseline=baseline, on_step=_stop_after(4))
+    h = train_synthesis(EVERYTHING, store.path, tmp_path / "h", baseline=baseline, resume=True)
+    assert _weights_equal(g.checkpoint, h.checkpoint)
+    document = load_checkpoint(g.checkpoint)
+    raw = document["learners"]["generator"]["weights"]
+    assert any(not torch.equal(v, raw[k]) for k, v in document["model"].items())
+
+
+def test_a_network_that_draws_resumes_to_the_same_losses(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drop-out takes torch's global generator: its state is part of the run, and the caller's is left alone."""
+    from torch import nn
+
+    from ftengine.training import segmentation
+
+    def with_dropout(config: Config) -> nn.Module:
+        return nn.Sequential(build_segmenter(config), nn.Dropout3d(0.5))
+
+    monkeypatch.setattr(segmentation, "build_segmenter", with_dropout)
+    before = torch.get_rng_state()
+    whole = train_segmentation(CONFIG, store.path, tmp_path / "whole")
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(_StopError):
+        train_segmentation(CONFIG, store.path, tmp_path / "broken", on_step=_stop_after(5))
+    torch.manual_seed(99)
+    assert train_segmentation(CONFIG, store.path, tmp_path / "broken", resume=True).losses == whole.losses
+
+
+def test_a_run_of_an_older_version_is_not_resumed(store: Store, baseline: Path, tmp_path: Path) -> None:
+    document = torch.load(baseline, weights_only=True)
+    document["optimizer"] = document.pop("learners")["segmenter"]["optimizer"]
+    (tmp_path / "run").mkdir()
+    torch.save(document, tmp_path / "run" / "checkpoint.pt")
+    with pytest.raises(ConfigError, match="was written by an older version"):
+        train_segmentation(CONFIG, store.path, tmp_path / "run", resume=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "checkpoint.pt").write_bytes(baseline.read_bytes())
+    averaged = CONFIG.with_overrides({"training.ema_decay": 0.5})
+    with pytest.raises(ConfigError, match="ema_decay"):
+        train_segmentation(averaged, store.path, tmp_path / "other", resume=True)
 
 
 _KILLED = """
