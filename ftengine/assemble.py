@@ -1,7 +1,6 @@
 """The one place that knows all stages: wires store, plan, pipeline, synthesis, quality control and training together."""
 
-import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,8 @@ from ftengine.store.reader import Store, open_store
 from ftengine.synthesis.center import margin_vox
 from ftengine.synthesis.engine import Address, Generator, Judge, Synthesizer
 from ftengine.synthesis.inference import Inference
-from ftengine.training.checkpoint import load_generator, load_segmenter
+from ftengine.training.checkpoint import load_generator, load_segmenter, sha256_of
+from ftengine.training.replay import Sources
 from ftengine.training.run import Progress, TrainingResult, ignore_warning
 from ftengine.training.segmentation import train_segmenter
 from ftengine.training.synthesis import train_generator
@@ -214,6 +214,7 @@ def train_segmentation(
     split: str | None = None,
     held_out_fold: int | None = None,
     resume: bool = False,
+    allow: Collection[str] = (),
     on_step: Progress = lambda _step, _values: None,
     warn: Callable[[str], None] = ignore_warning,
 ) -> TrainingResult:
@@ -249,6 +250,8 @@ def train_segmentation(
                 "--split": split or "",
                 "--fold": _text(held_out_fold),
             },
+            allow=allow,
+            sources=Sources(str(store.location), _whole(generator_path), _whole(judge_path)),
         )
 
 
@@ -261,6 +264,7 @@ def train_synthesis(
     split: str | None = None,
     held_out_fold: int | None = None,
     resume: bool = False,
+    allow: Collection[str] = (),
     on_step: Progress = lambda _step, _values: None,
     warn: Callable[[str], None] = ignore_warning,
 ) -> TrainingResult:
@@ -280,6 +284,8 @@ def train_synthesis(
             on_step=on_step,
             warn=warn,
             identity={"--baseline": _fingerprint(baseline), "--split": split or "", "--fold": _text(held_out_fold)},
+            allow=allow,
+            sources=Sources(str(store.location)),
         )
 
 
@@ -288,8 +294,12 @@ def _text(number: int | None) -> str:
 
 
 def _fingerprint(path: str | Path | None) -> str:
-    """A file's SHA-256, shortened; empty for None."""
-    return "" if path is None else f"sha256:{hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}"
+    """A file's SHA-256; empty for None."""
+    return "" if path is None else f"sha256:{sha256_of(path)}"
+
+
+def _whole(path: str | Path | None) -> str:
+    return "" if path is None else str(Path(path).resolve())
 
 
 @dataclass(frozen=True)

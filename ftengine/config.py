@@ -311,6 +311,7 @@ class TrainingConfig(_Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     log_every: int = Field(default=10, ge=1)
     checkpoint_every: int = Field(default=1_000, ge=1)
+    keep_checkpoints: int = Field(default=1, ge=1)  # the newest of them; each has the weights three times (AdamW)
 
 
 class GeneratorTrainingConfig(_Section):
@@ -325,6 +326,14 @@ class GeneratorTrainingConfig(_Section):
     lambda_cls: float = Field(default=0.1, ge=0.0)  # Eq. 3
     log_every: int = Field(default=10, ge=1)
     checkpoint_every: int = Field(default=1_000, ge=1)
+    keep_checkpoints: int = Field(default=1, ge=1)  # the newest of them; each has the weights three times (AdamW)
+
+
+class TrackingConfig(_Section):
+    """Where a run shows its figures, beside ``metrics.jsonl`` (docs/checkpoints.md)."""
+
+    use: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ("tensorboard",)  # the others by their extras
+    project: str = Field(default="ftengine", min_length=1)  # of wandb; the experiment of mlflow
 
 
 class InferenceConfig(_Section):
@@ -350,6 +359,7 @@ class Config(_Section):
     training: TrainingConfig = TrainingConfig()
     generator_training: GeneratorTrainingConfig = GeneratorTrainingConfig()
     inference: InferenceConfig = InferenceConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
     def _patch_fits_the_augmentation(self) -> Self:

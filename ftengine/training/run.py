@@ -12,16 +12,19 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
-from torch.utils.tensorboard.writer import SummaryWriter
+from numpy.typing import NDArray
 
 from ftengine import __version__
 from ftengine.config import Config
 from ftengine.errors import ConfigError
 from ftengine.loader.loader import Loader
 from ftengine.loader.nvtx import nvtx_range
+from ftengine.training.guards import Guards
 from ftengine.training.ledger import PatchLedger
 from ftengine.training.stall import StallMeter, StallReport
+from ftengine.training.trackers import Trackers, check_trackers, open_trackers
 from ftengine.types import Batch
 
 CHECKPOINT = "checkpoint.pt"
@@ -64,16 +67,6 @@ class TrainingResult:
         return self.speed.figures()
 
 
-def check_identity(saved: Mapping[str, str], given: Mapping[str, str]) -> None:
-    """ConfigError where a resumed run is given other files or volumes than it began with; names the first difference and its flag."""
-    for key, value in given.items():
-        if saved.get(key, "") != value:
-            raise ConfigError(
-                f"the run began with {key}={saved.get(key) or 'nothing'} and would go on with {value or 'nothing'}; "
-                "give the same options with --resume, or start a new run."
-            )
-
-
 class Run:
     """The folder of a training run: ``config.yaml``, ``run.json``, ``checkpoint.pt``, and its logs.
 
@@ -91,25 +84,26 @@ class Run:
             )
         if not resume and self.checkpoint.exists():
             raise ConfigError(f"{self.folder}: holds a run already. Go on with --resume or choose another --out.")
+        check_trackers(config)
         self.config = config
         self._metrics = self.folder / "metrics.jsonl"
         self._epochs = self.folder / "epochs.jsonl"
-        self._board: SummaryWriter | None = None
+        self._trackers = Trackers([])
 
-    def begin(self, first_step: int) -> None:
-        """Write what describes the run, and drop logged steps from ``first_step`` on, which a killed run logged after its last checkpoint.
+    def begin(self, first_step: int, details: Mapping[str, Any] | None = None) -> None:
+        """Write what describes the run (``details`` goes to ``run.json``, too), and drop logged steps from ``first_step`` on, which a killed run logged after its last checkpoint.
 
         Called once everything that could refuse the run has been checked, so that a refused run changes nothing.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
-        document = {"config": self.config.model_dump(mode="json"), "versions": versions()}
+        document = {"config": self.config.model_dump(mode="json"), "versions": versions(), **(details or {})}
         (self.folder / "run.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         for file in (self._metrics, self._epochs):
             lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
             kept = [line for line in lines if line.strip() and json.loads(line)["step"] < first_step]
             file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        self._board = SummaryWriter(str(self.folder / "tensorboard"))
+        self._trackers = Trackers(open_trackers(self.folder, self.config))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Write one line to ``metrics.jsonl`` and the same scalars to TensorBoard."""
@@ -126,14 +120,15 @@ class Run:
             stream.write(json.dumps(document) + "\n")
 
     def _show(self, step: int, values: Mapping[str, float]) -> None:
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+        self._trackers.scalars(step, values)
+
+    def show_image(self, step: int, name: str, picture: NDArray[np.uint8]) -> None:
+        """Show a picture, uint8 [rows, columns, 3], where figures are shown."""
+        self._trackers.image(step, name, picture)
 
     def close(self) -> None:
         """Flush the logs."""
-        if self._board is not None:
-            self._board.close()
+        self._trackers.close()
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, float]]:
@@ -178,13 +173,14 @@ def run_steps(
     on_step: Progress,
     ledger: PatchLedger | None = None,
     warn: Callable[[str], None] = ignore_warning,
+    guards: Guards | None = None,
 ) -> tuple[int, StallReport]:
     """Run training steps ``first_step`` to ``steps``; returns how many are done in all, and what the stall meter says.
 
     ``train_step(batch, step)`` does one step and returns a function that gives its figures, which is called for logged steps only, so
     that other steps need not wait for the device. ``save`` is called every ``checkpoint_every`` steps and at the end. ``ledger`` counts
     each batch before its step and may stop the run with RejectionError; ``warn`` gets its warnings when they come up, the loader's
-    notes, and the names of volumes that could not be read. SIGINT and SIGTERM finish the step and save.
+    notes, and the names of volumes that could not be read; ``guards`` looks at every logged line. SIGINT and SIGTERM finish the step and save.
     """
     meter = StallMeter(loader)
     step = first_step
@@ -214,8 +210,11 @@ def run_steps(
                     if logged:
                         values |= meter.take_line() | ({} if ledger is None else ledger.take_line())
                         values["loader/bad_reads"] = float(loader.failures.num_bad)
+                        values["epoch"] = float(epoch)
                         values = _finite(values)
                         run.log(step, values)
+                        if guards is not None:
+                            guards.watch(step, values)
                     if ledger is not None and loader.epoch != epoch:
                         run.log_epoch(epoch, step, _finite(ledger.take_epoch()))
                     step += 1

@@ -1,7 +1,6 @@
 """Segmentation training: the baseline S on labelled data, and the student with painted tumours (Eq. 5-6 happen in the loader)."""
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +8,28 @@ import torch
 from torch import nn
 
 from ftengine.config import Config
-from ftengine.errors import ConfigError
 from ftengine.loader.loader import Loader
 from ftengine.quality.gate import QualityGate
-from ftengine.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from ftengine.training.checkpoint import (
+    WEIGHTS,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+    save_weights,
+    settle_rng,
+)
+from ftengine.training.guards import Guards
 from ftengine.training.ledger import PatchLedger
 from ftengine.training.losses import segmentation_loss
+from ftengine.training.memory import explaining_memory
 from ftengine.training.networks import build_segmenter
+from ftengine.training.replay import Sources
+from ftengine.training.resume import Change, check_changes, loader_state, resume_notes, run_details
 from ftengine.training.run import (
     CHECKPOINT,
     Progress,
     Run,
     TrainingResult,
-    check_identity,
     ignore_warning,
     learning_rate,
     run_steps,
@@ -41,21 +49,29 @@ def train_segmenter(
     warn: Callable[[str], None] = ignore_warning,
     gate: QualityGate | None = None,
     identity: Mapping[str, str] | None = None,
+    allow: Collection[str] = (),
+    sources: Sources | None = None,
 ) -> TrainingResult:
     """Train for ``config.training.steps`` steps on the loader's batches; writes ``out/checkpoint.pt``.
 
     init: a segmenter's checkpoint to start from (weights only). resume: go on from ``out``, to the same losses as without the break
     (bit for bit on the CPU). ``gate`` counts the verdicts on the batches that training takes, where the loader paints; ``warn`` gets
-    its warnings and the loader's. ``identity`` names what else decides the result (painter files, split): a resumed run must be given the same. Ctrl-C and
-    SIGTERM finish the step, save and return with ``interrupted``. Raises RejectionError where the gate stops the run. Source: FreeTumor 4.5 and Table A19: DiceCE, AdamW, warm-up and cosine per iteration.
+    its warnings and the loader's. ``identity`` names what else decides the result (painter files, split): a resumed run
+    must be given the same, and the same configuration, but for what ``allow`` names (``training.resume``). ``sources``: for replay files. Ctrl-C and
+    SIGTERM finish the step, save and return with ``interrupted``. Raises RejectionError where the gate stops
+    the run, DivergedError where a loss is no number, MemoryLimitError and SaveError. Source: FreeTumor 4.5 and Table A19: DiceCE, AdamW, warm-up and cosine per iteration.
     """
     settings = config.training
     network = build_segmenter(config)
     document: dict[str, Any] | None = None
+    changes: tuple[Change, ...] = ()
     if resume:
-        document = load_checkpoint(Path(out) / CHECKPOINT, "segmenter")
-        check_identity(document["identity"], identity or {})
-        load_weights(network, Path(out) / CHECKPOINT, document)
+        path = Path(out) / CHECKPOINT
+        document = load_checkpoint(path, "segmenter")
+        changes = check_changes(
+            path, document, kind="segmenter", config=config, loader=loader, identity=identity or {}, allow=allow
+        )
+        load_weights(network, path, document)
     elif init is not None:
         load_weights(network, init, load_checkpoint(init, "segmenter"))
     run = Run(out, config, resume=resume)
@@ -64,13 +80,18 @@ def train_segmenter(
     first_step = 0
     losses: list[float] = []
     ledger = None if gate is None else PatchLedger(config.region.tumor_values, gate)
+    guards = Guards("segmenter", config, run.folder, checkpoint=run.checkpoint, sources=sources, gate=gate, warn=warn)
+    settle_rng(config.seed, document)
     if document is not None:
         optimizer.load_state_dict(document["optimizer"])
         if ledger is not None and document.get("ledger") is not None:  # a checkpoint may be older than the ledger
             ledger.load_state_dict(document["ledger"])
-        loader.load_state_dict(document["loader"])
+        guards.load_state_dict(document.get("guards"))
+        loader.load_state_dict(loader_state(document, loader, changes))
         first_step, losses = document["step"], list(document["losses"])
-    run.begin(first_step)
+        for note in resume_notes(document, changes):
+            warn(note)
+    run.begin(first_step, run_details(run.folder, identity or {}, document, changes))
     loss_function = segmentation_loss()
 
     def train_step(batch: Batch, step: int) -> Callable[[], dict[str, float]]:
@@ -79,13 +100,11 @@ def train_segmenter(
         )
         loss = _step(network, optimizer, loss_function, batch.image.to(device), batch.label.to(device), rate, config)
 
+        guards.step(step, batch, {"loss": loss})
+
         def figures() -> dict[str, float]:
+            guards.check()
             losses.append(float(loss))
-            if not math.isfinite(losses[-1]):
-                raise ConfigError(
-                    f"{out}: the loss is {losses[-1]} at step {step}: training diverged. The last checkpoint is kept; lower "
-                    "training.learning_rate or set training.clip_norm."
-                )
             return {"loss": losses[-1], "learning_rate": rate}
 
         return figures
@@ -98,23 +117,28 @@ def train_segmenter(
             "step": step,
             "losses": losses,
             "ledger": None if ledger is None else ledger.state_dict(),
+            "guards": guards.state_dict(),
             "identity": dict(identity or {}),
         }
-        save_checkpoint(run.checkpoint, "segmenter", config, contents)
+        save_checkpoint(run.checkpoint, "segmenter", config, contents, keep=settings.keep_checkpoints)
 
-    done, speed = run_steps(
-        run,
-        loader,
-        first_step=first_step,
-        steps=settings.steps,
-        log_every=settings.log_every,
-        checkpoint_every=settings.checkpoint_every,
-        train_step=train_step,
-        save=save,
-        on_step=on_step,
-        ledger=ledger,
-        warn=warn,
-    )
+    with explaining_memory("segmenter", config, run.folder):
+        done, speed = run_steps(
+            run,
+            loader,
+            first_step=first_step,
+            steps=settings.steps,
+            log_every=settings.log_every,
+            checkpoint_every=settings.checkpoint_every,
+            train_step=train_step,
+            save=save,
+            on_step=on_step,
+            ledger=ledger,
+            warn=warn,
+            guards=guards,
+        )
+    if done >= settings.steps:
+        save_weights(run.folder / WEIGHTS, "segmenter", config, network.state_dict())
     return TrainingResult(
         run.checkpoint,
         done,
@@ -122,7 +146,7 @@ def train_segmenter(
         speed,
         quality={} if ledger is None else ledger.gate.summary(),
         mix={} if ledger is None else ledger.summary(),
-        warnings=[] if ledger is None else ledger.warnings,
+        warnings=[*([] if ledger is None else ledger.warnings), *guards.warnings],
         bad_reads=loader.failures.by_case(),
         interrupted=done < settings.steps,
     )

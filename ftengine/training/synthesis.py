@@ -1,7 +1,7 @@
 """Synthesis training: G against the frozen segmenter S and the classifier C (Eq. 1-3)."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,25 @@ from ftengine.config import Config
 from ftengine.loader.loader import Loader
 from ftengine.synthesis.engine import Address, Placement, Synthesizer
 from ftengine.synthesis.painting import take_rows
-from ftengine.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from ftengine.training.checkpoint import (
+    WEIGHTS,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+    save_weights,
+    settle_rng,
+)
+from ftengine.training.guards import Guards, contrast_figures
 from ftengine.training.losses import PAINTED, REAL, classified_as_loss, tumor_seen_loss
+from ftengine.training.memory import explaining_memory
 from ftengine.training.networks import build_classifier, build_generator
+from ftengine.training.replay import Sources
+from ftengine.training.resume import Change, check_changes, loader_state, resume_notes, run_details
 from ftengine.training.run import (
     CHECKPOINT,
     Progress,
     Run,
     TrainingResult,
-    check_identity,
     ignore_warning,
     learning_rate,
     run_steps,
@@ -39,6 +49,10 @@ class _Losses:
         "nan"
     )  # Eq. 4 pooled over the batch: how much of the painted tumours S sees
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Those that this batch had."""
+        return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)}
+
 
 def train_generator(
     config: Config,
@@ -51,21 +65,26 @@ def train_generator(
     on_step: Progress = lambda _step, _values: None,
     identity: Mapping[str, str] | None = None,
     warn: Callable[[str], None] = ignore_warning,
+    allow: Collection[str] = (),
+    sources: Sources | None = None,
 ) -> TrainingResult:
     """Train G and C for ``config.generator_training.steps`` steps; writes ``out/checkpoint.pt`` with both.
 
     Phases of a step: (1) G paints the eligible patches; S and C are frozen (no weight of theirs gets a gradient) but pass gradients to
     the painted image; G minimises Eq. 2 + lambda_cls L_cls. (2) C learns to tell real tumours of the batch from the painted ones, which
-    are detached. A batch without an eligible patch trains C on its real tumours only. ``identity``: as in ``train_segmenter``; ``warn``
-    gets the loader's warnings.
+    are detached. A batch without an eligible patch trains C on its real tumours only. ``identity``, ``allow`` and ``sources``: as in
+    ``train_segmenter``; ``warn`` gets the warnings of the loader and the guards.
     """
     settings = config.generator_training
     generator, classifier = build_generator(config), build_classifier(config)
     document: dict[str, Any] | None = None
+    changes: tuple[Change, ...] = ()
     if resume:
         path = Path(out) / CHECKPOINT
         document = load_checkpoint(path, "generator")
-        check_identity(document["identity"], identity or {})
+        changes = check_changes(
+            path, document, kind="generator", config=config, loader=loader, identity=identity or {}, allow=allow
+        )
         load_weights(generator, path, document)
         load_weights(classifier, path, {"model": document["classifier"]})
     run = Run(out, config, resume=resume)
@@ -80,12 +99,17 @@ def train_generator(
     ]
     first_step = 0
     losses: list[float] = []
+    guards = Guards("generator", config, run.folder, checkpoint=run.checkpoint, sources=sources, warn=warn)
+    settle_rng(config.seed, document)
     if document is not None:
         for optimizer, state in zip(optimizers, document["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        loader.load_state_dict(document["loader"])
+        guards.load_state_dict(document.get("guards"))
+        loader.load_state_dict(loader_state(document, loader, changes))
         first_step, losses = document["step"], list(document["losses"])
-    run.begin(first_step)
+        for note in resume_notes(document, changes):
+            warn(note)
+    run.begin(first_step, run_details(run.folder, identity or {}, document, changes))
     trainer = _AdversarialStep(config, generator, classifier, segmenter, optimizers[0], optimizers[1])
 
     def train_step(batch: Batch, step: int) -> Callable[[], dict[str, float]]:
@@ -95,8 +119,10 @@ def train_generator(
         for group in (g for optimizer in optimizers for g in optimizer.param_groups):
             group["lr"] = rate
         done = trainer(batch, device)
+        guards.step(step, batch, done.tensors())
 
         def figures() -> dict[str, float]:
+            guards.check()
             losses.append(float(done.seen))
             return {
                 "loss_seen": losses[-1],
@@ -104,6 +130,7 @@ def train_generator(
                 "loss_classifier": float(done.classifier),
                 "proportion": float(done.proportion),
                 "learning_rate": rate,
+                **({} if trainer.contrast is None else contrast_figures(*trainer.contrast)),
             }
 
         return figures
@@ -116,27 +143,33 @@ def train_generator(
             "loader": loader.state_dict(),
             "step": step,
             "losses": losses,
+            "guards": guards.state_dict(),
             "identity": dict(identity or {}),
         }
-        save_checkpoint(run.checkpoint, "generator", config, contents)
+        save_checkpoint(run.checkpoint, "generator", config, contents, keep=settings.keep_checkpoints)
 
-    steps_done, speed = run_steps(
-        run,
-        loader,
-        first_step=first_step,
-        steps=settings.steps,
-        log_every=settings.log_every,
-        checkpoint_every=settings.checkpoint_every,
-        train_step=train_step,
-        save=save,
-        on_step=on_step,
-        warn=warn,
-    )
+    with explaining_memory("generator", config, run.folder):
+        steps_done, speed = run_steps(
+            run,
+            loader,
+            first_step=first_step,
+            steps=settings.steps,
+            log_every=settings.log_every,
+            checkpoint_every=settings.checkpoint_every,
+            train_step=train_step,
+            save=save,
+            on_step=on_step,
+            warn=warn,
+            guards=guards,
+        )
+    if steps_done >= settings.steps:
+        save_weights(run.folder / WEIGHTS, "generator", config, generator.state_dict())
     return TrainingResult(
         run.checkpoint,
         steps_done,
         losses,
         speed,
+        warnings=guards.warnings,
         bad_reads=loader.failures.by_case(),
         interrupted=steps_done < settings.steps,
     )
@@ -159,6 +192,7 @@ class _AdversarialStep:
         self._lambda_cls = config.generator_training.lambda_cls
         self._tumor_values = config.region.tumor_values
         self._synthesizer = Synthesizer(config.region, config.synthesis, seed=config.seed, generator=generator)
+        self.contrast: tuple[torch.Tensor, torch.Tensor] | None = None  # of the last step: G before tanh, and the masks
 
     def __call__(self, batch: Batch, device: torch.device) -> _Losses:
         image, label = batch.image.to(device), batch.label.to(device)
@@ -170,6 +204,7 @@ class _AdversarialStep:
         figures: dict[str, torch.Tensor] = {}
         painted: torch.Tensor | None = None
         placement: Placement | None = None
+        self.contrast = None
         if drawn:
             placement = self._synthesizer.place(label, drawn)
             painted, seen = self._generator_phase(take_rows(image, placement.rows), placement)
@@ -181,7 +216,9 @@ class _AdversarialStep:
         values = [self._synthesizer.region.organs[d.organ].tumor for d in placement.draws]
         self._classifier.requires_grad_(requires_grad=False)
         self._generator_optimizer.zero_grad(set_to_none=True)
-        painted = self._synthesizer.blend(x[:, 0], self._synthesizer.difference(x, placement), placement)
+        g = self._synthesizer.difference(x, placement)
+        self.contrast = (g.detach(), placement.mask)
+        painted = self._synthesizer.blend(x[:, 0], g, placement)
         logits = self._segmenter(painted.unsqueeze(1))
         seen = tumor_seen_loss(logits, placement.mask, values)
         fools = classified_as_loss(self._classifier(painted.unsqueeze(1)), placement.mask, REAL)

@@ -1,0 +1,215 @@
+"""Guards of a run: they stop it where a loss is no number, and warn by name where it learns nothing.
+
+On steps that are not logged they only hold on to the loss, still on the device, and to the addresses of the patches: nothing waits. On
+logged steps all losses since the last one are read in one copy, so the step that broke is known, however seldom a run logs.
+"""
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ftengine.config import Config
+from ftengine.errors import DivergedError
+from ftengine.quality.gate import QualityGate
+from ftengine.training.checkpoint import Kind
+from ftengine.training.replay import Replay, ReplayStep, Sources, write_replay
+from ftengine.types import Batch, PatchRecord
+
+CONTRAST_MEAN, CONTRAST_SD = "generator/contrast_mean", "generator/contrast_sd"
+WINDOW = 50  # logged steps over which a warning is decided
+REPLAY_STEPS = 4  # batches in a replay file: the one that broke, and those before it
+_HEAD = 10  # logged steps at either end of the first window, whose means are compared
+_MOVED = 0.01  # share of the loss by which these must differ
+_FROZEN = 1e-4  # spread over a window, as a share of the loss, below which it stands still
+# Standard deviation of tanh(G(x)) inside masks: healthy runs of the few-labels trial painted 6 to 8 HU of 400 in a liver (x about 0.6), which is
+# 0.025 to 0.033; a tenth of that is noise of the texture, not contrast
+_COLLAPSED = 0.003
+_SATURATED = 0.999
+_LOSS: dict[Kind, str] = {"segmenter": "loss", "generator": "loss_seen"}
+_SECTION: dict[Kind, str] = {"segmenter": "training", "generator": "generator_training"}
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A step whose losses nobody has read yet."""
+
+    step: int
+    losses: dict[str, torch.Tensor]
+    records: list[PatchRecord]
+
+
+class Guards:
+    """Watches one run: ``step`` for every step, ``check`` before anything of a logged step is used, ``watch`` with its figures."""
+
+    def __init__(
+        self,
+        kind: Kind,
+        config: Config,
+        folder: Path,
+        *,
+        checkpoint: Path,
+        sources: Sources | None = None,
+        gate: QualityGate | None = None,
+        warn: Callable[[str], None] = lambda _text: None,
+    ) -> None:
+        """folder: where a replay file goes. sources: where the patches come from, for it. gate: counts verdicts, where the run paints."""
+        self.warnings: list[str] = []
+        self._kind, self._config, self._folder, self._checkpoint = kind, config, folder, checkpoint
+        self._sources, self._gate, self._warn = sources or Sources(), gate, warn
+        self._pending: list[_Pending] = []
+        self._before: deque[ReplayStep] = deque(maxlen=REPLAY_STEPS - 1)
+        self._warned: set[str] = set()
+        self._first: list[float] = []  # losses of the first window, from the end of the warm-up on
+        self._recent: deque[float] = deque(maxlen=WINDOW)
+        self._contrasts: deque[tuple[float, float]] = deque(maxlen=WINDOW)
+
+    def step(self, step: int, batch: Batch, losses: Mapping[str, torch.Tensor]) -> None:
+        """Note a step: its losses, detached, of no dimension, and the addresses of its patches. Waits for nothing."""
+        self._pending.append(_Pending(step, dict(losses), batch.records))
+
+    def check(self) -> None:
+        """Read the losses since the last call; DivergedError naming the first step with one that is no number, and its replay file."""
+        pending, self._pending = self._pending, []
+        flat = [loss.reshape(()).to(torch.float64) for p in pending for loss in p.losses.values()]
+        values = iter(torch.stack(flat).tolist() if flat else [])
+        for p in pending:
+            done = ReplayStep(p.step, {name: next(values) for name in p.losses}, p.records)
+            broken = [name for name, value in done.losses.items() if not math.isfinite(value)]
+            if broken:
+                raise self._diverged(done, broken)
+            self._before.append(done)
+
+    def watch(self, step: int, values: Mapping[str, float]) -> None:
+        """Look at the figures of a logged step, and warn once of each thing that is wrong with them."""
+        self._watch_loss(step, values.get(_LOSS[self._kind], math.nan))
+        self._watch_quality()
+        if CONTRAST_SD in values:
+            self._watch_contrast(values[CONTRAST_MEAN], values[CONTRAST_SD])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been seen and warned of: numbers, texts and lists."""
+        return {
+            "warnings": list(self.warnings),
+            "warned": sorted(self._warned),
+            "first": list(self._first),
+            "recent": list(self._recent),
+            "contrasts": [list(pair) for pair in self._contrasts],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Go on where ``state`` was taken; None, of an older checkpoint, begins anew."""
+        if state is None:
+            return
+        self.warnings, self._warned, self._first = list(state["warnings"]), set(state["warned"]), list(state["first"])
+        self._recent = deque(state["recent"], maxlen=WINDOW)
+        self._contrasts = deque(((mean, sd) for mean, sd in state["contrasts"]), maxlen=WINDOW)
+
+    def _diverged(self, step: ReplayStep, broken: list[str]) -> DivergedError:
+        section = _SECTION[self._kind]
+        found = " and ".join(f"{name} is {step.losses[name]}" for name in broken)
+        path = self._folder / f"replay-{step.step}.json"
+        has_checkpoint = self._checkpoint.exists()
+        replay = Replay(
+            self._kind,
+            f"{found} at step {step.step}",
+            self._config,
+            self._sources,
+            str(self._checkpoint.resolve()) if has_checkpoint else "",
+            [*self._before, step],
+        )
+        write_replay(path, replay)
+        kept = f"{self._checkpoint} is kept" if has_checkpoint else "There is no checkpoint yet"
+        clip = "" if not hasattr(getattr(self._config, section), "clip_norm") else f" or set {section}.clip_norm"
+        return DivergedError(
+            f"{self._folder}: {found} at step {step.step}: training diverged. {kept}. Look at the patches with 'ftengine replay {path}'; where "
+            f"they are sound, lower {section}.learning_rate{clip}.",
+            str(path),
+        )
+
+    def _watch_loss(self, step: int, loss: float) -> None:
+        if not math.isfinite(loss):
+            return
+        self._recent.append(loss)
+        size = max(abs(statistics.fmean(self._recent)), 1e-12)
+        if len(self._recent) == WINDOW and max(self._recent) - min(self._recent) <= _FROZEN * size:
+            self._say(
+                "frozen loss",
+                f"the loss stood still at {loss:.4g} for {WINDOW} logged steps: no weight changes, or none matters. Look at the learning rate in "
+                "metrics.jsonl and at the patches with 'ftengine preview'",
+            )
+        settings = getattr(self._config, _SECTION[self._kind])
+        if step < settings.warmup_steps or len(self._first) >= WINDOW:
+            return
+        self._first.append(loss)
+        if len(self._first) == WINDOW:
+            began, ended = statistics.fmean(self._first[:_HEAD]), statistics.fmean(self._first[-_HEAD:])
+            if abs(began - ended) <= _MOVED * abs(began):
+                self._say(
+                    "loss does not move",
+                    f"the loss is {ended:.4g} after the first {WINDOW} logged steps behind the warm-up and began at {began:.4g}: the network learns "
+                    f"nothing yet. Check the labels ('ftengine preview'), then try another {_SECTION[self._kind]}.learning_rate (now "
+                    f"{settings.learning_rate:g})",
+                )
+
+    def _watch_quality(self) -> None:
+        quality = self._config.qc
+        if self._gate is None or quality.threshold is None or self._gate.total().painted < quality.window:
+            return
+        rate = self._gate.window_pass_rate
+        if rate == 1.0:
+            self._say(
+                "quality control passes everything",
+                f"all of the last {quality.window} painted tumours passed at T={quality.threshold}: it filters nothing. Raise qc.threshold, or leave "
+                "the judge out (qc.threshold=null) and save its time",
+            )
+        elif rate == 0.0 and quality.min_pass_rate == 0.0:  # above 0 the gate itself warns
+            self._say(
+                "quality control passes nothing",
+                f"none of the last {quality.window} painted tumours passed at T={quality.threshold}: training sees no painted tumour. Look at them "
+                "('ftengine preview'), train the generator longer, or lower qc.threshold",
+            )
+
+    def _watch_contrast(self, mean: float, sd: float) -> None:
+        if not (math.isfinite(mean) and math.isfinite(sd)):
+            return
+        self._contrasts.append((mean, sd))
+        if len(self._contrasts) < WINDOW:
+            return
+        means = [m for m, _ in self._contrasts]
+        overall = statistics.fmean(means)
+        spread = math.sqrt(statistics.fmean(s * s for _, s in self._contrasts) + statistics.pvariance(means))
+        if spread < _COLLAPSED or abs(overall) > _SATURATED:
+            low, high = self._config.region.window_hu
+            self._say(
+                "generator collapsed to a constant",
+                f"tanh(G(x)) is {overall:+.3f} in all masks of the last {WINDOW} logged steps, with a standard deviation of {spread:.4f} (at most "
+                f"{spread * (high - low):.1f} HU): every tumour gets one contrast, and a network learns to find that contrast. Train G anew with "
+                "a lower generator_training.learning_rate, or paint with a spread of contrasts (synthesis.contrast_factor)",
+            )
+
+    def _say(self, name: str, text: str) -> None:
+        if name not in self._warned:
+            self._warned.add(name)
+            self.warnings.append(f"{name}: {text}.")
+            self._warn(self.warnings[-1])
+
+
+def contrast_figures(g: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:
+    """Mean and standard deviation of tanh(G(x)) over the voxels of the masks. g: float [R, z, y, x], before tanh; mask: uint8, alike.
+
+    Waits for the device: for logged steps. NaN where the masks are empty.
+    """
+    with torch.no_grad():
+        inside = mask.bool()
+        count = inside.sum().to(torch.float64)
+        values = torch.where(inside, torch.tanh(g.detach().float()), 0.0).to(torch.float64)
+        mean = values.sum() / count
+        spread = torch.where(inside, values - mean, 0.0).square().sum() / count
+        found = torch.stack([mean, spread.sqrt()]).tolist()
+    return {CONTRAST_MEAN: found[0], CONTRAST_SD: found[1]}
