@@ -12,6 +12,7 @@ from torch import nn
 
 from ftengine.config import Config
 from ftengine.errors import ConfigError
+from ftengine.evaluation.replayed import ReplayedPatch, replayed_patches
 from ftengine.geometry import Box, FloatZYX, int_zyx
 from ftengine.kernels import choose_center
 from ftengine.loader.loader import Loader
@@ -24,7 +25,8 @@ from ftengine.synthesis.center import margin_vox
 from ftengine.synthesis.engine import Address, Generator, Judge, Synthesizer
 from ftengine.synthesis.inference import Inference
 from ftengine.training.checkpoint import load_generator, load_segmenter, sha256_of
-from ftengine.training.replay import Sources
+from ftengine.training.estimate import Estimate, estimate
+from ftengine.training.replay import Replay, Sources, read_replay, rebuild
 from ftengine.training.run import Progress, TrainingResult, ignore_warning
 from ftengine.training.segmentation import train_segmenter
 from ftengine.training.synthesis import train_generator
@@ -216,6 +218,7 @@ def train_segmentation(
     resume: bool = False,
     allow: Collection[str] = (),
     on_step: Progress = lambda _step, _values: None,
+    on_estimate: Callable[[Estimate], None] | None = None,
     warn: Callable[[str], None] = ignore_warning,
 ) -> TrainingResult:
     """``ftengine train seg``: the baseline without ``generator_path``, else a student with online synthesis and quality control."""
@@ -234,6 +237,8 @@ def train_segmentation(
         held_out_fold=held_out_fold,
         stages=(stage,) if stage else (),
     ) as loader:
+        if on_estimate is not None:
+            on_estimate(estimate("segmenter", config, loader, device=resolve_device(config.device)))
         return train_segmenter(
             config,
             loader,
@@ -251,7 +256,7 @@ def train_segmentation(
                 "--fold": _text(held_out_fold),
             },
             allow=allow,
-            sources=Sources(str(store.location), _whole(generator_path), _whole(judge_path)),
+            sources=Sources(_whole_store(store_path), _whole(generator_path), _whole(judge_path)),
         )
 
 
@@ -266,6 +271,7 @@ def train_synthesis(
     resume: bool = False,
     allow: Collection[str] = (),
     on_step: Progress = lambda _step, _values: None,
+    on_estimate: Callable[[Estimate], None] | None = None,
     warn: Callable[[str], None] = ignore_warning,
 ) -> TrainingResult:
     """``ftengine train synth``: the generator against a frozen baseline segmenter."""
@@ -274,6 +280,10 @@ def train_synthesis(
     _same_region(config, trained, baseline)
     for_loader = config.with_overrides({"training.batch_size": config.generator_training.batch_size})
     with build_loader(for_loader, store, mix="mixed", split=split, held_out_fold=held_out_fold) as loader:
+        if on_estimate is not None:
+            on_estimate(
+                estimate("generator", config, loader, device=resolve_device(config.device), segmenter=segmenter)
+            )
         return train_generator(
             config,
             loader,
@@ -285,8 +295,39 @@ def train_synthesis(
             warn=warn,
             identity={"--baseline": _fingerprint(baseline), "--split": split or "", "--fold": _text(held_out_fold)},
             allow=allow,
-            sources=Sources(str(store.location)),
+            sources=Sources(_whole_store(store_path)),
         )
+
+
+def replay(
+    file: str | Path,
+    folder: Path | None = None,
+    *,
+    every_step: bool = False,
+    store_path: str | Path | None = None,
+    device: str | None = None,
+) -> tuple[Replay, list[ReplayedPatch]]:
+    """``ftengine replay``: make the patches of a replay file again, painted as in the run, and draw them into ``folder``.
+
+    every_step: also the batches before the one that broke. A generator's run is painted with its last checkpoint, not with the weights of
+    that moment. store_path, device: in place of the run's. Raises ConfigError or StoreError where a file, painter or volume is gone.
+    """
+    found = read_replay(file)
+    config = found.config if device is None else found.config.with_overrides({"device": device})
+    store = open_store(store_path or found.sources.store)
+    check_region(config, store)
+    sources = found.sources
+    generator = (sources.generator if found.kind == "segmenter" else found.checkpoint) or None
+    stages: tuple[Stage, ...] = ()
+    if generator is not None:
+        stages = (
+            build_synthesis_stage(config, *load_painters(config, generator, sources.judge or None), with_gate=False),
+        )
+    patches: list[ReplayedPatch] = []
+    for step in found.steps if every_step else found.steps[-1:]:
+        _, batch = rebuild(config, store, step, device=resolve_device(config.device), stages=stages)
+        patches += replayed_patches(config, step, batch, folder)
+    return found, patches
 
 
 def _text(number: int | None) -> str:
@@ -296,6 +337,10 @@ def _text(number: int | None) -> str:
 def _fingerprint(path: str | Path | None) -> str:
     """A file's SHA-256; empty for None."""
     return "" if path is None else f"sha256:{sha256_of(path)}"
+
+
+def _whole_store(place: str | Path) -> str:
+    return str(place) if "://" in str(place) else _whole(place)
 
 
 def _whole(path: str | Path | None) -> str:

@@ -62,7 +62,6 @@ def save_checkpoint(path: Path, kind: Kind, config: Config, contents: Mapping[st
         "engine_version": __version__,
         "torch_version": str(torch.__version__),
         "config": config.model_dump(mode="json"),
-        "rng": _rng_state(),
         **contents,
     }
     _publish(
@@ -166,17 +165,6 @@ def config_inside(path: str | Path, document: Mapping[str, Any]) -> Config:
         raise
 
 
-def settle_rng(seed: int, document: Mapping[str, Any] | None) -> None:
-    """Torch's own random numbers, which only layers such as dropout draw: those of the checkpoint, or from ``seed`` in a new run."""
-    state = None if document is None else document.get("rng")
-    if state is None:
-        torch.manual_seed(seed)
-        return
-    torch.set_rng_state(state["cpu"])
-    if len(state["cuda"]) == torch.cuda.device_count() > 0:
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
 def sha256_of(path: str | Path) -> str:
     """SHA-256 of a file, as 64 hexadecimal digits; ConfigError where there is no such file."""
     try:
@@ -184,11 +172,6 @@ def sha256_of(path: str | Path) -> str:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); {_WANTED}.") from error
-
-
-def _rng_state() -> dict[str, Any]:
-    on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if on_gpu else []}
 
 
 def _publish(path: Path, write: Callable[[IO[bytes]], object], *, before: Callable[[], None] = lambda: None) -> None:

@@ -57,11 +57,16 @@ class Guards:
         sources: Sources | None = None,
         gate: QualityGate | None = None,
         warn: Callable[[str], None] = lambda _text: None,
+        gather: Callable[[int], list[int]] = lambda step: [step],
     ) -> None:
-        """folder: where a replay file goes. sources: where the patches come from, for it. gate: counts verdicts, where the run paints."""
+        """folder: where a replay file goes. sources: where the patches come from, for it. gate: counts verdicts, where the run paints.
+
+        gather: what each process of the run was given, in all of them; all call ``check`` alike.
+        """
         self.warnings: list[str] = []
         self._kind, self._config, self._folder, self._checkpoint = kind, config, folder, checkpoint
-        self._sources, self._gate, self._warn = sources or Sources(), gate, warn
+        self._sources, self._gate, self._warn, self._gather = sources or Sources(), gate, warn, gather
+        self._arrived: list[PatchRecord] = []
         self._pending: list[_Pending] = []
         self._before: deque[ReplayStep] = deque(maxlen=REPLAY_STEPS - 1)
         self._warned: set[str] = set()
@@ -69,21 +74,30 @@ class Guards:
         self._recent: deque[float] = deque(maxlen=WINDOW)
         self._contrasts: deque[tuple[float, float]] = deque(maxlen=WINDOW)
 
-    def step(self, step: int, batch: Batch, losses: Mapping[str, torch.Tensor]) -> None:
-        """Note a step: its losses, detached, of no dimension, and the addresses of its patches. Waits for nothing."""
-        self._pending.append(_Pending(step, dict(losses), batch.records))
+    def arrived(self, batch: Batch) -> None:
+        """Note the addresses of a batch; a step may take several."""
+        self._arrived += batch.records
+
+    def step(self, step: int, losses: Mapping[str, torch.Tensor]) -> None:
+        """Note the losses of a step on what has arrived since the last one: detached, of one element. Waits for nothing."""
+        records, self._arrived = self._arrived, []
+        self._pending.append(_Pending(step, dict(losses), records))
 
     def check(self) -> None:
-        """Read the losses since the last call; DivergedError naming the first step with one that is no number, and its replay file."""
+        """Read the losses since the last call; DivergedError, in all processes, naming the first step with one that is no number."""
         pending, self._pending = self._pending, []
         flat = [loss.reshape(()).to(torch.float64) for p in pending for loss in p.losses.values()]
         values = iter(torch.stack(flat).tolist() if flat else [])
+        broken: ReplayStep | None = None
         for p in pending:
             done = ReplayStep(p.step, {name: next(values) for name in p.losses}, p.records)
-            broken = [name for name, value in done.losses.items() if not math.isfinite(value)]
-            if broken:
-                raise self._diverged(done, broken)
+            if not all(map(math.isfinite, done.losses.values())):
+                broken = done
+                break
             self._before.append(done)
+        steps = [step for step in self._gather(-1 if broken is None else broken.step) if step >= 0]
+        if steps:
+            raise self._diverged(broken, min(steps))
 
     def watch(self, step: int, values: Mapping[str, float]) -> None:
         """Look at the figures of a logged step, and warn once of each thing that is wrong with them."""
@@ -110,24 +124,21 @@ class Guards:
         self._recent = deque(state["recent"], maxlen=WINDOW)
         self._contrasts = deque(((mean, sd) for mean, sd in state["contrasts"]), maxlen=WINDOW)
 
-    def _diverged(self, step: ReplayStep, broken: list[str]) -> DivergedError:
+    def _diverged(self, broken: ReplayStep | None, step: int) -> DivergedError:
+        """The error; writes the replay file where this process had the patches. broken: its own first bad step, if it has one."""
         section = _SECTION[self._kind]
-        found = " and ".join(f"{name} is {step.losses[name]}" for name in broken)
-        path = self._folder / f"replay-{step.step}.json"
+        path = self._folder / f"replay-{step}.json"
         has_checkpoint = self._checkpoint.exists()
-        replay = Replay(
-            self._kind,
-            f"{found} at step {step.step}",
-            self._config,
-            self._sources,
-            str(self._checkpoint.resolve()) if has_checkpoint else "",
-            [*self._before, step],
-        )
-        write_replay(path, replay)
+        found = "a loss is no number in another process"
+        if broken is not None and broken.step == step:
+            found = " and ".join(f"{name} is {x}" for name, x in broken.losses.items() if not math.isfinite(x))
+            saved = str(self._checkpoint.resolve()) if has_checkpoint else ""
+            steps = [*self._before, broken]
+            write_replay(path, Replay(self._kind, f"{found} at step {step}", self._config, self._sources, saved, steps))
         kept = f"{self._checkpoint} is kept" if has_checkpoint else "There is no checkpoint yet"
-        clip = "" if not hasattr(getattr(self._config, section), "clip_norm") else f" or set {section}.clip_norm"
+        clip = f" or set {section}.clip_norm" if hasattr(getattr(self._config, section), "clip_norm") else ""
         return DivergedError(
-            f"{self._folder}: {found} at step {step.step}: training diverged. {kept}. Look at the patches with 'ftengine replay {path}'; where "
+            f"{self._folder}: {found} at step {step}: training diverged. {kept}. Look at the patches with 'ftengine replay {path}'; where "
             f"they are sound, lower {section}.learning_rate{clip}.",
             str(path),
         )

@@ -16,7 +16,6 @@ from ftengine.training.checkpoint import (
     load_weights,
     save_checkpoint,
     save_weights,
-    settle_rng,
 )
 from ftengine.training.guards import Guards
 from ftengine.training.ledger import PatchLedger
@@ -81,7 +80,6 @@ def train_segmenter(
     losses: list[float] = []
     ledger = None if gate is None else PatchLedger(config.region.tumor_values, gate)
     guards = Guards("segmenter", config, run.folder, checkpoint=run.checkpoint, sources=sources, gate=gate, warn=warn)
-    settle_rng(config.seed, document)
     if document is not None:
         optimizer.load_state_dict(document["optimizer"])
         if ledger is not None and document.get("ledger") is not None:  # a checkpoint may be older than the ledger
@@ -100,7 +98,8 @@ def train_segmenter(
         )
         loss = _step(network, optimizer, loss_function, batch.image.to(device), batch.label.to(device), rate, config)
 
-        guards.step(step, batch, {"loss": loss})
+        guards.arrived(batch)
+        guards.step(step, {"loss": loss})
 
         def figures() -> dict[str, float]:
             guards.check()

@@ -18,7 +18,6 @@ from ftengine.training.checkpoint import (
     load_weights,
     save_checkpoint,
     save_weights,
-    settle_rng,
 )
 from ftengine.training.guards import Guards, contrast_figures
 from ftengine.training.losses import PAINTED, REAL, classified_as_loss, tumor_seen_loss
@@ -100,7 +99,6 @@ def train_generator(
     first_step = 0
     losses: list[float] = []
     guards = Guards("generator", config, run.folder, checkpoint=run.checkpoint, sources=sources, warn=warn)
-    settle_rng(config.seed, document)
     if document is not None:
         for optimizer, state in zip(optimizers, document["optimizers"], strict=True):
             optimizer.load_state_dict(state)
@@ -119,7 +117,8 @@ def train_generator(
         for group in (g for optimizer in optimizers for g in optimizer.param_groups):
             group["lr"] = rate
         done = trainer(batch, device)
-        guards.step(step, batch, done.tensors())
+        guards.arrived(batch)
+        guards.step(step, done.tensors())
 
         def figures() -> dict[str, float]:
             guards.check()
