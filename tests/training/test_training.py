@@ -371,9 +371,9 @@ def test_a_refused_resume_changes_nothing(store: Store, baseline: Path, generato
             judge_path=baseline,
             resume=True,
         )
-    with pytest.raises(ConfigError, match="judge: was sha256:.{16}, is nothing"):
+    with pytest.raises(ConfigError, match=r"judge: was sha256:.{16}, is nothing"):
         train_segmentation(longer, store.path, out, generator_path=generator, resume=True)
-    with pytest.raises(ConfigError, match="synth: was sha256:.{16}, is nothing"):
+    with pytest.raises(ConfigError, match=r"synth: was sha256:.{16}, is nothing"):
         train_segmentation(longer, store.path, out, resume=True)
     assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
 
