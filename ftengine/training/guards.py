@@ -24,8 +24,8 @@ from ftengine.types import Batch, PatchRecord
 CONTRAST_MEAN, CONTRAST_SD = "generator/contrast_mean", "generator/contrast_sd"
 WINDOW = 50  # logged steps over which a warning is decided
 REPLAY_STEPS = 4  # batches in a replay file: the one that broke, and those before it
-_HEAD = 10  # logged steps at either end of the first window, whose means are compared
-_MOVED = 0.01  # share of the loss by which these must differ
+# Between the halves of the first window the loss has moved if their means differ by more than two standard errors and by 1 %; by 5 % always
+_STANDARD_ERRORS, _MOVED_LEAST, _MOVED_SURELY = 2.0, 0.01, 0.05
 _FROZEN = 1e-4  # spread over a window, as a share of the loss, below which it stands still
 # Standard deviation of tanh(G(x)) inside masks: healthy runs of the few-labels trial painted 6 to 8 HU of 400 in a liver (x about 0.6), which is
 # 0.025 to 0.033; a tenth of that is noise of the texture, not contrast
@@ -159,12 +159,17 @@ class Guards:
             return
         self._first.append(loss)
         if len(self._first) == WINDOW:
-            began, ended = statistics.fmean(self._first[:_HEAD]), statistics.fmean(self._first[-_HEAD:])
-            if abs(began - ended) <= _MOVED * abs(began):
+            half = WINDOW // 2
+            began, ended = statistics.fmean(self._first[:half]), statistics.fmean(self._first[half:])
+            error = math.sqrt(
+                (statistics.variance(self._first[:half]) + statistics.variance(self._first[half:])) / half
+            )
+            enough = min(max(_MOVED_LEAST * abs(began), _STANDARD_ERRORS * error), _MOVED_SURELY * abs(began))
+            if abs(began - ended) <= enough:
                 self._say(
                     "loss does not move",
-                    f"the loss is {ended:.4g} after the first {WINDOW} logged steps behind the warm-up and began at {began:.4g}: the network learns "
-                    f"nothing yet. Check the labels ('ftengine preview'), then try another {_SECTION[self._kind]}.learning_rate (now "
+                    f"over the first {WINDOW} logged steps behind the warm-up the loss was {began:.4g} in the first half and {ended:.4g} in the second, "
+                    f"within its noise: the network learns nothing yet. Check the labels ('ftengine preview'), then try another {_SECTION[self._kind]}.learning_rate (now "
                     f"{settings.learning_rate:g})",
                 )
 

@@ -92,7 +92,7 @@ def resume_notes(document: Mapping[str, Any], changes: Iterable[Change]) -> list
     before = document.get("torch_version", "")
     if before and before != torch.__version__:
         notes.append(
-            f"the run began with torch {before} and goes on with {torch.__version__}: losses may differ in their last digits"
+            f"the run began with torch {before} and goes on with torch {torch.__version__}: losses may differ in their last digits"
         )
     return notes
 

@@ -232,12 +232,12 @@ def test_no_flipped_bit_gets_through(saved: Path, tmp_path: Path) -> None:
         file.write_bytes(changed)
         try:
             document = load_checkpoint(file)
-        except ConfigError as error:
-            assert str(error).startswith(f"{file}: ")
+        except ConfigError:
             refused += 1
-        else:  # in padding, or in what an archive says twice
-            assert all(torch.equal(document["model"][name], tensor) for name, tensor in good["model"].items())
-            assert document["config"] == good["config"]
+            continue
+        # in padding, or in what an archive says twice
+        assert all(torch.equal(document["model"][name], tensor) for name, tensor in good["model"].items())
+        assert document["config"] == good["config"]
     assert refused > 100
 
 

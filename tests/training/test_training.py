@@ -3,10 +3,7 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -292,39 +289,6 @@ def test_a_broken_generator_resumes_to_the_same_weights(store: Store, baseline: 
         train_synthesis(CONFIG, store.path, tmp_path / "broken", baseline=baseline, on_step=_stop_after(4))
     resumed = train_synthesis(CONFIG, store.path, tmp_path / "broken", baseline=baseline, resume=True)
     assert _weights_equal(resumed.checkpoint, whole.checkpoint)
-
-
-_KILLED = """
-import sys
-from ftengine.assemble import train_segmentation
-from ftengine.config import Config
-config = Config.from_file(sys.argv[1])
-train_segmentation(config, sys.argv[2], sys.argv[3], resume=len(sys.argv) > 4)
-"""
-
-
-def test_a_run_killed_by_sigkill_resumes_to_the_same_losses(store: Store, tmp_path: Path) -> None:
-    config = CONFIG.with_overrides({"training.steps": 30, "training.checkpoint_every": 2})
-    (tmp_path / "config.yaml").write_text(config.to_yaml())
-    arguments = [
-        sys.executable,
-        "-c",
-        _KILLED,
-        str(tmp_path / "config.yaml"),
-        str(store.path),
-        str(tmp_path / "killed"),
-    ]
-    process = subprocess.Popen(arguments)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "killed" / "checkpoint.pt").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() != 0
-    assert not list((tmp_path / "killed").glob("checkpoint.pt.*"))
-    subprocess.run([*arguments, "resume"], check=True)
-    whole = train_segmentation(config, store.path, tmp_path / "whole")
-    # the same process layout, other thread timing: bit-identical on the CPU
-    assert load_checkpoint(tmp_path / "killed" / "checkpoint.pt")["losses"] == whole.losses
 
 
 def test_sigterm_finishes_the_step_and_saves(store: Store, tmp_path: Path) -> None:
