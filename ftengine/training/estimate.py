@@ -209,7 +209,7 @@ def step_memory(kind: Kind, config: Config, *, device: torch.device, segmenter: 
     if kind == "segmenter":
         network = build_segmenter(config)
         trained, frozen = [network], []
-        a_patch = _kept_bytes(config, kind, lambda x: _segmentation_graph(network_of(network)(x)))
+        a_patch = _kept_bytes(config, kind, device, lambda x: _segmentation_graph(network_of(network)(x)))
     else:
         generator, classifier = build_generator(config), build_classifier(config)
         judge = build_segmenter(config) if segmenter is None else segmenter
@@ -217,6 +217,7 @@ def step_memory(kind: Kind, config: Config, *, device: torch.device, segmenter: 
         a_patch = _kept_bytes(
             config,
             kind,
+            device,
             lambda x: _generator_phase(network_of(generator), network_of(judge), network_of(classifier), x),
         )
     weights = sum(map(_weight_bytes, trained))
@@ -236,7 +237,7 @@ def network_of(network: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     def call(x: torch.Tensor) -> torch.Tensor:
         mode = torch._guards.detect_fake_mode(x)
         named = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-        faked = {name: mode.from_tensor(tensor) for name, tensor in named.items()}
+        faked = {name: mode.from_tensor(tensor).to(x.device) for name, tensor in named.items()}
         result: torch.Tensor = functional_call(network, faked, (x,))
         return result
 
@@ -262,7 +263,9 @@ def duration(seconds: float) -> str:
     return f"{whole} s"
 
 
-def _kept_bytes(config: Config, kind: Kind, forward: Callable[[torch.Tensor], torch.Tensor]) -> int:
+def _kept_bytes(
+    config: Config, kind: Kind, device: torch.device, forward: Callable[[torch.Tensor], torch.Tensor]
+) -> int:
     """Bytes of the tensors that autograd keeps of one patch for the backward pass; each storage once."""
     storages: dict[int, int] = {}
     held = []  # so that no storage's number is used twice
@@ -276,19 +279,21 @@ def _kept_bytes(config: Config, kind: Kind, forward: Callable[[torch.Tensor], to
     precision = getattr(getattr(config, _SECTION[kind]), "precision", "fp32")
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     with FakeTensorMode(allow_non_fake_inputs=True):
-        x = torch.zeros((1, 1, *config.region.patch_zyx))
+        x = torch.zeros((1, 1, *config.region.patch_zyx), device=device)
         with (
             saved_tensors_hooks(keep, lambda tensor: tensor),
-            torch.autocast("cpu", dtype, enabled=precision != "fp32"),
+            torch.autocast(device.type, dtype, enabled=precision != "fp32"),
         ):
             forward(x)
     return sum(storages.values())
 
 
 def _segmentation_graph(logits: torch.Tensor) -> torch.Tensor:
-    """What the loss keeps, in short: softmax and one-hot labels for Dice, log-softmax for cross-entropy. The loss itself looks at values."""
-    probability = logits.float().softmax(1)
-    return (probability * torch.zeros_like(probability)).sum() + logits.float().log_softmax(1).mean()
+    """What the loss keeps, in short: softmax, one-hot labels, log-softmax and labels as integers. The loss itself looks at values."""
+    logits = logits.float()
+    probability = logits.softmax(1)
+    labels = torch.zeros((len(logits), *logits.shape[2:]), dtype=torch.int64, device=logits.device)
+    return (probability * torch.zeros_like(probability)).sum() + nn.functional.cross_entropy(logits, labels)
 
 
 def _generator_phase(

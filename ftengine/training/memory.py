@@ -52,7 +52,8 @@ def memory_advice(kind: Kind, config: Config, *, batch_size: int | None = None) 
             steps = -(-settings.batch_size * settings.accumulate // max(1, smaller))
             text += f" with {section}.accumulate={steps} (now {settings.accumulate}), the same batch for the weights"
         proposals.append(text)
-    if getattr(settings, "precision", "fp32") == "fp32" and hasattr(settings, "precision"):
+    on_gpu = config.device != "cpu" and torch.cuda.is_available()  # on a CPU autocast keeps copies in both widths
+    if on_gpu and hasattr(settings, "precision") and settings.precision == "fp32":
         proposals.append(f"{section}.precision=bf16 (now fp32)")
     if kind == "generator":
         proposals.append(f"a smaller generator.width (now {config.generator.width})")
