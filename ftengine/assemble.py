@@ -195,6 +195,18 @@ def build_synthesizer_of_any_size(
     )
 
 
+def _require_tumors(config: Config, store: Store, loader: Loader, why: str) -> None:
+    """ConfigError where no volume of the run holds a labelled tumour of any class; ``loader.absent_classes: allow`` permits it."""
+    if loader.plan.labelled_tumors or config.loader.absent_classes == "allow":
+        return
+    names = {value: name for name, value in config.region.labels.items()}
+    wanted = " or ".join(names[value] for value in config.region.tumor_values)
+    raise ConfigError(
+        f"{store.location}: none of the {loader.plan.num_volumes} volumes of this run holds a voxel of {wanted}: {why}. Convert labels with "
+        "tumours (does --label-map keep them?), or set loader.absent_classes=allow."
+    )
+
+
 def _same_region(config: Config, trained: Config, path: str | Path) -> None:
     keys = ("name", "spacing_mm_zyx", "window_hu", "labels", "organs")
     for key in keys:
@@ -237,6 +249,8 @@ def train_segmentation(
         held_out_fold=held_out_fold,
         stages=(stage,) if stage else (),
     ) as loader:
+        if stage is None:
+            _require_tumors(config, store, loader, "the network would learn that there are none")
         if on_estimate is not None:
             on_estimate(estimate("segmenter", config, loader, device=resolve_device(config.device)))
         return train_segmenter(
@@ -280,6 +294,7 @@ def train_synthesis(
     _same_region(config, trained, baseline)
     for_loader = config.with_overrides({"training.batch_size": config.generator_training.batch_size})
     with build_loader(for_loader, store, mix="mixed", split=split, held_out_fold=held_out_fold) as loader:
+        _require_tumors(config, store, loader, "the classifier would never see a real one")
         if on_estimate is not None:
             on_estimate(
                 estimate("generator", config, loader, device=resolve_device(config.device), segmenter=segmenter)

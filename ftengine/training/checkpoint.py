@@ -93,8 +93,7 @@ def load_checkpoint(path: str | Path, kind: Kind | None = None) -> dict[str, Any
     Raises ConfigError where it is none, is damaged, or is of another kind or a newer format.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such checkpoint; {_WANTED}.")
+    _check_exists(path)
     try:
         with path.open("rb") as stream:  # opened once: what is hashed is what is read
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -167,11 +166,9 @@ def config_inside(path: str | Path, document: Mapping[str, Any]) -> Config:
 
 def sha256_of(path: str | Path) -> str:
     """SHA-256 of a file, as 64 hexadecimal digits; ConfigError where there is no such file."""
-    try:
-        with Path(path).open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); {_WANTED}.") from error
+    _check_exists(Path(path))
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _publish(path: Path, write: Callable[[IO[bytes]], object], *, before: Callable[[], None] = lambda: None) -> None:
@@ -257,6 +254,11 @@ def _weights_document(stream: IO[bytes]) -> Any:
     tensors = load_safetensors(data)
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"][_METADATA]
     return {**json.loads(header), "model": tensors}
+
+
+def _check_exists(path: Path) -> None:
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such checkpoint; {_WANTED}.")
 
 
 def _check_document(path: Path, document: Any, kind: Kind | None) -> None:

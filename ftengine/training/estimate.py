@@ -7,12 +7,19 @@ any time, and says for a GPU that is not there what it would need. ``rehearse`` 
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
@@ -33,7 +40,7 @@ REHEARSED_STEPS = 3
 class StepMemory:
     """Bytes that a training step needs at its peak. activations: what the forward pass keeps for the backward pass, whole batch.
 
-    Painting, which the loader's threads do on the same device, and the work space of convolutions come on top.
+    is_traced: whether the network could be followed; where it looks at values it cannot, and activations are 0. Painting, which the loader's threads do on the same device, and the work space of convolutions come on top.
     """
 
     weights: int
@@ -42,6 +49,7 @@ class StepMemory:
     activations: int
     activations_a_patch: int
     free: int | None
+    is_traced: bool = True
 
     @property
     def total(self) -> int:
@@ -121,12 +129,13 @@ class Estimate:
         """The same for people, one sentence a line."""
         m = self.memory
         free = "" if m.free is None else f" of {_gb(m.free)} free on {self.device}"
+        left_out = "painting and work space" if m.is_traced else "activations, which this network hides,"
         parts = ", ".join(
             f"{name} {_gb(getattr(m, name))}" for name in ("weights", "gradients", "optimizer", "activations")
         )
         lines = [
             f"{self.steps} steps of {self.batch_size} patches: {self.epochs:.1f} epochs of {self.patches_per_epoch} from {self.num_volumes} volumes",
-            f"memory of a step: {_gb(m.total)}{free} ({parts}), painting and work space not counted",
+            f"memory of a step: {_gb(m.total)}{free} ({parts}), {left_out} not counted",
         ]
         if self.peak_bytes is not None:
             lines.append(f"measured peak on {self.device}: {_gb(self.peak_bytes)}, everything counted")
@@ -206,42 +215,28 @@ def rehearse(kind: Kind, config: Config, train: Train) -> Estimate:
 def step_memory(kind: Kind, config: Config, *, device: torch.device, segmenter: nn.Module | None = None) -> StepMemory:
     """Bytes of one training step, from the networks' graphs on fake tensors; nothing is computed or allocated."""
     batch_size = getattr(config, _SECTION[kind]).batch_size
+    trained: list[nn.Module]
+    frozen: list[nn.Module] = []
     if kind == "segmenter":
         network = build_segmenter(config)
-        trained, frozen = [network], []
-        a_patch = _kept_bytes(config, kind, device, lambda x: _segmentation_graph(network_of(network)(x)))
+        trained = [network]
+        graph = partial(_segmentation_graph, network)
     else:
         generator, classifier = build_generator(config), build_classifier(config)
         judge = build_segmenter(config) if segmenter is None else segmenter
         trained, frozen = [generator, classifier], [judge]
-        a_patch = _kept_bytes(
-            config,
-            kind,
-            device,
-            lambda x: _generator_phase(network_of(generator), network_of(judge), network_of(classifier), x),
-        )
+        graph = partial(_generator_graph, generator, judge, classifier)
+    a_patch = _kept_bytes(config, kind, device, graph)
     weights = sum(map(_weight_bytes, trained))
     return StepMemory(
         weights=weights + sum(map(_weight_bytes, frozen)),
         gradients=weights,
         optimizer=_ADAM_STATES * weights,
-        activations=a_patch * batch_size,
-        activations_a_patch=a_patch,
+        activations=(a_patch or 0) * batch_size,
+        activations_a_patch=a_patch or 0,
         free=free_bytes(device),
+        is_traced=a_patch is not None,
     )
-
-
-def network_of(network: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The network as a function that takes fake tensors: its weights are faked where it is called."""
-
-    def call(x: torch.Tensor) -> torch.Tensor:
-        mode = torch._guards.detect_fake_mode(x)
-        named = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-        faked = {name: mode.from_tensor(tensor).to(x.device) for name, tensor in named.items()}
-        result: torch.Tensor = functional_call(network, faked, (x,))
-        return result
-
-    return call
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -265,8 +260,8 @@ def duration(seconds: float) -> str:
 
 def _kept_bytes(
     config: Config, kind: Kind, device: torch.device, forward: Callable[[torch.Tensor], torch.Tensor]
-) -> int:
-    """Bytes of the tensors that autograd keeps of one patch for the backward pass; each storage once."""
+) -> int | None:
+    """Bytes of the tensors that autograd keeps of one patch for the backward pass, each storage once; None where a network looks at values."""
     storages: dict[int, int] = {}
     held = []  # so that no storage's number is used twice
 
@@ -280,31 +275,41 @@ def _kept_bytes(
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.zeros((1, 1, *config.region.patch_zyx), device=device)
-        with (
-            saved_tensors_hooks(keep, lambda tensor: tensor),
-            torch.autocast(device.type, dtype, enabled=precision != "fp32"),
-        ):
-            forward(x)
+        try:
+            with (
+                saved_tensors_hooks(keep, lambda tensor: tensor),
+                torch.autocast(device.type, dtype, enabled=precision != "fp32"),
+            ):
+                forward(x)
+        except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException):
+            return None
     return sum(storages.values())
 
 
-def _segmentation_graph(logits: torch.Tensor) -> torch.Tensor:
-    """What the loss keeps, in short: softmax, one-hot labels, log-softmax and labels as integers. The loss itself looks at values."""
-    logits = logits.float()
+def _segmentation_graph(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The network, and what the loss keeps: softmax, one-hot labels, log-softmax, labels as integers. The loss itself looks at values."""
+    logits = _faked(network, x).float()
     probability = logits.softmax(1)
     labels = torch.zeros((len(logits), *logits.shape[2:]), dtype=torch.int64, device=logits.device)
     return (probability * torch.zeros_like(probability)).sum() + nn.functional.cross_entropy(logits, labels)
 
 
-def _generator_phase(
-    generator: Callable[[torch.Tensor], torch.Tensor],
-    segmenter: Callable[[torch.Tensor], torch.Tensor],
-    classifier: Callable[[torch.Tensor], torch.Tensor],
-    x: torch.Tensor,
+def _generator_graph(
+    generator: nn.Module, segmenter: nn.Module, classifier: nn.Module, x: torch.Tensor
 ) -> torch.Tensor:
-    """The graph of G's phase in short: Eq. 1 on the patch, then S and C on it."""
-    painted = x - torch.tanh(generator(x)[:, :1]) * x
-    return segmenter(painted).log_softmax(1).mean() + classifier(painted).log_softmax(1).mean()
+    """G's phase in short: Eq. 1 on the patch, then S and C on it."""
+    painted = x - torch.tanh(_faked(generator, x)[:, :1]) * x
+    seen, classified = _faked(segmenter, painted), _faked(classifier, painted)
+    return seen.float().log_softmax(1).mean() + classified.float().log_softmax(1).mean()
+
+
+def _faked(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The network on a fake tensor, with its weights faked beside it."""
+    assert isinstance(x, FakeTensor)  # noqa: S101 - made by _kept_bytes
+    named = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    faked = {name: x.fake_mode.from_tensor(tensor).to(x.device) for name, tensor in named.items()}
+    result: torch.Tensor = functional_call(network, faked, (x,))
+    return result
 
 
 def _weight_bytes(network: nn.Module) -> int:

@@ -87,6 +87,21 @@ def test_the_estimate_counts_volumes_epochs_and_memory(store: Store) -> None:
     assert len(found.lines()) == 2
 
 
+def test_a_network_that_looks_at_values_is_trained_all_the_same(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Looks(torch.nn.Conv3d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * (2.0 if float(x.mean()) > 0 else 1.0)
+
+    monkeypatch.setattr(module, "build_segmenter", lambda _config: Looks(1, 3, 3, padding=1))
+    told: list[Estimate] = []
+    config = CONFIG.with_overrides({"training.steps": 1})
+    train_segmentation(config, store.path, tmp_path / "run", on_estimate=told.append)
+    assert not told[0].memory.is_traced
+    assert "activations, which this network hides, not counted" in told[0].lines()[1]
+
+
 def test_a_batch_that_does_not_fit_gets_the_one_that_would(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     config = CONFIG.with_overrides({"training.batch_size": 16, "network.channels": (16, 32)})
     needed = step_memory("segmenter", config, device=CPU)
@@ -167,6 +182,24 @@ def test_the_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.Mon
 def test_an_estimate_says_so_where_the_free_memory_is_unknown() -> None:
     found = Estimate("segmenter", "cpu", 10, 2, 1, 2, StepMemory(10, 10, 20, 10**9, 10**9, None))
     assert "free" not in found.lines()[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keys", [{}, {"training.precision": "bf16"}])
+def test_the_estimate_is_what_a_gpu_takes(store: Store, tmp_path: Path, keys: dict[str, object]) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    shape = {"device": "cuda", "region.patch_zyx": (96, 96, 96), "network.channels": (16, 32, 64), "training.steps": 2}
+    config = CONFIG.with_overrides(shape | keys)
+    told: list[Estimate] = []
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    train_segmentation(config, store.path, tmp_path / "run", on_estimate=told.append)
+    peak = torch.cuda.max_memory_allocated() - before
+    # work space of convolutions and gradients on the way back come on top
+    assert 0.8 * peak <= told[0].memory.total * 1.5
+    assert told[0].memory.total <= 1.1 * peak
 
 
 # memory that runs out
