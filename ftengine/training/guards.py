@@ -7,7 +7,7 @@ logged steps all losses since the last one are read in one copy, so the step tha
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,6 @@ _FROZEN = 1e-4  # spread over a window, as a share of the loss, below which it s
 # 0.025 to 0.033; a tenth of that is noise of the texture, not contrast
 _COLLAPSED = 0.003
 _SATURATED = 0.999
-_LOSS: dict[Kind, str] = {"segmenter": "loss", "generator": "loss_seen"}
 _SECTION: dict[Kind, str] = {"segmenter": "training", "generator": "generator_training"}
 
 
@@ -58,13 +57,16 @@ class Guards:
         gate: QualityGate | None = None,
         warn: Callable[[str], None] = lambda _text: None,
         gather: Callable[[int], list[int]] = lambda step: [step],
+        main_loss: str = "loss",
     ) -> None:
         """folder: where a replay file goes. sources: where the patches come from, for it. gate: counts verdicts, where the run paints.
 
-        gather: what each process of the run was given, in all of them; all call ``check`` alike.
+        gather: what each process of the run was given, in all of them; all call ``check`` alike. main_loss: the figure that
+        should fall.
         """
         self.warnings: list[str] = []
         self._kind, self._config, self._folder, self._checkpoint = kind, config, folder, checkpoint
+        self._main_loss = main_loss
         self._sources, self._gate, self._warn, self._gather = sources or Sources(), gate, warn, gather
         self._arrived: list[PatchRecord] = []
         self._pending: list[_Pending] = []
@@ -101,7 +103,7 @@ class Guards:
 
     def watch(self, step: int, values: Mapping[str, float]) -> None:
         """Look at the figures of a logged step, and warn once of each thing that is wrong with them."""
-        self._watch_loss(step, values.get(_LOSS[self._kind], math.nan))
+        self._watch_loss(step, values.get(self._main_loss, math.nan))
         self._watch_quality()
         if CONTRAST_SD in values:
             self._watch_contrast(values[CONTRAST_MEAN], values[CONTRAST_SD])
@@ -216,16 +218,25 @@ class Guards:
             self._warn(self.warnings[-1])
 
 
-def contrast_figures(g: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:
-    """Mean and standard deviation of tanh(G(x)) over the voxels of the masks. g: float [R, z, y, x], before tanh; mask: uint8, alike.
+def contrast_figures(
+    parts: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    *,
+    device: torch.device,
+    total: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
+) -> dict[str, float]:
+    """Mean and standard deviation of tanh(G(x)) over the voxels of the masks of a step.
 
+    parts: of each batch G before tanh, float [R, z, y, x], and the masks, uint8, alike. total: sums a tensor over the processes of a run.
     Waits for the device: for logged steps. NaN where the masks are empty.
     """
     with torch.no_grad():
-        inside = mask.bool()
-        count = inside.sum().to(torch.float64)
-        values = torch.where(inside, torch.tanh(g.detach().float()), 0.0).to(torch.float64)
-        mean = values.sum() / count
-        spread = torch.where(inside, values - mean, 0.0).square().sum() / count
-        found = torch.stack([mean, spread.sqrt()]).tolist()
-    return {CONTRAST_MEAN: found[0], CONTRAST_SD: found[1]}
+        moments = torch.zeros(3, dtype=torch.float64, device=device)  # voxels, sum, sum of squares
+        for g, mask in parts:
+            inside = mask.bool()
+            values = torch.where(inside, torch.tanh(g.detach().float()), 0.0).to(torch.float64)
+            moments += torch.stack([inside.sum().to(torch.float64), values.sum(), values.square().sum()])
+        count, first, second = total(moments).tolist()
+    if not count:
+        return {CONTRAST_MEAN: math.nan, CONTRAST_SD: math.nan}
+    mean = first / count
+    return {CONTRAST_MEAN: mean, CONTRAST_SD: math.sqrt(max(0.0, second / count - mean * mean))}

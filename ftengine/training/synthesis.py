@@ -98,7 +98,15 @@ def train_generator(
     ]
     first_step = 0
     losses: list[float] = []
-    guards = Guards("generator", config, run.folder, checkpoint=run.checkpoint, sources=sources, warn=warn)
+    guards = Guards(
+        "generator",
+        config,
+        run.folder,
+        checkpoint=run.checkpoint,
+        sources=sources,
+        warn=warn,
+        main_loss="loss_seen",
+    )
     if document is not None:
         for optimizer, state in zip(optimizers, document["optimizers"], strict=True):
             optimizer.load_state_dict(state)
@@ -129,7 +137,7 @@ def train_generator(
                 "loss_classifier": float(done.classifier),
                 "proportion": float(done.proportion),
                 "learning_rate": rate,
-                **({} if trainer.contrast is None else contrast_figures(*trainer.contrast)),
+                **contrast_figures(trainer.contrast, device=device),
             }
 
         return figures
@@ -191,7 +199,7 @@ class _AdversarialStep:
         self._lambda_cls = config.generator_training.lambda_cls
         self._tumor_values = config.region.tumor_values
         self._synthesizer = Synthesizer(config.region, config.synthesis, seed=config.seed, generator=generator)
-        self.contrast: tuple[torch.Tensor, torch.Tensor] | None = None  # of the last step: G before tanh, and the masks
+        self.contrast: list[tuple[torch.Tensor, torch.Tensor]] = []  # of the last step: G before tanh, and the masks
 
     def __call__(self, batch: Batch, device: torch.device) -> _Losses:
         image, label = batch.image.to(device), batch.label.to(device)
@@ -203,7 +211,7 @@ class _AdversarialStep:
         figures: dict[str, torch.Tensor] = {}
         painted: torch.Tensor | None = None
         placement: Placement | None = None
-        self.contrast = None
+        self.contrast = []
         if drawn:
             placement = self._synthesizer.place(label, drawn)
             painted, seen = self._generator_phase(take_rows(image, placement.rows), placement)
@@ -216,7 +224,7 @@ class _AdversarialStep:
         self._classifier.requires_grad_(requires_grad=False)
         self._generator_optimizer.zero_grad(set_to_none=True)
         g = self._synthesizer.difference(x, placement)
-        self.contrast = (g.detach(), placement.mask)
+        self.contrast = [(g.detach(), placement.mask)]
         painted = self._synthesizer.blend(x[:, 0], g, placement)
         logits = self._segmenter(painted.unsqueeze(1))
         seen = tumor_seen_loss(logits, placement.mask, values)

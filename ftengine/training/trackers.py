@@ -23,6 +23,10 @@ class Tracker(Protocol):
         """Show numbers, by name."""
         ...
 
+    def histogram(self, step: int, name: str, numbers: Sequence[float]) -> None:
+        """Show how numbers are distributed."""
+        ...
+
     def image(self, step: int, name: str, picture: NDArray[np.uint8]) -> None:
         """Show a picture: uint8 [rows, columns, 3]."""
         ...
@@ -43,6 +47,10 @@ class TensorBoard:
         """Show numbers, by name."""
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+
+    def histogram(self, step: int, name: str, numbers: Sequence[float]) -> None:
+        """Show how numbers are distributed."""
+        self._board.add_histogram(name, np.asarray(numbers), step)
 
     def image(self, step: int, name: str, picture: NDArray[np.uint8]) -> None:
         """Show a picture: uint8 [rows, columns, 3]."""
@@ -86,6 +94,11 @@ class MLflow:
         metrics = [Metric(_plain_name(name), float(value), stamp, step) for name, value in values.items()]
         self._client.log_batch(self._run, metrics=metrics)
 
+    def histogram(self, step: int, name: str, numbers: Sequence[float]) -> None:
+        """Show how numbers are distributed."""
+        counts = np.histogram(numbers, bins=10)[0]  # MLflow knows no histograms
+        self.scalars(step, {f"{name}/{tenth + 1}_of_10": float(count) for tenth, count in enumerate(counts)})
+
     def image(self, step: int, name: str, picture: NDArray[np.uint8]) -> None:
         """Show a picture: uint8 [rows, columns, 3]."""
         self._client.log_image(self._run, picture, key=_plain_name(name).replace("/", "."), step=step)
@@ -118,6 +131,10 @@ class WandB:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Show numbers, by name."""
         self._run.log({"step": step, **values})
+
+    def histogram(self, step: int, name: str, numbers: Sequence[float]) -> None:
+        """Show how numbers are distributed."""
+        self._run.log({"step": step, name: self._wandb.Histogram(list(numbers))})
 
     def image(self, step: int, name: str, picture: NDArray[np.uint8]) -> None:
         """Show a picture: uint8 [rows, columns, 3]."""
@@ -154,6 +171,11 @@ class Trackers:
         """Show numbers, by name."""
         for tracker in self._trackers:
             tracker.scalars(step, values)
+
+    def histogram(self, step: int, name: str, numbers: Sequence[float]) -> None:
+        """Show how numbers are distributed."""
+        for tracker in self._trackers:
+            tracker.histogram(step, name, numbers)
 
     def image(self, step: int, name: str, picture: NDArray[np.uint8]) -> None:
         """Show a picture: uint8 [rows, columns, 3]."""

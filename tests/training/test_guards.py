@@ -22,6 +22,7 @@ from ftengine.config import Config
 from ftengine.errors import ConfigError, DivergedError
 from ftengine.quality.gate import QualityGate
 from ftengine.store.reader import Store
+from ftengine.training.checkpoint import Kind
 from ftengine.training.guards import CONTRAST_MEAN, CONTRAST_SD, WINDOW, Guards, contrast_figures
 from ftengine.training.replay import Replay, ReplayStep, Sources, read_replay, rebuild, write_replay
 from ftengine.training.run import read_metrics
@@ -195,8 +196,12 @@ def test_steps_that_are_not_logged_wait_for_nothing(tmp_path: Path) -> None:
 
 def _guards(config: Config, tmp_path: Path, gate: QualityGate | None = None) -> tuple[Guards, list[str]]:
     warned: list[str] = []
-    kind = "generator" if gate is None else "segmenter"
-    return Guards(kind, config, tmp_path, checkpoint=tmp_path / "c.pt", gate=gate, warn=warned.append), warned
+    kind: Kind = "generator" if gate is None else "segmenter"
+    main_loss = "loss_seen" if gate is None else "loss"
+    guards = Guards(
+        kind, config, tmp_path, checkpoint=tmp_path / "c.pt", gate=gate, warn=warned.append, main_loss=main_loss
+    )
+    return guards, warned
 
 
 def _watched(losses: Iterator[float] | list[float], tmp_path: Path, **settings: object) -> list[str]:
@@ -271,10 +276,14 @@ def test_the_contrast_of_a_generator_is_that_of_the_masks_alone() -> None:
     mask = torch.zeros((2, 4, 4, 4), dtype=torch.uint8)
     mask[0, 1, 1, :2], mask[1, 2, 2, :2] = 1, 1
     g[0, 1, 1, :2], g[1, 2, 2, :2] = torch.atanh(torch.tensor(-0.2)), torch.atanh(torch.tensor(0.4))
-    found = contrast_figures(g, mask)
+    cpu = torch.device("cpu")
+    found = contrast_figures([(g, mask)], device=cpu)
+    assert contrast_figures([(g[:1], mask[:1]), (g[1:], mask[1:])], device=cpu) == pytest.approx(
+        found
+    )  # several batches
     assert found[CONTRAST_MEAN] == pytest.approx(0.1, abs=1e-6)
     assert found[CONTRAST_SD] == pytest.approx(0.3, abs=1e-6)
-    assert math.isnan(contrast_figures(g, torch.zeros_like(mask))[CONTRAST_SD])
+    assert math.isnan(contrast_figures([(g, torch.zeros_like(mask))], device=cpu)[CONTRAST_SD])
 
 
 @pytest.mark.parametrize(
