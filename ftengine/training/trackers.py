@@ -1,7 +1,7 @@
 """Where a run shows its figures while it goes: TensorBoard beside the run, and MLflow or Weights & Biases by their extras."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -157,7 +157,11 @@ def check_trackers(config: Config) -> None:
 def open_trackers(folder: Path, config: Config) -> list[Tracker]:
     """The trackers that ``tracking.use`` names, for the run in ``folder``, which exists."""
     check_trackers(config)
-    makers = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WandB}
+    makers: dict[str, Callable[[Path, Config], Tracker]] = {
+        "tensorboard": TensorBoard,
+        "mlflow": MLflow,
+        "wandb": WandB,
+    }
     return [makers[name](folder, config) for name in dict.fromkeys(config.tracking.use)]
 
 
