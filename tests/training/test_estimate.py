@@ -17,7 +17,7 @@ from ftengine.training.checkpoint import Kind
 from ftengine.training.estimate import REHEARSED_STEPS, Estimate, StepMemory, duration, estimate, rehearse, step_memory
 from ftengine.training.losses import segmentation_loss
 from ftengine.training.memory import is_out_of_memory, memory_advice
-from ftengine.training.networks import build_segmenter, count_parameters
+from ftengine.training.networks import build_classifier, build_generator, build_segmenter, count_parameters
 from tests.support import make_store, small_config
 
 CONFIG = small_config(training__steps=500, generator_training__steps=300, device="cpu")
@@ -71,7 +71,7 @@ def test_the_generators_step_holds_g_and_s_and_c() -> None:
     wider = step_memory("generator", CONFIG.with_overrides({"generator.width": 8}), device=CPU)
     assert wider.activations > 1.5 * found.activations
     assert found.gradients == 4 * sum(
-        count_parameters(n) for n in (module.build_generator(CONFIG), module.build_classifier(CONFIG))
+        count_parameters(network) for network in (build_generator(CONFIG), build_classifier(CONFIG))
     )
     assert found.weights == found.gradients + 4 * count_parameters(build_segmenter(CONFIG))
 
