@@ -65,7 +65,8 @@ class Guards:
         should fall.
         """
         self.warnings: list[str] = []
-        self._kind, self._config, self._folder, self._checkpoint = kind, config, folder, checkpoint
+        self._kind: Kind = kind
+        self._config, self._folder, self._checkpoint = config, folder, checkpoint
         self._main_loss = main_loss
         self._sources, self._gate, self._warn, self._gather = sources or Sources(), gate, warn, gather
         self._arrived: list[PatchRecord] = []

@@ -91,8 +91,8 @@ def test_a_network_that_looks_at_values_is_trained_all_the_same(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Looks(torch.nn.Conv3d):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x) * (2.0 if float(x.mean()) > 0 else 1.0)
+        def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the name in torch
+            return super().forward(input) * (2.0 if float(input.mean()) > 0 else 1.0)
 
     monkeypatch.setattr(module, "build_segmenter", lambda _config: Looks(1, 3, 3, padding=1))
     told: list[Estimate] = []
