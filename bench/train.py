@@ -208,7 +208,7 @@ def measure_stage(stage: str, config: Config, device: torch.device, *, steps: in
 
     def step() -> dict[str, float]:
         procedure.add(batch)
-        return procedure.update(1e-4)()  # reading the figures waits for the device
+        return procedure.update(1e-4).figures()  # reading the figures waits for the device
 
     first_s = _timed(step)
     step()  # cuDNN and the allocator have settled behind it

@@ -96,6 +96,13 @@ class Reporter:
         else:
             typer.echo(f"warning: {text}", err=True)
 
+    def note(self, text: str) -> None:
+        """Show a line that is no warning, above the bar; ``quiet`` hides it."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        elif not self._quiet:
+            typer.echo(text, err=True)
+
     def figures(self, text: str) -> None:
         """Show figures beside the bar."""
         if self._bar is not None and self._task is not None:

@@ -17,6 +17,7 @@ from ftengine.cli import (
     organs,
     predict,
     preview,
+    replay,
     store,
     train,
     view,
@@ -44,6 +45,7 @@ app.add_typer(train.app, name="train")
 app.command(name="predict")(predict.predict)
 app.command(name="evaluate")(evaluate.evaluate)
 app.command(name="preview")(preview.preview)
+app.command(name="replay")(replay.replay)
 app.command(name="view")(view.view)
 app.add_typer(weights.app, name="weights")
 app.command(name="config")(config.config)

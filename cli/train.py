@@ -1,5 +1,6 @@
 """``ftengine train``: the two training stages."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,12 +11,21 @@ from ftengine.cli.console import (
     ConfigOption,
     JsonOption,
     QuietOption,
-    Reporter,
     SetOption,
     SplitOption,
     print_json,
-    progress,
     stdout,
+)
+from ftengine.cli.training_view import (
+    AllowOption,
+    DryRunOption,
+    JsonLogOption,
+    TrainingView,
+    check_outputs,
+    print_dry_run,
+    show_estimate,
+    show_files,
+    training_view,
 )
 
 if TYPE_CHECKING:
@@ -73,6 +83,9 @@ def seg(
     config: ConfigOption = None,
     assignments: SetOption = None,
     resume: ResumeOption = False,
+    allow: AllowOption = None,
+    dry_run: DryRunOption = False,
+    json_log: JsonLogOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -80,25 +93,44 @@ def seg(
     from ftengine.assemble import train_segmentation
     from ftengine.cli.console import load_config
     from ftengine.store.reader import open_store
+    from ftengine.training.estimate import rehearse
 
     quiet = quiet or not _is_main()
+    check_outputs(as_json=as_json, json_log=json_log)
     chosen = load_config(config or _config_of(out, resume=resume), assignments, open_store(store))
-    with progress("training", chosen.training.steps, quiet=quiet or as_json) as reporter:
-        result = train_segmentation(
+    show_files({"--synth": synth, "--judge": judge, "--init": init}, quiet=quiet)
+    train = partial(
+        train_segmentation,
+        store_path=store,
+        generator_path=synth,
+        judge_path=judge,
+        init=init,
+        split=split,
+        held_out_fold=fold,
+        val_split=val_split,
+    )
+    if dry_run:
+        print_dry_run(rehearse("segmenter", chosen, train), as_json=as_json)
+        return
+    settings = chosen.training
+    with training_view(
+        "training",
+        loss="loss",
+        steps=settings.steps,
+        patches_a_step=settings.batch_size * settings.accumulate,
+        json_log=json_log and _is_main(),
+        quiet=quiet or as_json,
+    ) as view:
+        result = train(
             chosen,
-            store,
-            out,
-            generator_path=synth,
-            judge_path=judge,
-            init=init,
-            split=split,
-            held_out_fold=fold,
-            val_split=val_split,
+            out=out,
             resume=resume,
-            on_step=_StepReporter(reporter, "loss"),
-            warn=(lambda _text: None) if quiet else reporter.warn,
+            allow=allow or (),
+            on_step=view,
+            on_estimate=partial(show_estimate, view=view),
+            warn=(lambda _text: None) if quiet else view.warn,
         )
-    _finish(result, as_json=as_json)
+    _finish(result, view, as_json=as_json, json_log=json_log)
 
 
 @app.command()
@@ -115,6 +147,9 @@ def synth(
     config: ConfigOption = None,
     assignments: SetOption = None,
     resume: ResumeOption = False,
+    allow: AllowOption = None,
+    dry_run: DryRunOption = False,
+    json_log: JsonLogOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -122,23 +157,37 @@ def synth(
     from ftengine.assemble import train_synthesis
     from ftengine.cli.console import load_config
     from ftengine.store.reader import open_store
+    from ftengine.training.estimate import rehearse
 
     quiet = quiet or not _is_main()
+    check_outputs(as_json=as_json, json_log=json_log)
     chosen = load_config(config or _config_of(out, resume=resume), assignments, open_store(store))
-    with progress("training the generator", chosen.generator_training.steps, quiet=quiet or as_json) as reporter:
-        result = train_synthesis(
+    show_files({"--baseline": baseline}, quiet=quiet)
+    train = partial(
+        train_synthesis, store_path=store, baseline=baseline, split=split, held_out_fold=fold, val_split=val_split
+    )
+    if dry_run:
+        print_dry_run(rehearse("generator", chosen, train), as_json=as_json)
+        return
+    settings = chosen.generator_training
+    with training_view(
+        "training the generator",
+        loss="loss_seen",
+        steps=settings.steps,
+        patches_a_step=settings.batch_size * settings.accumulate,
+        json_log=json_log and _is_main(),
+        quiet=quiet or as_json,
+    ) as view:
+        result = train(
             chosen,
-            store,
-            out,
-            baseline=baseline,
-            split=split,
-            held_out_fold=fold,
-            val_split=val_split,
+            out=out,
             resume=resume,
-            on_step=_StepReporter(reporter, "loss_seen"),
-            warn=(lambda _text: None) if quiet else reporter.warn,
+            allow=allow or (),
+            on_step=view,
+            on_estimate=partial(show_estimate, view=view),
+            warn=(lambda _text: None) if quiet else view.warn,
         )
-    _finish(result, as_json=as_json)
+    _finish(result, view, as_json=as_json, json_log=json_log)
 
 
 def _is_main() -> bool:
@@ -154,25 +203,11 @@ def _config_of(out: Path, *, resume: bool) -> Path | None:
     return file if resume and file.exists() else None
 
 
-class _StepReporter:
-    """Shows a training step: loss and the share of the step that waited for data."""
-
-    def __init__(self, reporter: Reporter, name: str) -> None:
-        self._reporter, self._name = reporter, name
-
-    def __call__(self, step: int, values: dict[str, float]) -> None:
-        """Advance by one step."""
-        line = ""
-        if values:
-            loss = f"{values[self._name]:.4f}" if self._name in values else "-"
-            line = f"step {step}: {self._name} {loss}, {values['step_s']:.2f} s a step, waited {values['wait_s']:.3f} s"
-            self._reporter.figures(f"{self._name} {loss}")
-        self._reporter.advance(line)
-
-
-def _finish(result: "TrainingResult", *, as_json: bool) -> None:
+def _finish(result: "TrainingResult", view: TrainingView, *, as_json: bool, json_log: bool) -> None:
     if not _is_main():
         pass  # another process of the run reports
+    elif json_log:
+        view.end(_document(result))
     elif as_json:
         print_json(_document(result))
     else:

@@ -1,7 +1,6 @@
 """The one place that knows all stages: wires store, plan, pipeline, synthesis, quality control and training together."""
 
-import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import nn
 
 from ftengine.config import Config
 from ftengine.errors import ConfigError
+from ftengine.evaluation.replayed import ReplayedPatch, replayed_patches
 from ftengine.evaluation.validator import build_validation
 from ftengine.geometry import Box, FloatZYX, int_zyx
 from ftengine.kernels import choose_center
@@ -31,11 +31,14 @@ from ftengine.synthesis.engine import Address, Generator, Judge, Synthesizer
 from ftengine.synthesis.inference import Inference
 from ftengine.training.checkpoint import load_generator, load_segmenter
 from ftengine.training.distributed import device_name_for, joined
+from ftengine.training.estimate import Estimate, estimate
+from ftengine.training.replay import Replay, Sources, read_replay, rebuild
 from ftengine.training.run import Progress, TrainingResult, ignore_warning
 from ftengine.training.segmentation import train_segmenter
 from ftengine.training.synthesis import train_generator
 from ftengine.training.trainer import Pictures
 from ftengine.training.validation import Validation
+from ftengine.training.weight_files import sha256_of
 from ftengine.types import Batch
 
 
@@ -259,6 +262,18 @@ def build_synthesizer_of_any_size(
     )
 
 
+def _require_tumors(config: Config, store: Store, loader: Loader, why: str) -> None:
+    """ConfigError where no volume of the run holds a labelled tumour of any class; ``loader.absent_classes: allow`` permits it."""
+    if loader.plan.labelled_tumors or config.loader.absent_classes == "allow":
+        return
+    names = {value: name for name, value in config.region.labels.items()}
+    wanted = " or ".join(names[value] for value in config.region.tumor_values)
+    raise ConfigError(
+        f"{store.location}: none of the {loader.plan.num_volumes} volumes of this run holds a voxel of {wanted}: {why}. Convert labels with "
+        "tumours (does --label-map keep them?), or set loader.absent_classes=allow."
+    )
+
+
 def _same_region(config: Config, trained: Config, path: str | Path) -> None:
     keys = ("name", "spacing_mm_zyx", "window_hu", "labels", "organs")
     for key in keys:
@@ -290,7 +305,9 @@ def train_segmentation(
     held_out_fold: int | None = None,
     val_split: str | None = None,
     resume: bool = False,
+    allow: Collection[str] = (),
     on_step: Progress = lambda _step, _values: None,
+    on_estimate: Callable[[Estimate], None] | None = None,
     warn: Callable[[str], None] = ignore_warning,
 ) -> TrainingResult:
     """``ftengine train seg``: a student with online synthesis and quality control; without anything to paint with, the baseline.
@@ -326,6 +343,10 @@ def train_segmentation(
             rank=world.rank,
             world_size=world.size,
         ) as loader:
+            if stage is None:
+                _require_tumors(config, store, loader, "the network would learn that there are none")
+            if on_estimate is not None:
+                on_estimate(estimate("segmenter", config, loader, device=device))
             return train_segmenter(
                 config,
                 loader,
@@ -343,6 +364,10 @@ def train_segmentation(
                     "--fold": _text(held_out_fold),
                     "--val-split": val_split or "",
                 },
+                allow=allow,
+                sources=Sources(
+                    _whole_store(store_path), _whole(generator_path), _whole(judge_path), split or "", held_out_fold
+                ),
                 validation=validation,
                 world=world,
             )
@@ -383,7 +408,9 @@ def train_synthesis(
     held_out_fold: int | None = None,
     val_split: str | None = None,
     resume: bool = False,
+    allow: Collection[str] = (),
     on_step: Progress = lambda _step, _values: None,
+    on_estimate: Callable[[Estimate], None] | None = None,
     warn: Callable[[str], None] = ignore_warning,
 ) -> TrainingResult:
     """``ftengine train synth``: the generator against a frozen baseline segmenter.
@@ -407,6 +434,10 @@ def train_synthesis(
             rank=world.rank,
             world_size=world.size,
         ) as loader:
+            _require_tumors(config, store, loader, "the classifier would never see a real one")
+            if on_estimate is not None:
+                device = resolve_device(device_name)
+                on_estimate(estimate("generator", config, loader, device=device, segmenter=segmenter))
             return train_generator(
                 config,
                 loader,
@@ -417,6 +448,8 @@ def train_synthesis(
                 on_step=on_step,
                 warn=warn,
                 identity={"--baseline": _fingerprint(baseline), "--split": split or "", "--fold": _text(held_out_fold)},
+                allow=allow,
+                sources=Sources(_whole_store(store_path)),
                 pictures=_pictures(here, store, segmenter, val_split or split),
                 world=world,
             )
@@ -445,13 +478,52 @@ def _pictures(config: Config, store: Store, segmenter: nn.Module, split: str | N
     return draw
 
 
+def replay(
+    file: str | Path,
+    folder: Path | None = None,
+    *,
+    every_step: bool = False,
+    store_path: str | Path | None = None,
+    device: str | None = None,
+) -> tuple[Replay, list[ReplayedPatch]]:
+    """``ftengine replay``: make the patches of a replay file again, painted as in the run, and draw them into ``folder``.
+
+    every_step: also the batches before the one that broke. A generator's run is painted with its last checkpoint, not with the weights of
+    that moment. store_path, device: in place of the run's. Raises ConfigError or StoreError where a file, painter or volume is gone.
+    """
+    found = read_replay(file)
+    config = found.config if device is None else found.config.with_overrides({"device": device})
+    store = open_store(store_path or found.sources.store)
+    check_region(config, store)
+    sources = found.sources
+    generator = (sources.generator if found.kind == "segmenter" else found.checkpoint) or None
+    stages: tuple[Stage, ...] = ()
+    if generator is not None or (found.kind == "segmenter" and not config.synthesis.needs_generator):
+        bank = build_bank(config, store, split=sources.split or None, held_out_fold=sources.held_out_fold)
+        painters = load_painters(config, generator, sources.judge or None)
+        stages = (build_synthesis_stage(config, *painters, with_gate=False, bank=bank),)
+    patches: list[ReplayedPatch] = []
+    for step in found.steps if every_step else found.steps[-1:]:
+        _, batch = rebuild(config, store, step, device=resolve_device(config.device), stages=stages)
+        patches += replayed_patches(config, step, batch, folder)
+    return found, patches
+
+
 def _text(number: int | None) -> str:
     return "" if number is None else str(number)
 
 
 def _fingerprint(path: str | Path | None) -> str:
-    """A file's SHA-256, shortened; empty for None."""
-    return "" if path is None else f"sha256:{hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}"
+    """A file's SHA-256; empty for None."""
+    return "" if path is None else f"sha256:{sha256_of(path)}"
+
+
+def _whole_store(place: str | Path) -> str:
+    return str(place) if "://" in str(place) else _whole(place)
+
+
+def _whole(path: str | Path | None) -> str:
+    return "" if path is None else str(Path(path).resolve())
 
 
 @dataclass(frozen=True)

@@ -448,6 +448,7 @@ class TrainingConfig(_Section):
     validate_unit: Literal["steps", "epochs"] = "steps"  # of validate_every; released code: epochs
     log_every: int = Field(default=10, ge=1)
     checkpoint_every: int = Field(default=1_000, ge=1)
+    keep_checkpoints: int = Field(default=1, ge=1)  # the newest of them; each has the weights three times (AdamW)
 
     @model_validator(mode="after")
     def _cutmix_has_partners(self) -> Self:
@@ -483,6 +484,14 @@ class GeneratorTrainingConfig(_Section):
     num_pictures: int = Field(default=2, ge=1, le=32)
     log_every: int = Field(default=10, ge=1)
     checkpoint_every: int = Field(default=1_000, ge=1)
+    keep_checkpoints: int = Field(default=1, ge=1)  # the newest of them; each has the weights three times (AdamW)
+
+
+class TrackingConfig(_Section):
+    """Where a run shows its figures, beside ``metrics.jsonl`` (docs/checkpoints.md)."""
+
+    use: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ("tensorboard",)  # the others by their extras
+    project: str = Field(default="ftengine", min_length=1)  # of wandb; the experiment of mlflow
 
 
 class InferenceConfig(_Section):
@@ -508,6 +517,7 @@ class Config(_Section):
     training: TrainingConfig = TrainingConfig()
     generator_training: GeneratorTrainingConfig = GeneratorTrainingConfig()
     inference: InferenceConfig = InferenceConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
     def _patch_fits_the_augmentation(self) -> Self:

@@ -4,6 +4,9 @@
 
     FtengineError                 anything this package raises on purpose
     |-- ConfigError               the user edits the configuration or the command line   exit code 2
+    |   |-- DivergedError         a loss is NaN or infinite: the run stops               exit code 2
+    |   `-- MemoryLimitError      the step does not fit the memory: make it smaller      exit code 2
+    |-- SaveError                 a checkpoint could not be written; the old one is kept exit code 2
     |-- CaseError                 this CT is skipped, counted and named                  exit code 1 (4 where nothing else is left)
     |-- StoreError                the store is unreadable or damaged: convert again      exit code 3
     |-- KernelInputError          a caller's bug: wrong shape, dtype or device           exit code 2
@@ -23,6 +26,24 @@ class FtengineError(Exception):
 
 class ConfigError(FtengineError):
     """The configuration or the command line is wrong; the user edits it."""
+
+    exit_code = 2
+
+
+class DivergedError(ConfigError):
+    """Training came to a loss that is NaN or infinite. The last checkpoint is kept; replay: the file with the patches' addresses."""
+
+    def __init__(self, text: str, replay: str = "") -> None:
+        super().__init__(text)
+        self.replay = replay
+
+
+class MemoryLimitError(ConfigError):
+    """A training step needs more memory than there is; the user makes it smaller."""
+
+
+class SaveError(FtengineError):
+    """A checkpoint or weights could not be written: the disk is full, or the folder is gone. What was there before is kept."""
 
     exit_code = 2
 

@@ -153,6 +153,7 @@ class Plan:
         self.batches_per_epoch = max(1, math.ceil(patches / (self.batch_size * world_size)))
         self.crops_per_read = config.loader.crops_per_read
         self._reads_per_epoch = -(-self.batches_per_epoch // self.crops_per_read)
+        self.labelled_tumors: tuple[str, ...] = ()  # tumour classes that some volume of the run holds
         self.notes = (*self._check_sizes(rows), *self._check_classes(rows))
 
     def batch(self, epoch: int, step: int) -> list[PatchRequest]:
@@ -249,6 +250,7 @@ class Plan:
         chosen[rows] = True
         region = self.config.region
         present = set(class_of[(values > 0) & np.repeat(chosen, lengths)].tolist())
+        self.labelled_tumors = tuple(name for name, v in region.labels.items() if v in {*region.tumor_values} & present)
         paintable = {o.tumor for o in region.organs.values() if o.organ in present}
         absent = [name for name, value in region.labels.items() if value and value not in present | paintable]
         if not absent:

@@ -15,12 +15,12 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.tensorboard.writer import SummaryWriter
 
 from ftengine import __version__
 from ftengine.config import Config
 from ftengine.errors import ConfigError
 from ftengine.training.stall import StallReport
+from ftengine.training.trackers import Trackers, check_trackers, open_trackers
 
 CHECKPOINT, BEST = "checkpoint.pt", "best.pt"
 Progress: TypeAlias = Callable[[int, dict[str, float]], None]  # steps done so far; figures of a logged step, else empty
@@ -40,6 +40,7 @@ class Schedule:
     log_every: int
     checkpoint_every: int
     accumulate: int = 1
+    keep_checkpoints: int = 1
     kind: Literal["cosine", "constant"] = "cosine"
 
     def rate(self, step: int) -> float:
@@ -85,16 +86,6 @@ class TrainingResult:
         return self.speed.figures()
 
 
-def check_identity(saved: Mapping[str, str], given: Mapping[str, str]) -> None:
-    """ConfigError where a resumed run is given other files or volumes than it began with; names the first difference and its flag."""
-    for key, value in given.items():
-        if saved.get(key, "") != value:
-            raise ConfigError(
-                f"the run began with {key}={saved.get(key) or 'nothing'} and would go on with {value or 'nothing'}; "
-                "give the same options with --resume, or start a new run."
-            )
-
-
 class Run:
     """The folder of a training run: ``config.yaml``, ``run.json``, ``checkpoint.pt``, ``best.pt``, ``pictures/``, and its logs.
 
@@ -118,14 +109,15 @@ class Run:
             )
         if not resume and self.checkpoint.exists():
             raise ConfigError(f"{self.folder}: holds a run already. Go on with --resume or choose another --out.")
+        check_trackers(config)
         self.config = config
         self._metrics = self.folder / "metrics.jsonl"
         self._epochs = self.folder / "epochs.jsonl"
         self._validations = self.folder / "validation.jsonl"
-        self._board: SummaryWriter | None = None
+        self._trackers = Trackers([])
 
-    def begin(self, first_step: int) -> None:
-        """Write what describes the run, and drop logged steps from ``first_step`` on, which a killed run logged after its last checkpoint.
+    def begin(self, first_step: int, details: Mapping[str, Any] | None = None) -> None:
+        """Write what describes the run (``details`` goes to ``run.json``, too), and drop logged steps from ``first_step`` on, which a killed run logged after its last checkpoint.
 
         Called once everything that could refuse the run has been checked, so that a refused run changes nothing.
         """
@@ -133,7 +125,7 @@ class Run:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
-        document = {"config": self.config.model_dump(mode="json"), "versions": versions()}
+        document = {"config": self.config.model_dump(mode="json"), "versions": versions(), **(details or {})}
         (self.folder / "run.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         for file, last in (
             (self._metrics, first_step - 1),
@@ -143,15 +135,14 @@ class Run:
             lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
             kept = [line for line in lines if line.strip() and json.loads(line)["step"] <= last]
             file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        self._board = SummaryWriter(str(self.folder / "tensorboard"))
+        self._trackers = Trackers(open_trackers(self.folder, self.config))
 
     def log(self, step: int, values: Mapping[str, float], samples: Mapping[str, Sequence[float]] | None = None) -> None:
         """Write one line to ``metrics.jsonl`` and the same scalars to TensorBoard; ``samples`` become histograms there."""
         self._write(self._metrics, {"step": step, **values})
         self._show(step, values)
-        if self._board is not None:
-            for name, numbers in (samples or {}).items():
-                self._board.add_histogram(name, np.asarray(numbers), step)
+        for name, numbers in (samples or {}).items():
+            self._trackers.histogram(step, name, numbers)
 
     def log_epoch(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
         """Write one line to ``epochs.jsonl``, and the same scalars to TensorBoard; ``step`` is the epoch's last."""
@@ -164,10 +155,9 @@ class Run:
         self._show(steps_done, {f"val/{name}": value for name, value in values.items()})
 
     def show_pictures(self, steps_done: int, files: Sequence[Path]) -> None:
-        """Put PNG files into TensorBoard."""
-        if self._board is not None:
-            for number, file in enumerate(files):
-                self._board.add_image(f"painted/{number}", _read_png(file), steps_done, dataformats="HWC")
+        """Show PNG files where figures are shown."""
+        for number, file in enumerate(files):
+            self._trackers.image(steps_done, f"painted/{number}", _read_png(file))
 
     def _write(self, file: Path, document: Mapping[str, float]) -> None:
         if self._writes:
@@ -175,14 +165,11 @@ class Run:
                 stream.write(json.dumps(document) + "\n")
 
     def _show(self, step: int, values: Mapping[str, float]) -> None:
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+        self._trackers.scalars(step, values)
 
     def close(self) -> None:
         """Flush the logs."""
-        if self._board is not None:
-            self._board.close()
+        self._trackers.close()
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, float]]:
@@ -200,11 +187,12 @@ def read_validations(folder: str | Path) -> list[dict[str, float]]:
     return _read_lines(Path(folder) / "validation.jsonl")
 
 
-def _read_png(path: Path) -> NDArray[np.float32]:
-    """A picture as float32 [rows, columns, 3 or 4] from 0 to 1."""
-    from matplotlib.image import imread
+def _read_png(path: Path) -> NDArray[np.uint8]:
+    """A picture as uint8 [rows, columns, 3]."""
+    from PIL import Image
 
-    return np.asarray(imread(path), dtype=np.float32)
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
 
 
 def _read_lines(path: Path) -> list[dict[str, float]]:

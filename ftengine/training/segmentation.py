@@ -1,6 +1,6 @@
 """Segmentation training: the baseline S on labelled data, and the student with painted tumours (Eq. 5-6 happen in the loader)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from ftengine.training.init_weights import InitReport, load_initial_weights
 from ftengine.training.learner import Learner
 from ftengine.training.ledger import PatchLedger
 from ftengine.training.losses import segmentation_loss
+from ftengine.training.memory import explaining_memory
 from ftengine.training.networks import build_segmenter
-from ftengine.training.run import CHECKPOINT, Progress, Schedule, TrainingResult, ignore_warning
-from ftengine.training.trainer import Figures, Frame, Trainer
+from ftengine.training.replay import NO_SOURCES, Sources
+from ftengine.training.run import Progress, Schedule, TrainingResult, ignore_warning
+from ftengine.training.trainer import Done, Frame, Trainer
 from ftengine.training.validation import Validation
 from ftengine.types import Batch
 
@@ -36,30 +38,36 @@ def train_segmenter(
     warn: Callable[[str], None] = ignore_warning,
     gate: QualityGate | None = None,
     identity: Mapping[str, str] | None = None,
+    allow: Collection[str] = (),
+    sources: Sources = NO_SOURCES,
     validation: Validation | None = None,
     world: World = ALONE,
 ) -> TrainingResult:
     """Train for ``config.training.steps`` steps on the loader's batches; writes ``out/checkpoint.pt`` and, with ``validation``, ``out/best.pt``.
 
-    init: weights to start from (``load_initial_weights``); what of them was of use goes to ``run.json`` and, where something was not, to ``warn``. resume: go on from ``out``, to the same losses as without the break
-    (bit for bit on the CPU). ``gate`` counts the verdicts on the batches that training takes, where the loader paints; ``warn`` gets
-    its warnings and the loader's. ``identity`` names what else decides the result (painter files, split): a resumed run must be given the
-    same. world: the processes of the run; the loader gives this one its part. Ctrl-C and SIGTERM finish the step, save and return with
-    ``interrupted``. Raises RejectionError where the gate stops the run. Source: FreeTumor 4.5 and Table A19: DiceCE, AdamW, warm-up and
+    init: weights to start from (``load_initial_weights``); what of them was of use goes to ``run.json`` and, where something was not, to
+    ``warn``. resume: go on from ``out``, to the same losses as without the break (bit for bit on the CPU). ``gate`` counts the verdicts on
+    the batches that training takes, where the loader paints; ``warn`` gets its warnings, those of the guards and the loader's. ``identity``
+    names what else decides the result (painter files, split): a resumed run must be given the same, and the same configuration, but for
+    what ``allow`` names (``training.resume``). sources: for replay files. world: the processes of the run; the loader gives this one its
+    part. Ctrl-C and SIGTERM finish the step, save and return with ``interrupted``. Raises RejectionError where the gate stops the run,
+    DivergedError where a loss is no number, MemoryLimitError and SaveError. Source: FreeTumor 4.5 and Table A19: DiceCE, AdamW, warm-up and
     cosine per iteration.
     """
-    frame = Frame(Path(out), device, resume, on_step, warn, identity or {}, world)
+    frame = Frame(Path(out), device, resume, on_step, warn, identity or {}, allow=allow, sources=sources, world=world)
     network = build_segmenter(config)
-    document = frame.document("segmenter")
+    resumed = frame.resumed("segmenter", config, loader)
     initial: InitReport | None = None
-    if document is not None:
-        load_weights(network, frame.out / CHECKPOINT, document)
+    if resumed is not None:
+        load_weights(network, resumed.path, resumed.document)
     elif init is not None:
         initial = load_initial_weights(network, init, config)
     settings = config.training
+    with explaining_memory("segmenter", config, frame.out):
+        procedure = Segmentation(config, network.to(device), device, world)
     trainer = Trainer(
         config,
-        Segmentation(config, network.to(device), device, world),
+        procedure,
         loader,
         frame,
         Schedule(
@@ -69,8 +77,9 @@ def train_segmenter(
             log_every=settings.log_every,
             checkpoint_every=settings.checkpoint_every,
             accumulate=settings.accumulate,
+            keep_checkpoints=settings.keep_checkpoints,
         ),
-        document=document,
+        resumed=resumed,
         ledger=None if gate is None else PatchLedger(config.region.tumor_values, gate),
         validation=validation,
         initial=initial,
@@ -118,12 +127,13 @@ class Segmentation:
         self.learner.backward(loss)
         self._parts.append(loss.detach())
 
-    def update(self, rate: float) -> Figures:
+    def update(self, rate: float) -> Done:
         """Step with the mean of the gradients of all batches and processes."""
         count = len(self._parts) * self._world.size
         self.learner.update(rate, divide_by=float(count))
-        parts, self._parts = self._parts, []
-        return lambda: {"loss": float(self._world.sum(torch.stack(parts).sum())) / count}
+        total, self._parts = torch.stack(self._parts).sum(), []
+        loss = total * self._world.size / count  # of this process
+        return Done({"loss": loss}, lambda: {"loss": float(self._world.sum(total)) / count})
 
     def samples(self) -> dict[str, list[float]]:
         """Nothing."""

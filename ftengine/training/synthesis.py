@@ -1,7 +1,7 @@
 """Synthesis training: G against the frozen segmenter S and the classifier C (Eq. 1-3)."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +17,14 @@ from ftengine.synthesis.engine import Address, Placement, Synthesizer
 from ftengine.synthesis.painting import take_rows
 from ftengine.training.checkpoint import Kind, load_weights
 from ftengine.training.distributed import ALONE, World
+from ftengine.training.guards import contrast_figures
 from ftengine.training.learner import Learner, autocast, compiled_forward
 from ftengine.training.losses import PAINTED, REAL, Form, Total, classified_as_loss, tumor_seen_loss
+from ftengine.training.memory import explaining_memory
 from ftengine.training.networks import build_classifier, build_generator
-from ftengine.training.run import CHECKPOINT, Progress, Schedule, TrainingResult, ignore_warning
-from ftengine.training.trainer import Figures, Frame, Pictures, Trainer
+from ftengine.training.replay import NO_SOURCES, Sources
+from ftengine.training.run import Progress, Schedule, TrainingResult, ignore_warning
+from ftengine.training.trainer import Done, Frame, Pictures, Trainer
 from ftengine.types import Batch
 
 _TENTHS = 10
@@ -38,25 +41,29 @@ def train_generator(
     on_step: Progress = lambda _step, _values: None,
     identity: Mapping[str, str] | None = None,
     warn: Callable[[str], None] = ignore_warning,
+    allow: Collection[str] = (),
+    sources: Sources = NO_SOURCES,
     pictures: Pictures | None = None,
     world: World = ALONE,
 ) -> TrainingResult:
     """Train G and C for ``config.generator_training.steps`` steps; writes ``out/checkpoint.pt`` with both.
 
-    ``identity`` and ``world``: as in ``train_segmenter``; ``warn`` gets the loader's warnings. pictures: draws G's work into a folder every
-    ``generator_training.pictures_every`` steps.
+    ``identity``, ``allow``, ``sources`` and ``world``: as in ``train_segmenter``; ``warn`` gets the warnings of the guards and the loader.
+    pictures: draws G's work into a folder every ``generator_training.pictures_every`` steps.
     """
-    frame = Frame(Path(out), device, resume, on_step, warn, identity or {}, world)
+    frame = Frame(Path(out), device, resume, on_step, warn, identity or {}, allow=allow, sources=sources, world=world)
     generator, classifier = build_generator(config), build_classifier(config)
-    document = frame.document("generator")
-    if document is not None:
-        path = frame.out / CHECKPOINT
-        load_weights(generator, path, document)
-        load_weights(classifier, path, {"model": document["classifier"]})
+    resumed = frame.resumed("generator", config, loader)
+    if resumed is not None:
+        load_weights(generator, resumed.path, resumed.document)
+        load_weights(classifier, resumed.path, {"model": resumed.document["classifier"]})
     settings = config.generator_training
+    with explaining_memory("generator", config, frame.out):
+        networks = (generator.to(device), classifier.to(device), segmenter.to(device))
+        procedure = Adversarial(config, *networks, device, world)
     trainer = Trainer(
         config,
-        Adversarial(config, generator.to(device), classifier.to(device), segmenter.to(device), device, world),
+        procedure,
         loader,
         frame,
         Schedule(
@@ -66,9 +73,10 @@ def train_generator(
             log_every=settings.log_every,
             checkpoint_every=settings.checkpoint_every,
             accumulate=settings.accumulate,
+            keep_checkpoints=settings.keep_checkpoints,
             kind=settings.schedule,
         ),
-        document=document,
+        resumed=resumed,
         pictures=pictures,
         pictures_every=settings.pictures_every,
     )
@@ -132,6 +140,7 @@ class Adversarial:
         self._synthesizer = Synthesizer(config.region, config.synthesis, seed=config.seed, generator=self.generator)
         self._given: list[_Given] = []
         self._sums = _Sums()
+        self._contrast: list[tuple[torch.Tensor, torch.Tensor]] = []  # of each batch of the step: G before tanh, masks
         self._num_drawn = 0
         self._proportions: list[torch.Tensor] = []  # P and verdict of each painted patch since the last log line
         self._since_log: list[float] = []
@@ -173,10 +182,11 @@ class Adversarial:
         self._num_drawn += len(drawn)
         self._given.append(given)
 
-    def update(self, rate: float) -> Figures:
+    def update(self, rate: float) -> Done:
         """Update G with the gradients of all batches, then C."""
         given, self._given = self._given, []
         sums, self._sums = self._sums, _Sums()
+        contrast, self._contrast = self._contrast, []
         num_drawn, self._num_drawn = self._num_drawn, 0
         counts = self._world.gather((num_drawn, sum(len(g.real_image) for g in given)))
         num_drawn, num_real = (sum(n) for n in zip(*counts, strict=True))
@@ -184,14 +194,17 @@ class Adversarial:
             self.generator.update(rate, divide_by=self._over_processes(sums, "used").count.clamp(min=1.0))
         if self._settings.losses != "seen":
             self._classifier_phase(given, sums, rate, has_real=num_real > 0, has_painted=num_drawn > 0)
-        return lambda: self._figures(sums)
+        losses = {name: total.mean() for name, total in sums.totals.items() if name != "used"}
+        return Done(losses, lambda: self._figures(sums, contrast))
 
     def _generator_phase(self, x: torch.Tensor, placement: Placement) -> torch.Tensor:
         """Eq. 1, then the gradients of Eq. 2 + lambda_cls L_cls with respect to G; returns the painted patches, detached."""
         settings = self._settings
         values = [self._region.organs[d.organ].tumor for d in placement.draws]
         with frozen(self.classifier.network):
-            painted = self._synthesizer.blend(x[:, 0], self._synthesizer.difference(x, placement), placement)
+            g = self._synthesizer.difference(x, placement)
+            self._contrast.append((g.detach(), placement.mask))
+            painted = self._synthesizer.blend(x[:, 0], g, placement)
             seen, fools = self._losses_of_generator(painted.unsqueeze(1), placement.mask, values)
             loss = sum(
                 weight * part.total
@@ -274,8 +287,8 @@ class Adversarial:
 
     # ---- what is reported ----
 
-    def _figures(self, sums: _Sums) -> dict[str, float]:
-        """Losses of the step, and of all patches painted since the last log line the pass rate and the tenths of P."""
+    def _figures(self, sums: _Sums, contrast: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
+        """Losses and contrast of the step, and of all patches painted since the last log line the pass rate and the tenths of P."""
         means: dict[str, float] = {}
         for name in ("seen", "fools", "real", "painted"):
             whole = self._over_processes(sums, name)
@@ -285,6 +298,7 @@ class Adversarial:
         of_classifier = [means[name] for name in ("real", "painted") if name in means]
         if of_classifier:
             values["loss_classifier"] = sum(of_classifier) / len(of_classifier)
+        values |= contrast_figures(contrast, device=self._device, total=self._world.sum)
         mine = torch.cat(self._proportions).tolist() if self._proportions else []
         self._proportions = []
         judged = [verdict for part in self._world.gather(mine) for verdict in part if not math.isnan(verdict[0])]

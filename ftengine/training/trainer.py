@@ -4,7 +4,7 @@ A stage is a ``Procedure``: what it does with a batch and with a step. Everythin
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +17,14 @@ from ftengine.config import Config
 from ftengine.errors import ConfigError
 from ftengine.loader.loader import Loader
 from ftengine.loader.nvtx import nvtx_range
-from ftengine.training.checkpoint import Kind, load_checkpoint, save_checkpoint
+from ftengine.training.checkpoint import WEIGHTS, Kind, load_checkpoint, save_checkpoint, save_weights
 from ftengine.training.distributed import ALONE, World
+from ftengine.training.guards import Guards
 from ftengine.training.init_weights import InitReport
 from ftengine.training.ledger import PatchLedger
+from ftengine.training.memory import explaining_memory
+from ftengine.training.replay import NO_SOURCES, Sources
+from ftengine.training.resume import Change, check_changes, loader_state, resume_notes, run_details
 from ftengine.training.run import (
     CHECKPOINT,
     Progress,
@@ -28,7 +32,6 @@ from ftengine.training.run import (
     Schedule,
     StopRequest,
     TrainingResult,
-    check_identity,
     ignore_warning,
     stopping_on_signals,
 )
@@ -36,8 +39,18 @@ from ftengine.training.stall import StallMeter
 from ftengine.training.validation import DICE, Validation, validate
 from ftengine.types import Batch, PatchRecord
 
-Figures = Callable[[], dict[str, float]]
 Pictures = Callable[[nn.Module, Path], Sequence[Path]]  # the network and a folder -> PNG files there
+
+
+@dataclass(frozen=True)
+class Done:
+    """What came of a step. losses: of this process's patches, detached, of one element each, on the device.
+
+    figures: what is logged, over all processes; called for logged steps only, so that others need not wait for the device.
+    """
+
+    losses: dict[str, torch.Tensor]
+    figures: Callable[[], dict[str, float]]
 
 
 class Procedure(Protocol):
@@ -50,8 +63,8 @@ class Procedure(Protocol):
         """Forward and backward of one batch of the step."""
         ...
 
-    def update(self, rate: float) -> Figures:
-        """End the step: update the weights. What it returns is called for logged steps only, so that others need not wait for the device."""
+    def update(self, rate: float) -> Done:
+        """End the step: update the weights."""
         ...
 
     def samples(self) -> dict[str, list[float]]:
@@ -78,19 +91,23 @@ class Procedure(Protocol):
 
 @dataclass(frozen=True)
 class Frame:
-    """Where a stage is trained and who watches, whichever stage it is."""
+    """Where a stage is trained and who watches, whichever stage it is.
+
+    identity: what else decides the result, by option of the command line. allow: differences that a resumed run may have
+    (``training.resume``). sources: where the patches come from, for replay files.
+    """
 
     out: Path
     device: torch.device
     resume: bool = False
     on_step: Progress = lambda _step, _values: None
     warn: Callable[[str], None] = ignore_warning
-    identity: Mapping[str, str] = field(
-        default_factory=dict
-    )  # what else decides the result; a resumed run must be given the same
+    identity: Mapping[str, str] = field(default_factory=dict)
+    allow: Collection[str] = ()
+    sources: Sources = NO_SOURCES
     world: World = ALONE
 
-    def document(self, kind: Kind) -> dict[str, Any] | None:
+    def resumed(self, kind: Kind, config: Config, loader: Loader) -> "Resumed | None":
         """The checkpoint that the run goes on from; None for a new run. Raises ConfigError where it does not fit."""
         if not self.resume:
             return None
@@ -101,8 +118,19 @@ class Frame:
                 f"{path}: was written by an older version, whose runs this one cannot go on with. Use it with --init in a new run, or resume "
                 "with the version that began it."
             )
-        check_identity(document["identity"], self.identity)
-        return document
+        changes = check_changes(
+            path, document, kind=kind, config=config, loader=loader, identity=self.identity, allow=self.allow
+        )
+        return Resumed(path, document, changes)
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run goes on: its checkpoint, and what is allowed to differ from then on."""
+
+    path: Path
+    document: Mapping[str, Any]
+    changes: tuple[Change, ...]
 
 
 @dataclass(frozen=True)
@@ -125,14 +153,14 @@ class Trainer:
         frame: Frame,
         schedule: Schedule,
         *,
-        document: Mapping[str, Any] | None = None,
+        resumed: Resumed | None = None,
         ledger: PatchLedger | None = None,
         validation: Validation | None = None,
         pictures: Pictures | None = None,
         pictures_every: int | None = None,
         initial: InitReport | None = None,
     ) -> None:
-        """document: of ``Frame.document``. ledger: counts each batch before its step and may stop the run with RejectionError. initial: what
+        """resumed: of ``Frame.resumed``. ledger: counts each batch before its step and may stop the run with RejectionError. initial: what
         became of the weights that a new run starts from.
 
         Raises ConfigError where the run cannot be begun or gone on with; nothing has been written then.
@@ -141,20 +169,40 @@ class Trainer:
         self._frame, self._schedule, self._world = frame, schedule, frame.world
         self._ledger, self._validation = ledger, validation
         self._pictures, self._pictures_every = pictures, pictures_every
-        self._initial = initial
+        self._initial, self._resumed = initial, resumed
         self._run = Run(frame.out, config, resume=frame.resume, writes=self._world.is_main)
         self._step, self._losses, self._best = 0, list[float](), dict[str, float]()
         self._rng: list[dict[str, torch.Tensor | None]] | None = None
         self._validated_at = -1
         self._bad_cases: set[str] = set()
         self._meter = StallMeter(loader)
-        if document is not None:
-            self._load(document)
+        self._guards = Guards(
+            procedure.kind,
+            config,
+            self._run.folder,
+            checkpoint=self._run.checkpoint,
+            sources=frame.sources,
+            gate=None if ledger is None else ledger.gate,
+            warn=frame.warn if self._world.is_main else ignore_warning,
+            gather=self._world.gather,
+            main_loss=procedure.main_loss,
+        )
+        if resumed is not None:
+            self._load(resumed)
 
     def train(self) -> TrainingResult:
-        """Run the steps that are left. SIGINT and SIGTERM, to any process, let all finish the same step and save."""
+        """Run the steps that are left. SIGINT and SIGTERM, to any process, let all finish the same step and save.
+
+        Raises DivergedError where a loss is no number, RejectionError, MemoryLimitError and SaveError.
+        """
+        with explaining_memory(self._procedure.kind, self._config, self._frame.out):
+            return self._train()
+
+    def _train(self) -> TrainingResult:
         self._procedure.spread()
-        self._run.begin(self._step)
+        resumed = self._resumed
+        document, changes = (None, ()) if resumed is None else (resumed.document, resumed.changes)
+        self._run.begin(self._step, run_details(self._run.folder, self._frame.identity, document, changes))
         if self._world.is_main:
             self._say_what_began()
         try:
@@ -171,6 +219,9 @@ class Trainer:
         finally:
             self._loader.close()
             self._run.close()
+        if self._step == self._schedule.steps and self._world.is_main:
+            weights = self._procedure.product.state_dict()
+            save_weights(self._run.folder / WEIGHTS, self._procedure.kind, self._config, weights)
         ledger = self._ledger
         return TrainingResult(
             self._run.checkpoint,
@@ -179,7 +230,7 @@ class Trainer:
             report,
             quality={} if ledger is None else ledger.gate.summary(),
             mix={} if ledger is None else ledger.summary(),
-            warnings=[] if ledger is None else ledger.warnings,
+            warnings=[*([] if ledger is None else ledger.warnings), *self._guards.warnings],
             bad_reads=self._loader.failures.by_case(),
             interrupted=self._step < self._schedule.steps,
             best=self._best,
@@ -192,6 +243,9 @@ class Trainer:
             initial.record(self._run.folder / "run.json")
             if initial.skipped or initial.missing:
                 self._frame.warn(f"--init {initial.line()}")
+        if self._resumed is not None:
+            for note in resume_notes(self._resumed.document, self._resumed.changes):
+                self._frame.warn(note)
         for note in self._loader.notes:
             self._frame.warn(note)
 
@@ -206,6 +260,7 @@ class Trainer:
             stopping = self._take_note(batch, stop)
             part += 1
             is_whole = part == self._schedule.accumulate
+            self._guards.arrived(batch)
             with nvtx_range("training step"):
                 self._procedure.add(batch)
                 values = self._end_step() if is_whole else {}
@@ -213,7 +268,7 @@ class Trainer:
             epoch_ended = self._loader.epoch != batch.records[0].request.epoch
             if is_whole:
                 part = 0
-                self._log(values)
+                self._log(values, batch.records[0].request.epoch)
                 self._step += 1
             if epoch_ended and self._ledger is not None:
                 last = self._step - is_whole
@@ -255,11 +310,12 @@ class Trainer:
     def _end_step(self) -> dict[str, float]:
         """Update the weights; the figures of a logged step, else nothing."""
         rate = self._schedule.rate(self._step)
-        figures = self._procedure.update(rate)
+        done = self._procedure.update(rate)
+        self._guards.step(self._step, done.losses)
         if not self._is_logged():
             return {}
-        values = figures()
-        refuse_divergence(self._frame.out, self._step, values)
+        self._guards.check()
+        values = done.figures()
         self._losses.append(values.get(self._procedure.main_loss, math.nan))
         return values | {"learning_rate": rate}
 
@@ -268,16 +324,18 @@ class Trainer:
         schedule = self._schedule
         return done % schedule.log_every == 0 or done % schedule.checkpoint_every == 0 or done == schedule.steps
 
-    def _log(self, values: dict[str, float]) -> None:
-        """Complete the figures of a logged step and write them."""
+    def _log(self, values: dict[str, float], epoch: int) -> None:
+        """Complete the figures of a logged step, write them, and look at them."""
         if not values:
             return
         values |= self._meter.take_line() | ({} if self._ledger is None else self._ledger.take_line())
         values["loader/bad_reads"] = float(self._loader.failures.num_bad)
+        values["epoch"] = float(epoch)
         kept = _finite(values)
         values.clear()
         values.update(kept)
         self._run.log(self._step, values, self._procedure.samples())
+        self._guards.watch(self._step, values)
 
     def _between_steps(self, *, epoch_ended: bool) -> None:
         """Pictures, validation and a checkpoint, where they are due after ``self._step`` steps."""
@@ -334,16 +392,20 @@ class Trainer:
                 "losses": self._losses,
                 "best": self._best,
                 "ledger": None if self._ledger is None else self._ledger.state_dict(),
+                "guards": self._guards.state_dict(),
                 "rng": rng,
                 "identity": dict(self._frame.identity),
             }
-            save_checkpoint(self._run.checkpoint, self._procedure.kind, self._config, contents)
+            keep = self._schedule.keep_checkpoints
+            save_checkpoint(self._run.checkpoint, self._procedure.kind, self._config, contents, keep=keep)
 
-    def _load(self, document: Mapping[str, Any]) -> None:
+    def _load(self, resumed: Resumed) -> None:
+        document = resumed.document
         self._procedure.load_contents(document)
         if self._ledger is not None and document.get("ledger") is not None:  # a run may have begun without
             self._ledger.load_state_dict(document["ledger"])
-        self._loader.load_state_dict(document["loader"])
+        self._guards.load_state_dict(document.get("guards"))
+        self._loader.load_state_dict(loader_state(document, self._loader, resumed.changes))
         self._step, self._losses, self._best = document["step"], list(document["losses"]), dict(document["best"])
         self._rng = document["rng"]
 
@@ -356,16 +418,6 @@ class Trainer:
             if self._rng is not None and rank < len(self._rng):
                 _set_rng_state(self._rng[rank], device)
             yield
-
-
-def refuse_divergence(out: Path, step: int, values: Mapping[str, float]) -> None:
-    """ConfigError where a loss is no number any more."""
-    for name, value in values.items():
-        if name.startswith("loss") and not math.isfinite(value):
-            raise ConfigError(
-                f"{out}: the {name} is {value} at step {step}: training diverged. The last checkpoint is kept; lower the learning_rate or set "
-                "clip_norm of this stage."
-            )
 
 
 def _finite(values: Mapping[str, float]) -> dict[str, float]:

@@ -5,6 +5,7 @@ the released segmenters hold (``best_acc``). Objects, records and texts of NumPy
 """
 
 import hashlib
+import json
 import pickle
 import struct
 import warnings
@@ -20,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from ftengine.errors import ConfigError
 
-_HASH_BYTES = 1 << 22
+HEADER_ENTRY = "ftengine"  # the one entry of a safetensors file's header that is ours: a JSON document
 # what torch's reader raises on bytes that are no file of its own: an opcode may find any stack
 _OF_BAD_BYTES = (
     RuntimeError,
@@ -84,19 +85,23 @@ def read_pickle(path: Path) -> Any:
         raise _damaged(path, error) from error
 
 
-def sha256_of(path: Path) -> str:
-    """The file's SHA-256, 64 hexadecimal digits."""
-    digest = hashlib.sha256()
+def sha256_of(path: str | Path) -> str:
+    """SHA-256 of a file, as 64 hexadecimal digits; ConfigError where there is no such file."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(
+            f"{path}: no such checkpoint or file of weights; want checkpoint.pt, weights.safetensors or the like."
+        )
     with path.open("rb") as stream:
-        while block := stream.read(_HASH_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """The tensors under ``model``, beside what ours say of themselves in the header."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+            return {**json.loads((file.metadata() or {}).get(HEADER_ENTRY, "{}")), "model": tensors}
     except (SafetensorError, OSError, ValueError) as error:
         raise _damaged(path, error) from error
 

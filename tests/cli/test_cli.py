@@ -106,7 +106,19 @@ def test_the_program_itself_shows_help_and_one_line_errors(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     "command",
-    ["convert", "store info", "train seg", "train synth", "predict", "evaluate", "preview", "doctor", "config", "demo"],
+    [
+        "convert",
+        "store info",
+        "train seg",
+        "train synth",
+        "predict",
+        "evaluate",
+        "preview",
+        "replay",
+        "doctor",
+        "config",
+        "demo",
+    ],
 )
 def test_every_command_has_help(command: str) -> None:
     assert "Usage" in _run(*command.split(), "--help").stdout
@@ -236,8 +248,9 @@ def test_the_three_trainings_run_and_resume(
 ) -> None:
     _run("train", "synth", store_path, "--baseline", baseline, "--out", tmp_path / "g", "--config", config_file)
     painting = ("--synth", tmp_path / "g" / "checkpoint.pt", "--judge", baseline, "--init", baseline)
+    longer = ("--resume", "--allow", "training.steps", "--set")
     _run("train", "seg", store_path, "--out", tmp_path / "s", "--config", config_file, *painting)
-    _run("train", "seg", store_path, "--out", tmp_path / "s", *painting, "--resume", "--set", "training.steps=5")
+    _run("train", "seg", store_path, "--out", tmp_path / "s", *painting, *longer, "training.steps=5")
     document = json.loads(
         _run(
             "train",
@@ -246,8 +259,7 @@ def test_the_three_trainings_run_and_resume(
             "--out",
             tmp_path / "s",
             *painting,
-            "--resume",
-            "--set",
+            *longer,
             "training.steps=6",
             "--json",
         ).stdout

@@ -31,7 +31,7 @@ def test_a_bad_volume_is_named_and_training_goes_on(tmp_path: Path) -> None:
     assert list(document["bad_reads"]) == ["a/1"]
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["loader/bad_reads"] >= 1
-    shown = _train(tmp_path, "--resume", "--set", "training.steps=8")
+    shown = _train(tmp_path, "--resume", "--allow", "training.steps", "--set", "training.steps=8")
     assert shown.returncode == 0, shown.stderr
     assert "reads failed and were replaced: a/1 (" in shown.stdout
 

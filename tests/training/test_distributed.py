@@ -127,7 +127,15 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step_and_they_go_on(store
     saved = load_checkpoint(run / "checkpoint.pt")
     assert saved["step"] == document["steps"] == len(read_metrics(run))
     assert len(saved["rng"]) == 2
-    longer = [*arguments, "--resume", "--json", "--set", f"training.steps={saved['step'] + 2}"]
+    longer = [
+        *arguments,
+        "--resume",
+        "--allow",
+        "training.steps",
+        "--json",
+        "--set",
+        f"training.steps={saved['step'] + 2}",
+    ]
     for code, _, err in _wait(_start(longer)):
         assert code == 0, err
     assert [row["step"] for row in read_metrics(run)] == list(range(saved["step"] + 2))

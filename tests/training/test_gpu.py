@@ -42,7 +42,7 @@ def test_both_stages_step_and_are_near_the_cpu(cuda: torch.device, precision: st
         adversarial = Adversarial(settings, generator, classifier, build_segmenter(settings).to(device), device)
         for stage in (segmentation, adversarial):
             stage.add(_batch(device))
-            losses.setdefault(device.type, {}).update(stage.update(1e-3)())
+            losses.setdefault(device.type, {}).update(stage.update(1e-3).figures())
         assert all(p.dtype == torch.float32 for p in adversarial.product.parameters())
     for name in ("loss", "loss_seen", "loss_fools", "loss_classifier"):
         assert math.isfinite(losses["cuda"][name])

@@ -133,7 +133,7 @@ def test_accumulated_gradients_of_s_are_those_of_the_joint_batch(batch: Batch, c
         with recorded() as gradients:
             for given in parts:
                 stage.add(given)
-            figures = stage.update(1e-3)()
+            figures = stage.update(1e-3).figures()
         return gradients, figures["loss"]
 
     joint, joint_loss = updates([batch])
@@ -161,7 +161,7 @@ def test_accumulated_gradients_of_g_and_c_are_those_of_the_joint_batch(
         with recorded() as gradients:
             for given in parts:
                 stage.add(given)
-            figures = stage.update(1e-3)()
+            figures = stage.update(1e-3).figures()
         return gradients, figures
 
     joint, joint_figures = updates([rows])
@@ -277,7 +277,7 @@ def test_eq_2_alone_leaves_c_as_it_is(batch: Batch, seeing: nn.Module) -> None:
     stage = _adversarial(CONFIG.with_overrides({"generator_training.losses": "seen"}), seeing)
     before = copy.deepcopy(stage.classifier.network.state_dict())
     stage.add(batch)
-    figures = stage.update(1e-3)()
+    figures = stage.update(1e-3).figures()
     assert {"loss_seen", "proportion", "qc/pass_rate"} <= set(figures)
     assert not {"loss_fools", "loss_classifier"} & set(figures)
     assert all(torch.equal(v, before[k]) for k, v in stage.classifier.network.state_dict().items())
@@ -290,7 +290,7 @@ def test_l_cls_alone_does_not_ask_s_for_gradients(batch: Batch, seeing: nn.Modul
         stage = _adversarial(CONFIG.with_overrides({"generator_training.losses": "fools"}), segmenter)
         with recorded() as gradients:
             stage.add(batch)
-            figures = stage.update(1e-3)()
+            figures = stage.update(1e-3).figures()
         assert stage.main_loss == "loss_fools"
         assert "loss_seen" not in figures
         assert "proportion" in figures
@@ -325,13 +325,13 @@ def test_low_precision_keeps_weights_float32_and_loses_little(batch: Batch, seei
     values = []
     for segmentation in (exact, low):
         segmentation.add(batch)
-        values.append(segmentation.update(1e-3)()["loss"])
+        values.append(segmentation.update(1e-3).figures()["loss"])
     assert values[0] != values[1]
     assert values[1] == pytest.approx(values[0], rel=0.02)
     assert all(p.dtype == torch.float32 for p in low.product.parameters())
     stage = _adversarial(config, seeing)
     stage.add(batch)
-    assert math.isfinite(stage.update(1e-3)()["loss_seen"])
+    assert math.isfinite(stage.update(1e-3).figures()["loss_seen"])
     assert bool(stage.generator.state_dict()["scaler"]) == (precision == "fp16")
 
 
@@ -428,7 +428,7 @@ def test_s_overfits_a_batch_in_20_steps(batch: Batch) -> None:
     values = []
     for _ in range(20):
         stage.add(batch)
-        values.append(stage.update(2e-2)()["loss"])
+        values.append(stage.update(2e-2).figures()["loss"])
     assert values[-1] < values[0] / 2
 
 
@@ -438,7 +438,7 @@ def test_g_overfits_a_batch_in_20_steps(healthy: Batch, seeing: nn.Module) -> No
     values, figures = [], dict[str, float]()
     for _ in range(20):
         stage.add(healthy)
-        figures = stage.update(1e-2)()
+        figures = stage.update(1e-2).figures()
         values.append(figures["loss_seen"])
     assert values[-1] < values[0] / 2
     assert figures["proportion"] > 0.5

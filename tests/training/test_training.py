@@ -3,10 +3,7 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -274,7 +271,15 @@ def test_a_checkpoint_from_before_the_ledger_still_resumes(
     del document["ledger"]
     torch.save(document, out / "checkpoint.pt")
     longer = config.with_overrides({"training.steps": 6})
-    result = train_segmentation(longer, store.path, out, generator_path=generator, judge_path=baseline, resume=True)
+    result = train_segmentation(
+        longer,
+        store.path,
+        out,
+        generator_path=generator,
+        judge_path=baseline,
+        resume=True,
+        allow=["training.steps"],
+    )
     assert result.steps == 6
     assert result.mix["num_patches"] == 4  # of the two steps since
 
@@ -358,39 +363,6 @@ def test_a_run_of_an_older_version_is_not_resumed(store: Store, baseline: Path, 
         train_segmentation(averaged, store.path, tmp_path / "other", resume=True)
 
 
-_KILLED = """
-import sys
-from ftengine.assemble import train_segmentation
-from ftengine.config import Config
-config = Config.from_file(sys.argv[1])
-train_segmentation(config, sys.argv[2], sys.argv[3], resume=len(sys.argv) > 4)
-"""
-
-
-def test_a_run_killed_by_sigkill_resumes_to_the_same_losses(store: Store, tmp_path: Path) -> None:
-    config = CONFIG.with_overrides({"training.steps": 30, "training.checkpoint_every": 2})
-    (tmp_path / "config.yaml").write_text(config.to_yaml())
-    arguments = [
-        sys.executable,
-        "-c",
-        _KILLED,
-        str(tmp_path / "config.yaml"),
-        str(store.path),
-        str(tmp_path / "killed"),
-    ]
-    process = subprocess.Popen(arguments)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "killed" / "checkpoint.pt").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() != 0
-    assert not list((tmp_path / "killed").glob("checkpoint.pt.*"))
-    subprocess.run([*arguments, "resume"], check=True)
-    whole = train_segmentation(config, store.path, tmp_path / "whole")
-    # the same process layout, other thread timing: bit-identical on the CPU
-    assert load_checkpoint(tmp_path / "killed" / "checkpoint.pt")["losses"] == whole.losses
-
-
 def test_sigterm_finishes_the_step_and_saves(store: Store, tmp_path: Path) -> None:
     def terminate(done: int, _values: dict[str, float]) -> None:
         if done == 4:
@@ -435,9 +407,9 @@ def test_a_refused_resume_changes_nothing(store: Store, baseline: Path, generato
             judge_path=baseline,
             resume=True,
         )
-    with pytest.raises(ConfigError, match="the run began with --judge=sha256"):
+    with pytest.raises(ConfigError, match=r"judge: was sha256:.{16}, is nothing"):
         train_segmentation(longer, store.path, out, generator_path=generator, resume=True)
-    with pytest.raises(ConfigError, match="the run began with --synth=sha256"):
+    with pytest.raises(ConfigError, match=r"synth: was sha256:.{16}, is nothing"):
         train_segmentation(longer, store.path, out, resume=True)
     assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
 
