@@ -17,6 +17,7 @@ from ftengine.cli import (
     organs,
     predict,
     preview,
+    qc,
     store,
     train,
     view,
@@ -42,6 +43,7 @@ app.command(name="organs")(organs.organs)
 app.add_typer(train.app, name="train")
 app.command(name="predict")(predict.predict)
 app.command(name="evaluate")(evaluate.evaluate)
+app.add_typer(qc.app, name="qc")
 app.command(name="preview")(preview.preview)
 app.command(name="view")(view.view)
 app.command(name="config")(config.config)

@@ -76,11 +76,7 @@ def evaluate_checkpoint(
     check_trained_for(store, config, checkpoint)
     if overlap is not None:
         config = config.with_overrides({"inference.overlap": overlap})
-    wanted = list(cases) if cases is not None else _cases_of_kind(store, "tumor", split, fold)
-    if not wanted:
-        raise ConfigError(
-            f"{store.location}: no labelled volume{'' if split is None else f' in split {split!r}'}{'' if fold is None else f' in fold {fold}'} to evaluate on."
-        )
+    wanted = list(cases) if cases is not None else annotated_cases(store, split=split, fold=fold)
     result = Evaluation(num_left_out=0 if cases is not None else len(_cases_of_kind(store, "organ", split, fold)))
     for case in wanted:
         patch = store.read_volume(case)
@@ -89,6 +85,16 @@ def evaluate_checkpoint(
         )
         on_case(result.cases[-1])
     return result
+
+
+def annotated_cases(store: Store, *, split: str | None = None, fold: int | None = None) -> list[str]:
+    """The tumour-annotated volumes of a store, of a split, of a fold. Raises ConfigError where there are none."""
+    found = _cases_of_kind(store, "tumor", split, fold)
+    if not found:
+        raise ConfigError(
+            f"{store.location}: no labelled volume{'' if split is None else f' in split {split!r}'}{'' if fold is None else f' in fold {fold}'} to evaluate on."
+        )
+    return found
 
 
 def _cases_of_kind(store: Store, kind: str, split: str | None, fold: int | None) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ftengine.bench.experiments.few_labels.arms import ARMS, GENERATORS
+from ftengine.bench.experiments.few_labels.arms import ARMS
 from ftengine.bench.experiments.few_labels.protocol import SeedCounts
 
 Kind = Literal["data", "segmenter", "judge", "generator", "student"]
@@ -37,7 +37,7 @@ class Unit:
         if self.kind in ("segmenter", "judge"):
             return (data,)
         if self.kind == "generator":
-            return (data,) if GENERATORS[self.name].constant is not None else (segmenter,)
+            return (segmenter,)
         arm = ARMS[self.name]
         needed = [segmenter]
         if arm.generator is not None:

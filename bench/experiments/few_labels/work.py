@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from ftengine.assemble import (
     build_loader,
@@ -30,8 +29,7 @@ from ftengine.errors import FtengineError
 from ftengine.evaluation.infer import predict_volume
 from ftengine.quality.contrast import contrast_hu
 from ftengine.store.reader import open_store
-from ftengine.training.checkpoint import load_segmenter, save_checkpoint
-from ftengine.training.networks import build_generator
+from ftengine.training.checkpoint import load_segmenter
 from ftengine.training.run import CHECKPOINT, TrainingResult, versions
 from ftengine.types import Batch
 
@@ -93,7 +91,7 @@ def _student(folder: Path, unit: Unit, protocol: Protocol, device: str) -> dict[
         painters["judge_path"] = segmenter if arm.judge == "few" else checkpoint(folder, Unit("judge", seed=seed))
     result = _train_segmentation(folder, unit, config, init=segmenter, **painters)
     result |= _evaluated(folder, unit, protocol, config)
-    if painters and config.synthesis.fraction > 0:
+    if arm.paints:
         result["painting"] = _measured(
             folder, config, protocol, painters.get("generator_path"), painters.get("judge_path", segmenter)
         )
@@ -104,11 +102,8 @@ def _student(folder: Path, unit: Unit, protocol: Protocol, device: str) -> dict[
 def _generator(folder: Path, unit: Unit, protocol: Protocol, device: str) -> dict[str, Any]:
     recipe, segmenter = GENERATORS[unit.name], checkpoint(folder, Unit("segmenter", seed=unit.seed))
     config = _config(protocol, unit, device, with_oracle=False).with_overrides(
-        {"generator_training.steps": protocol.steps.generator, **recipe.keys}
+        {"generator_training.steps": protocol.steps.generator, **recipe}
     )
-    if recipe.constant is not None:
-        _save_constant(checkpoint(folder, unit), config, recipe.constant)
-        return {}
     started = time.perf_counter()
     trained = _finished(
         train_synthesis(
@@ -123,15 +118,6 @@ def _generator(folder: Path, unit: Unit, protocol: Protocol, device: str) -> dic
     seconds = time.perf_counter() - started
     painting = _measured(folder, config, protocol, trained.checkpoint, segmenter)
     return {"train_s": seconds, "losses": _plain(trained.losses), "painting": painting}
-
-
-def _save_constant(path: Path, config: Config, constant: float) -> None:
-    """A G that gives one number wherever it looks: a head without weights."""
-    generator = build_generator(config)
-    nn.init.zeros_(generator.head.weight)
-    nn.init.constant_(generator.head.bias, math.atanh(constant))  # type: ignore[arg-type]  # build_generator makes the bias
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(path, "generator", config, {"model": generator.state_dict()})
 
 
 def _config(protocol: Protocol, unit: Unit, device: str, *, with_oracle: bool) -> Config:
