@@ -329,17 +329,17 @@ def calibrate_judge(
     ``train_segmentation`` finds it. Raises ConfigError where no volume is left or none holds a tumour.
     """
     from ftengine.evaluation.calibration import draw_calibration  # matplotlib, which training does not need
-    from ftengine.evaluation.evaluate import annotated_cases
+    from ftengine.evaluation.evaluate import cases_of_kind
 
     check_region(config, store)
     every = config.with_overrides({"qc.threshold": None, "qc.retries": 0})
     generator, judge = load_painters(every, generator_path, judge_path)
     assert judge is not None  # noqa: S101 - a path was given
-    cases = annotated_cases(store, split=split, fold=fold)
+    cases = cases_of_kind(store, "tumor", split, fold)
     real, num_small, num_cut = _judge_real(every, store, judge, cases)
     if not real:
         raise ConfigError(
-            f"{store.location}: none of the {len(cases)} tumour-annotated volumes{_selection(split, fold)} holds a tumour; want real ones that the "
+            f"{store.location}: no labelled tumour in {len(cases)} tumour-annotated volumes{_selection(split, fold)}; want real tumours that the "
             "judge was not trained on. Choose another --split or --fold."
         )
     painted = _judge_painted(every, store, generator, judge, split, fold, num_painted)

@@ -76,8 +76,12 @@ def evaluate_checkpoint(
     check_trained_for(store, config, checkpoint)
     if overlap is not None:
         config = config.with_overrides({"inference.overlap": overlap})
-    wanted = list(cases) if cases is not None else annotated_cases(store, split=split, fold=fold)
-    result = Evaluation(num_left_out=0 if cases is not None else len(_cases_of_kind(store, "organ", split, fold)))
+    wanted = list(cases) if cases is not None else cases_of_kind(store, "tumor", split, fold)
+    if not wanted:
+        raise ConfigError(
+            f"{store.location}: no labelled volume{'' if split is None else f' in split {split!r}'}{'' if fold is None else f' in fold {fold}'} to evaluate on."
+        )
+    result = Evaluation(num_left_out=0 if cases is not None else len(cases_of_kind(store, "organ", split, fold)))
     for case in wanted:
         patch = store.read_volume(case)
         result.cases.append(
@@ -87,17 +91,8 @@ def evaluate_checkpoint(
     return result
 
 
-def annotated_cases(store: Store, *, split: str | None = None, fold: int | None = None) -> list[str]:
-    """The tumour-annotated volumes of a store, of a split, of a fold. Raises ConfigError where there are none."""
-    found = _cases_of_kind(store, "tumor", split, fold)
-    if not found:
-        raise ConfigError(
-            f"{store.location}: no labelled volume{'' if split is None else f' in split {split!r}'}{'' if fold is None else f' in fold {fold}'} to evaluate on."
-        )
-    return found
-
-
-def _cases_of_kind(store: Store, kind: str, split: str | None, fold: int | None) -> list[str]:
+def cases_of_kind(store: Store, kind: str, split: str | None, fold: int | None) -> list[str]:
+    """The volumes of a store whose annotation is ``kind`` (tumor, organ, none), of a split and of a fold."""
     used = rows_in(store.select(["split", "fold"]), split=split, fold=fold)
     rows = zip(store.cases, store.column("annotation").to_pylist(), used, strict=True)
     return [case for case, annotation, is_used in rows if is_used and annotation == kind]

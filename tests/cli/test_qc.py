@@ -86,7 +86,7 @@ def table_text(calibration: Calibration) -> list[str]:
 
 
 def test_a_split_without_volumes_is_refused(store: Store, judge: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no labelled volume in split 'nowhere'"):
+    with pytest.raises(ConfigError, match="no labelled tumour in 0 tumour-annotated volumes of split 'nowhere'"):
         calibrate_judge(CONFIG, store, judge_path=judge, out=tmp_path, split="nowhere")
 
 

@@ -65,8 +65,8 @@ def _judged(threshold: float, retries: int = 0) -> dict[str, Any]:
 GENERATORS: Mapping[str, Mapping[str, Any]] = {
     "paper": {},
     "released": RELEASED,
-    "L_seg only": {"generator_training.lambda_cls": 0.0},
-    "L_cls only": {"generator_training.use_seen_loss": False},
+    "L_seg only": {"generator_training.losses": "seen"},
+    "L_cls only": {"generator_training.losses": "fools"},
 }
 BASELINE, ORACLE, CONTROL, FREETUMOR = "baseline", "oracle", "unpainted", "FreeTumor"
 SYNTUMOR, DIVERSE = "syntumor, mild", "diverse"
