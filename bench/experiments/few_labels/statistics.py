@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+_NO_SPREAD = 1e-12  # differences that are equal but for rounding
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -57,7 +59,7 @@ def compare(by_arm: Mapping[str, Mapping[int, float]], pairs: Sequence[tuple[str
 def _compare(first: str, second: str, by_arm: Mapping[str, Mapping[int, float]], seeds: Sequence[int]) -> Comparison:
     a, b = ([by_arm[name][seed] for seed in seeds] for name in (first, second))
     differences = tuple(x - y for x, y in zip(a, b, strict=True))
-    if len(seeds) < 2 or np.ptp(differences) == 0:
+    if len(seeds) < 2 or np.ptp(differences) < _NO_SPREAD:
         return Comparison(first, second, tuple(seeds), differences, None, None)
     test = stats.ttest_rel(a, b)
     low, high = test.confidence_interval(0.95)
