@@ -141,8 +141,12 @@ def _seeds(text: str, protocol: Protocol) -> list[int]:
 
 
 def _list(protocol: Protocol) -> None:
-    config = protocol.config({})
+    config, counts = protocol.config({}), protocol.seeds
     for name, arm in ARMS.items():
         lacking = lacking_keys(arm, config)
-        state = f"  [this version lacks {', '.join(lacking)}]" if lacking else "  [5 seeds]" if arm.matters else ""
+        state = (
+            f"  [this version lacks {', '.join(lacking)}]"
+            if lacking
+            else f"  [{counts.matters if arm.matters else counts.others} seeds]"
+        )
         print(f"{name:<24} {arm.says}{state}")
