@@ -342,7 +342,7 @@ def calibrate_judge(
             f"{store.location}: no labelled tumour in {len(cases)} tumour-annotated volumes{_selection(split, fold)}; want real tumours that the "
             "judge was not trained on. Choose another --split or --fold."
         )
-    painted = _judge_painted(every, store, generator, judge, split, fold, num_painted)
+    painted = _judge_painted(every, store, generator, judge, split, num_painted)
     notes = [] if len(painted) >= num_painted else [f"Only {len(painted)} of {num_painted} tumours could be painted."]
     calibration = Calibration(
         judge_sha256=file_sha256(judge_path),
@@ -399,7 +399,6 @@ def _judge_painted(
     generator: nn.Module | None,
     judge: SegmenterJudge,
     split: str | None,
-    fold: int | None,
     num_wanted: int,
 ) -> list[JudgedTumor]:
     """Painted tumours, at most ``num_wanted``; batches without an eligible patch are passed over, up to ten times as many as needed."""
@@ -410,9 +409,7 @@ def _judge_painted(
     result: list[JudgedTumor] = []
     if not num_wanted:
         return result
-    # folds are of annotated volumes: with organ-labelled ones there is nothing to choose
-    where = {} if has_organs else {"split": split}
-    with build_loader(chosen, store, **where) as loader:
+    with build_loader(chosen, store, split=None if has_organs else split) as loader:
         while batches_left > 0:
             for batch in loader:
                 result += _painted_tumors(chosen, batch, stage(batch))

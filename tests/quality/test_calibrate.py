@@ -14,6 +14,7 @@ from ftengine.errors import ConfigError
 from ftengine.quality.calibrate import (
     Calibration,
     JudgedTumor,
+    Origin,
     calibration_file,
     file_sha256,
     find_real_tumors,
@@ -40,12 +41,13 @@ class DarkIsTumor(nn.Module):
 
 
 def _calibration(real: list[float], painted: list[float] | None = None, **more: object) -> Calibration:
+    given: dict[Origin, list[float]] = {"real": real, "painted": painted or []}
     tumors = [
         JudgedTumor(origin, "liver", "tiny" if i % 2 else "small", 10.0, -30.0, p)
-        for origin, values in (("real", real), ("painted", painted or []))
+        for origin, values in given.items()
         for i, p in enumerate(values)
     ]
-    values: dict[str, object] = {
+    fields: dict[str, object] = {
         "judge_sha256": "",
         "generator_sha256": "",
         "store": "S",
@@ -56,7 +58,7 @@ def _calibration(real: list[float], painted: list[float] | None = None, **more: 
         "sizes": ("tiny", "small"),
         "tumors": tuple(tumors),
     }
-    return Calibration(**{**values, **more})  # type: ignore[arg-type]  # a plain mapping of its fields
+    return Calibration(**{**fields, **more})  # type: ignore[arg-type]  # a plain mapping of its fields
 
 
 def _volume() -> tuple[np.ndarray, np.ndarray]:

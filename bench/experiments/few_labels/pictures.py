@@ -43,7 +43,7 @@ def draw_outcomes(path: Path, arms: Mapping[str, Mapping[str, Any]]) -> None:
     figure = Figure(figsize=(12, 1.4 + 0.3 * len(arms)), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     columns = figure.subplots(1, len(_OUTCOMES), sharey=True)
-    names = list(reversed(arms))
+    names = list(arms)[::-1]
     for axes, (key, title) in zip(columns, _OUTCOMES, strict=True):
         for row, name in enumerate(names):
             spread = arms[name]["figures"][key]
