@@ -19,7 +19,9 @@ STORE, TRUTH = "store.zarr", "truth.json"
 UNLABELLED, ORACLE, TEST = "unlabelled", "oracle", "test"
 ORGAN, TUMOR = "liver", "liver_tumor"
 _ONLY_LIVER = ((3, 0), (4, 0), (5, 0), (6, 0))  # a specialist: other organs become background
-_FIRST_CASE = {UNLABELLED: 1000, ORACLE: 1000, TEST: 5000}
+# test: of 5000, 5100 ... the first whose tumours come near the shares of their kinds (42 hypodense, 7 hyperdense, 7 with a rim); nothing else was
+# looked at, and 5000 has two hyperdense ones, of which no share could be taken
+_FIRST_CASE = {UNLABELLED: 1000, ORACLE: 1000, TEST: 5900}
 _FIRST_LABELLED_CASE, _CASES_A_SEED = 10_000, 100
 
 
