@@ -25,7 +25,7 @@ def draw_differences(path: Path, comparisons: Sequence[Mapping[str, Any]], basel
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for row, c in enumerate(reversed(shown)):
-        color = class_color(1 + row % 6)
+        color = class_color(7)
         axes.barh(row, c["mean"], height=0.6, color=color, alpha=0.3)
         axes.plot(c["differences"], [row] * c["n"], "o", color=color, markersize=4)
         for seed, difference in zip(c["seeds"], c["differences"], strict=True):
