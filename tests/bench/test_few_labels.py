@@ -281,3 +281,13 @@ def test_a_quick_run_is_killed_and_goes_on(tmp_path: Path, capsys: pytest.Captur
     main(["--out", str(folder), "--report-only"])
     assert {file: file.stat().st_mtime_ns for file in (folder / "units").iterdir()} == before
     assert "| FreeTumor T=.7 | 1 |" in capsys.readouterr().out
+
+
+def test_a_machine_that_only_trains_needs_nothing_that_reads_ct_files() -> None:
+    code = (
+        "import sys\n"
+        "for name in ('SimpleITK', 'nibabel', 'pydicom', 'zarr'): sys.modules[name] = None\n"
+        "import ftengine.bench.experiments.few_labels.work"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
