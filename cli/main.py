@@ -17,6 +17,7 @@ from ftengine.cli import (
     organs,
     predict,
     preview,
+    qc,
     replay,
     store,
     train,
@@ -44,6 +45,7 @@ app.command(name="organs")(organs.organs)
 app.add_typer(train.app, name="train")
 app.command(name="predict")(predict.predict)
 app.command(name="evaluate")(evaluate.evaluate)
+app.add_typer(qc.app, name="qc")
 app.command(name="preview")(preview.preview)
 app.command(name="replay")(replay.replay)
 app.command(name="view")(view.view)

@@ -23,6 +23,7 @@ def test_the_quick_demo_runs_every_stage(tmp_path: Path) -> None:
         "convert",
         "baseline",
         "generator",
+        "calibrate",
         "student without synthesis",
         "student with synthesis",
         "evaluate",

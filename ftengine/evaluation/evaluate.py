@@ -17,7 +17,6 @@ from ftengine.geometry import grid_offset_vox
 from ftengine.store.folds import rows_in
 from ftengine.store.reader import Store
 from ftengine.training.checkpoint import load_segmenter
-from ftengine.volume.readers import read_label
 
 OnCase = Callable[[CaseScore], None]
 
@@ -105,6 +104,8 @@ def evaluate_folders(
 
     A truth without a prediction is listed as failed, never left out in silence; so is a pair on different grids.
     """
+    from ftengine.volume.readers import read_label  # what scores stores alone need not have what reads CT files
+
     found = sorted(p for p in truths.rglob("*.nii*") if p.is_file()) if truths.is_dir() else [truths]
     if not found or not truths.exists():
         raise ConfigError(f"{truths}: holds no label files (.nii or .nii.gz); want the true labels.")

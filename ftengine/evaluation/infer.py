@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -15,10 +15,9 @@ from ftengine.config import Config
 from ftengine.errors import ConfigError
 from ftengine.geometry import from_ras, ras_grid
 from ftengine.store.reader import Store
-from ftengine.volume.discover import Source
-from ftengine.volume.nifti import write_nifti
-from ftengine.volume.readers import read_volume
-from ftengine.volume.resample import resample, resample_to
+
+if TYPE_CHECKING:
+    from ftengine.volume.discover import Source
 
 
 def check_trained_for(store: Store, config: Config, checkpoint: str | Path) -> None:
@@ -65,12 +64,12 @@ class Prediction:
     class_voxels: dict[str, int]
 
 
-def prediction_path(source: Source, out: Path) -> Path:
+def prediction_path(source: "Source", out: Path) -> Path:
     """Where the prediction of a source goes: ``<out>/<name>.nii.gz``."""
     return out / f"{source.case.split('/', maxsplit=1)[1]}.nii.gz"
 
 
-def check_outputs(sources: Sequence[Source], out: Path) -> None:
+def check_outputs(sources: "Sequence[Source]", out: Path) -> None:
     """ConfigError where a prediction would replace one of the files that are to be predicted."""
     inputs = {file.resolve() for source in sources for file in source.files}
     for source in sources:
@@ -81,12 +80,17 @@ def check_outputs(sources: Sequence[Source], out: Path) -> None:
             )
 
 
-def predict_file(network: nn.Module, source: Source, out: Path, config: Config, device: torch.device) -> Prediction:
+def predict_file(network: nn.Module, source: "Source", out: Path, config: Config, device: torch.device) -> Prediction:
     """Predict one CT and write ``<out>/<name>.nii.gz`` (uint8) with the shape, affine and axis order of the input.
 
     The label map is brought back by nearest neighbour. Raises CaseError for a CT that cannot be used, ConfigError where the output
     would replace the input; nothing is left half written.
     """
+    # what predicts stores alone need not have what reads CT files
+    from ftengine.volume.nifti import write_nifti
+    from ftengine.volume.readers import read_volume
+    from ftengine.volume.resample import resample, resample_to
+
     check_outputs([source], out)
     if source.refusal is not None:
         raise source.refusal

@@ -16,7 +16,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ftengine.errors import ConfigError
+from ftengine.evaluation import calibration as shown_calibration
 from ftengine.evaluation.pictures import Color, class_color, png_bytes, printable
+from ftengine.quality.calibrate import Calibration
 from ftengine.training.run import read_metrics
 
 PHANTOM_NOTICE = (
@@ -63,7 +65,7 @@ class ReportData:
     "passed", "draws"}}}. qc_pass_rate: of all painted patches, 0 to 1. stage_seconds: duration of each stage, in order. stall: by run,
     the keys wait_fraction, patches_per_s, median_step_s; slowest: by run, the stage that set its pace. runs: run folders with a metrics.jsonl. sheets: (caption, PNG file). quick: say that
     the run was too short to compare anything. notice: what the data are; shown first. steps: what was done, a sentence each. notes:
-    further sentences for the results.
+    further sentences for the results. calibration: of the judge, None where it was not calibrated.
     """
 
     title: str
@@ -82,6 +84,7 @@ class ReportData:
     notice: str = PHANTOM_NOTICE
     steps: Sequence[str] = WHAT_THE_DEMO_DID
     notes: Sequence[str] = ()
+    calibration: Calibration | None = None
 
 
 def write_report(path: Path, data: ReportData) -> None:
@@ -94,6 +97,7 @@ def write_report(path: Path, data: ReportData) -> None:
         _results(data),
         _cases(data),
         _quality(data),
+        _calibration(data),
         _speed(data),
         _curves(data),
         _sheets(data),
@@ -223,6 +227,26 @@ def _quality(data: ReportData) -> str:
         "<p>A painted tumour passes where the baseline segmenter sees enough of it as tumour (P &ge; T); a failed patch goes to "
         f'training as it was.</p>{total}<div class="side">{"".join(tables)}</div></section>'
     )
+
+
+def _calibration(data: ReportData) -> str:
+    """What the judge sees of real tumours beside painted ones: table, pictures for light and dark pages, what follows."""
+    if data.calibration is None:
+        return ""
+    given = data.calibration
+    rows = [[escape(cell) for cell in row] for row in shown_calibration.table(given)]
+    table = _table(shown_calibration.heading(given), shown_calibration.HEADER, rows)
+    alt = f"Share of real and of painted tumours over P. {given.advice()}"
+    dark = _data_uri(shown_calibration.draw_calibration(given, dark=True))
+    light = _data_uri(shown_calibration.draw_calibration(given))
+    picture = (
+        f'<figure><picture class="calibration"><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        f'<img src="{light}" alt="{escape(alt)}"></picture>'
+        "<figcaption>Each curve falls from 1: the share of tumours of which the judge sees at least P. Where the painted curve lies far above "
+        "the real one, painted tumours are easier for the judge than real ones. The last panel shows P over contrast.</figcaption></figure>"
+    )
+    sentences = "".join(f"<p>{escape(line)}</p>" for line in shown_calibration.sentences(given))
+    return f"<section><h2>What the judge sees of real tumours</h2>{sentences}{table}{picture}</section>"
 
 
 def _speed(data: ReportData) -> str:
@@ -448,6 +472,7 @@ tbody th { font-weight: 500; }
 figure { margin: 0 0 1.6em; min-width: 0; }
 figcaption { color: var(--soft); font-size: 0.92rem; margin-top: 0.4em; overflow-wrap: anywhere; }
 picture img { display: block; width: 100%; height: auto; max-width: 640px; }
+.calibration img { max-width: 1000px; }
 .wide { border: 1px solid var(--line); border-radius: 4px; background: #ffffff; }
 .wide img { display: block; width: 100%; min-width: 860px; height: auto; }
 .hint { color: var(--soft); display: none; }

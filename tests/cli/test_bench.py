@@ -18,7 +18,10 @@ def test_every_program_of_the_folder_has_its_name() -> None:
         "phantoms",
         "slow_s3",
     }
-    assert set(PROGRAMS) == modules
+    experiments = {
+        path.name for path in (REPOSITORY / "bench" / "experiments").iterdir() if (path / "__init__.py").exists()
+    }
+    assert set(PROGRAMS) == modules | {name.replace("_", "-") for name in experiments}
     listing = CliRunner().invoke(app, ["bench"])
     assert listing.exit_code == 0
     assert all(name in listing.output for name in PROGRAMS)

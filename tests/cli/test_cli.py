@@ -306,7 +306,8 @@ def test_a_run_on_nothing_is_warned_of_and_stopped(
     assert done.stdout == ""
     warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
     errors = [line for line in done.stderr.splitlines() if line.startswith("ftengine: error: ")]
-    assert (len(warnings), len(errors)) == (1, 1)
+    assert (len(warnings), len(errors)) == (2, 1)
+    assert "has not been calibrated" in warnings.pop(0)
     assert "The run stops if the next 3 stay below" in warnings[0]
     for text in (
         "of the last 3 painted patches",

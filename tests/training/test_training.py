@@ -173,6 +173,8 @@ def test_almost_nothing_passing_stops_the_run(store: Store, baseline: Path, gene
             on_step=lambda step, _values: steps.append(step),
             warn=lambda text: warned.extend([f"after step {len(steps)}", text]),
         )
+    uncalibrated, *warned = warned[1:]
+    assert "has not been calibrated" in uncalibrated
     assert len(warned) == 2
     assert "The run stops if the next 3 stay below" in warned[1]
     logged = read_metrics(tmp_path / "s")
