@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -93,7 +93,7 @@ class CudaGraphs:
     def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self._function = function
         self._recorded: dict[tuple[int, ...], _Recorded] = {}
-        self._memory: tuple[int, int] | None = None  # of all graphs: one runs at a time and its result is copied
+        self._memory: Any = None  # of all graphs: one runs at a time and its result is copied
         self._lock = threading.Lock()
         self._last: torch.cuda.Event | None = None
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ftengine.bench import loader, loader_parts, slow_s3
+from ftengine.bench import loader, loader_parts, loader_report, slow_s3
 from ftengine.bench.peers import PEERS, Setup
 from ftengine.bench.peers.process import Child, check
 from ftengine.errors import ConfigError
@@ -56,7 +56,7 @@ def test_rates_are_those_of_all_candidates(
     factor = rows["ftengine, painted"]["patches_per_s"] / rows["monai-persistent, augmented"]["patches_per_s"]
     assert document["figures"] == {"painted, times MONAI PersistentDataset augmented": factor}
     assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
-    assert "| ftengine, painted |" in loader.as_text(document)
+    assert "| ftengine, painted |" in loader_report.as_text(document)
 
 
 @pytest.mark.parametrize("peer", [name for name in PEERS if name != "monai-persistent"])
@@ -175,7 +175,7 @@ def test_slow_storage_is_measured_over_s3(work: Path, capsys: pytest.CaptureFixt
     part = document["slow_storage"]
     assert part["patches_per_s"].keys() == {"0 ms | 8", "5 ms | 8"}
     assert part["share_of_undelayed"]["8"] == part["patches_per_s"]["5 ms | 8"] / part["patches_per_s"]["0 ms | 8"]
-    assert "S3, delay of each request" in loader.as_text(document)
+    assert "S3, delay of each request" in loader_report.as_text(document)
     capsys.readouterr()
 
 
