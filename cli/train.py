@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.table import Column, Table
@@ -56,6 +56,13 @@ PictureSplitOption = Annotated[
     str | None,
     typer.Option("--val-split", metavar="NAME", help="Pictures show patches of this split (default: of --split)."),
 ]
+PrecisionOption = Annotated[
+    Literal["fp32", "bf16", "fp16"] | None,
+    typer.Option(
+        "--precision",
+        help="Of this stage's products: short for --set training.precision=... (synth: generator_training.precision).",
+    ),
+]
 INTERRUPTED = 130
 
 
@@ -82,6 +89,7 @@ def seg(
     val_split: ValSplitOption = None,
     config: ConfigOption = None,
     assignments: SetOption = None,
+    precision: PrecisionOption = None,
     resume: ResumeOption = False,
     allow: AllowOption = None,
     dry_run: DryRunOption = False,
@@ -98,6 +106,7 @@ def seg(
     quiet = quiet or not _is_main()
     check_outputs(as_json=as_json, json_log=json_log)
     chosen = load_config(config or _config_of(out, resume=resume), assignments, open_store(store))
+    chosen = chosen if precision is None else chosen.with_overrides({"training.precision": precision})
     show_files({"--synth": synth, "--judge": judge, "--init": init}, quiet=quiet)
     train = partial(
         train_segmentation,
@@ -146,6 +155,7 @@ def synth(
     val_split: PictureSplitOption = None,
     config: ConfigOption = None,
     assignments: SetOption = None,
+    precision: PrecisionOption = None,
     resume: ResumeOption = False,
     allow: AllowOption = None,
     dry_run: DryRunOption = False,
@@ -162,6 +172,7 @@ def synth(
     quiet = quiet or not _is_main()
     check_outputs(as_json=as_json, json_log=json_log)
     chosen = load_config(config or _config_of(out, resume=resume), assignments, open_store(store))
+    chosen = chosen if precision is None else chosen.with_overrides({"generator_training.precision": precision})
     show_files({"--baseline": baseline}, quiet=quiet)
     train = partial(
         train_synthesis, store_path=store, baseline=baseline, split=split, held_out_fold=fold, val_split=val_split

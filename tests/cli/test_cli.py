@@ -272,6 +272,17 @@ def test_the_three_trainings_run_and_resume(
     assert mix["num_painted"] == quality["passed"]
 
 
+def test_precision_is_short_for_the_key_of_the_stage(
+    store_path: Path, config_file: Path, baseline: Path, tmp_path: Path
+) -> None:
+    common = ("--config", config_file, "--precision", "bf16")
+    _run("train", "seg", store_path, "--out", tmp_path / "s", *common)
+    _run("train", "synth", store_path, "--out", tmp_path / "g", "--baseline", baseline, *common)
+    for name, found in (("s", ("bf16", "fp32")), ("g", ("fp32", "bf16"))):
+        config = json.loads((tmp_path / name / "run.json").read_text())["config"]
+        assert (config["training"]["precision"], config["generator_training"]["precision"]) == found
+
+
 def test_training_ends_with_a_table_and_says_what_is_slow(
     store_path: Path, config_file: Path, baseline: Path, tmp_path: Path
 ) -> None:
