@@ -345,7 +345,8 @@ class RandTumorSynthesisd(MapTransform, RandomizableTransform):
 def _networks_on(
     config: Config, given: tuple[Network | None, Network | None], device: torch.device
 ) -> tuple[nn.Module | None, nn.Module | None]:
-    """G and S on ``device``, as ``load_networks`` gives them; of networks that were given, copies."""
+    """G and S on ``device``, as ``load_networks`` gives them; of networks that were given, copies. No CUDA graphs: samples may have any shape."""
+    config = config.model_copy(update={"synthesis": config.synthesis.model_copy(update={"cuda_graphs": False})})
     paths = [None if isinstance(network, nn.Module) else network for network in given]
     loaded = load_networks(config.model_copy(update={"device": str(device)}), paths[0], paths[1])
     generator, segmenter = (

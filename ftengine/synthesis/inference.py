@@ -87,8 +87,11 @@ class CudaGraphs:
     """A function of one CUDA tensor, replayed as one CUDA graph a shape: the host launches one graph in place of hundreds of kernels.
 
     The first call with a shape runs the function twice and records it; other threads' work on the device goes on meanwhile. Calls come in
-    order, whatever their thread and stream. The function must not look at values on the host.
+    order, whatever their thread and stream. The function must not look at values on the host. Every graph keeps its result's memory, so at
+    most ``MOST_SHAPES`` are recorded; with further shapes the function runs as it is.
     """
+
+    MOST_SHAPES = 32  # two box sizes and batches of 16
 
     def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self._function = function
@@ -104,6 +107,8 @@ class CudaGraphs:
             if self._last is not None:
                 stream.wait_event(self._last)
             recorded = self._recorded.get(tuple(x.shape))
+            if recorded is None and len(self._recorded) >= self.MOST_SHAPES:
+                return self._function(x)
             if recorded is None:
                 recorded = self._recorded[tuple(x.shape)] = self._record(x)
             recorded.given.copy_(x)

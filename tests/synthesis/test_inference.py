@@ -219,6 +219,23 @@ def test_cuda_graphs_give_what_their_function_gives(cuda: torch.device) -> None:
                 torch.testing.assert_close(part, wanted_half[row], rtol=0, atol=5e-3)
 
 
+@pytest.mark.gpu
+def test_shapes_beyond_the_most_are_not_recorded(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CudaGraphs, "MOST_SHAPES", 2)
+    calls: list[tuple[int, ...]] = []
+
+    def doubled(x: torch.Tensor) -> torch.Tensor:
+        calls.append(tuple(x.shape))
+        return 2 * x
+
+    graphs = CudaGraphs(doubled)
+    for _ in range(3):
+        for size in (3, 4, 5):
+            assert graphs(torch.ones(size, device=cuda)).tolist() == [2.0] * size
+    assert calls.count((3,)) == calls.count((4,)) == 3  # twice, and while it was recorded
+    assert calls.count((5,)) == 3  # each time
+
+
 _LOOKS = """
 import torch
 from ftengine.synthesis.inference import CudaGraphs
