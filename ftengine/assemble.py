@@ -346,9 +346,7 @@ def train_segmentation(
             painters = load_painters(here, generator_path, judge_path)
             stage = build_synthesis_stage(here, *painters, with_gate=False, bank=bank)
             gate = QualityGate(config.qc)
-            told = None if judge_path is None else judge_warning(judge_path, config.qc.threshold)
-            if told is not None and world.is_main:
-                warn(told)
+        told = judge_warning(judge_path, config.qc.threshold) if paints and judge_path is not None else None
         validation = _validation(config, store, split, val_split, held_out_fold, device)
         with build_loader(
             here,
@@ -380,11 +378,13 @@ def train_segmentation(
                     "--split": split or "",
                     "--fold": _text(held_out_fold),
                     "--val-split": val_split or "",
+                    **({} if init is None else {"--init": _fingerprint(init)}),
                 },
                 allow=allow,
                 sources=Sources(
                     _whole_store(store_path), _whole(generator_path), _whole(judge_path), split or "", held_out_fold
                 ),
+                notes=() if told is None else (told,),
                 validation=validation,
                 world=world,
             )

@@ -12,6 +12,7 @@ At 161,310 volumes the lists of inner chunks are nearly all of the index, and on
 
 import contextlib
 import hashlib
+import threading
 import time
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -42,6 +43,7 @@ class Rows:
 
     def __init__(self, location: Location) -> None:
         self.location = location
+        self._reading = threading.RLock()  # two reads of one Parquet file at once can wait for each other for ever
         for attempt in range(_ATTEMPTS):
             try:
                 self._open()
@@ -101,7 +103,7 @@ class Rows:
         schema = pa.schema([index.SCHEMA.field(name) for name in names])
         if self._compacted is None:
             return _no_rows(schema)
-        with index.readable(self.location, index.COMPACTED):
+        with self._reading, index.readable(self.location, index.COMPACTED):
             return self._compacted.read(columns=names).select(names).cast(schema)
 
     def __len__(self) -> int:
@@ -118,9 +120,10 @@ class Rows:
 
     def column(self, name: str) -> Any:
         """A column as a ``pyarrow.ChunkedArray``, read the first time; the lists of chunks are large (``chunk_lists``)."""
-        if name not in self._columns:
-            self._columns[name] = self._ordered([name]).column(name)
-        return self._columns[name]
+        with self._reading:
+            if name not in self._columns:
+                self._columns[name] = self._ordered([name]).column(name)
+            return self._columns[name]
 
     def select(self, names: Sequence[str]) -> Any:
         """A table of some columns."""
@@ -146,7 +149,7 @@ class Rows:
     def _row_group(self) -> Any:
         @lru_cache(maxsize=1)  # cases are visited in order
         def read(group: int) -> Any:
-            with index.readable(self.location, index.COMPACTED):
+            with self._reading, index.readable(self.location, index.COMPACTED):
                 return (
                     self._compacted.read_row_group(group, columns=index.SCHEMA.names)
                     .select(index.SCHEMA.names)
@@ -161,7 +164,7 @@ class Rows:
         order = None if self._order is None else self._order.to_numpy()
         names: list[str] = list(LIST_COLUMNS)
         if self._list_bytes() > _SMALL_BYTES:
-            with contextlib.suppress(OSError):  # no room, no folder: then in memory
+            with self._reading, contextlib.suppress(OSError):  # no room, no folder: then in memory
                 return ChunkLists.mapped(self._digest(), self._list_batches(), order)
         return ChunkLists.in_memory(pa.concat_tables([self._read_compacted(names), self._recent.select(names)]), order)
 

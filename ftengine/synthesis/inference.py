@@ -130,6 +130,8 @@ class CudaGraphs:
         try:
             with torch.cuda.graph(graph, pool=self._memory, stream=side, capture_error_mode="thread_local"):
                 result = self._function(given)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise ConfigError(
                 f"synthesis.cuda_graphs=true: the network cannot be recorded ({str(error).splitlines()[0]}); want one that never looks at "

@@ -54,7 +54,7 @@ def save_checkpoint(path: Path, kind: Kind, config: Config, contents: Mapping[st
 
     ``contents`` holds "model" (a state dict) and whatever a resumed run needs: tensors, numbers, texts, lists and dicts of them. With
     ``keep`` above 1 the one that was there stays as ``checkpoint-STEP.pt``, and the oldest of these go once the new one is safe, so that
-    ``keep`` files remain. Raises SaveError where it cannot be written; nothing is lost then.
+    ``keep`` files remain; with 1 no other file is touched. Raises SaveError where it cannot be written; nothing is lost then.
     """
     document = {
         "format": FORMAT,
@@ -67,19 +67,25 @@ def save_checkpoint(path: Path, kind: Kind, config: Config, contents: Mapping[st
     _publish(
         path, lambda stream: torch.save(document, stream), before=lambda: _keep_previous(path) if keep > 1 else None
     )
-    older = sorted(_kept(path).items(), reverse=True)
-    for _, file in older[keep - 1 :]:
-        file.unlink()
+    if keep > 1:
+        older = sorted(_kept(path).items(), reverse=True)
+        for _, file in older[keep - 1 :]:
+            file.unlink()
 
 
-def save_weights(path: Path, kind: Kind, config: Config, weights: Mapping[str, torch.Tensor]) -> None:
-    """Write weights as safetensors, with kind, configuration and versions in the header; as safe as ``save_checkpoint``."""
+def save_weights(
+    path: Path, kind: Kind, config: Config, weights: Mapping[str, torch.Tensor], *, identity: Mapping[str, str]
+) -> None:
+    """Write weights as safetensors, as safe as ``save_checkpoint``; the header has kind, configuration, versions, and ``identity``: what
+    else the training was given, by option.
+    """
     header = {
         "format": FORMAT,
         "kind": kind,
         "engine_version": __version__,
         "torch_version": str(torch.__version__),
         "config": config.model_dump(mode="json"),
+        "identity": dict(identity),
     }
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
     data = save_safetensors(tensors, {HEADER_ENTRY: json.dumps(header)})

@@ -148,6 +148,8 @@ def _naming_the_cause() -> Iterator[None]:
     """A collective fails where another process has ended; what that one said is the cause."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise FtengineError(
             f"another process of this run has ended or cannot be reached ({' '.join(str(error).split())[:200]}). Its own message, above or in "

@@ -22,6 +22,7 @@ from ftengine.training.replay import NO_SOURCES, Replay, ReplayStep, Sources, wr
 from ftengine.types import Batch, PatchRecord
 
 CONTRAST_MEAN, CONTRAST_SD = "generator/contrast_mean", "generator/contrast_sd"
+MOST_OVERFLOWS = 10  # in a row, with fp16: GradScaler halves its scale at each, and starts at 2**16
 WINDOW = 50  # logged steps over which a warning is decided
 REPLAY_STEPS = 4  # batches in a replay file: the one that broke, and those before it
 # Between the halves of the first window the loss has moved if their means differ by more than two standard errors and by 1 %; by 5 % always
@@ -57,11 +58,12 @@ class Guards:
         gate: QualityGate | None = None,
         warn: Callable[[str], None] = lambda _text: None,
         gather: Callable[[int], list[int]] = lambda step: [step],
+        rank: int = 0,
         main_loss: str = "loss",
     ) -> None:
         """folder: where a replay file goes. sources: where the patches come from, for it. gate: counts verdicts, where the run paints.
 
-        gather: what each process of the run was given, in all of them; all call ``check`` alike. main_loss: the figure that
+        gather: what each process of the run was given, in all of them, by rank; all call ``check`` alike. rank: of this one. main_loss: the figure that
         should fall.
         """
         self.warnings: list[str] = []
@@ -69,6 +71,10 @@ class Guards:
         self._config, self._folder, self._checkpoint = config, folder, checkpoint
         self._main_loss = main_loss
         self._sources, self._gate, self._warn, self._gather = sources, gate, warn, gather
+        self._rank = rank
+        # a step that overflows in fp16 is left out by the loss scaler, and the weights stay sound
+        self._tolerated = MOST_OVERFLOWS if getattr(config, _SECTION[kind]).precision == "fp16" else 0
+        self._num_in_a_row = 0
         self._arrived: list[PatchRecord] = []
         self._pending: list[_Pending] = []
         self._before: deque[ReplayStep] = deque(maxlen=REPLAY_STEPS - 1)
@@ -94,13 +100,16 @@ class Guards:
         broken: ReplayStep | None = None
         for p in pending:
             done = ReplayStep(p.step, {name: next(values) for name in p.losses}, p.records)
-            if not all(map(math.isfinite, done.losses.values())):
+            is_finite = all(map(math.isfinite, done.losses.values()))
+            self._num_in_a_row = 0 if is_finite else self._num_in_a_row + 1
+            if self._num_in_a_row > self._tolerated:
                 broken = done
                 break
             self._before.append(done)
-        steps = [step for step in self._gather(-1 if broken is None else broken.step) if step >= 0]
+        by_rank = self._gather(-1 if broken is None else broken.step)
+        steps = [step for step in by_rank if step >= 0]
         if steps:
-            raise self._diverged(broken, min(steps))
+            raise self._diverged(broken, min(steps), writes=by_rank.index(min(steps)) == self._rank)
 
     def watch(self, step: int, values: Mapping[str, float]) -> None:
         """Look at the figures of a logged step, and warn once of each thing that is wrong with them."""
@@ -112,6 +121,7 @@ class Guards:
     def state_dict(self) -> dict[str, Any]:
         """What has been seen and warned of: numbers, texts and lists."""
         return {
+            "num_in_a_row": self._num_in_a_row,
             "warnings": list(self.warnings),
             "warned": sorted(self._warned),
             "first": list(self._first),
@@ -123,21 +133,24 @@ class Guards:
         """Go on where ``state`` was taken; None, of an older checkpoint, begins anew."""
         if state is None:
             return
+        self._num_in_a_row = state.get("num_in_a_row", 0)
         self.warnings, self._warned, self._first = list(state["warnings"]), set(state["warned"]), list(state["first"])
         self._recent = deque(state["recent"], maxlen=WINDOW)
         self._contrasts = deque(((mean, sd) for mean, sd in state["contrasts"]), maxlen=WINDOW)
 
-    def _diverged(self, broken: ReplayStep | None, step: int) -> DivergedError:
-        """The error; writes the replay file where this process had the patches. broken: its own first bad step, if it has one."""
+    def _diverged(self, broken: ReplayStep | None, step: int, *, writes: bool) -> DivergedError:
+        """The error. broken: the first bad step of this process, if it has one. writes: whether its patches go to the replay file."""
         section = _SECTION[self._kind]
         path = self._folder / f"replay-{step}.json"
         has_checkpoint = self._checkpoint.exists()
         found = "a loss is no number in another process"
         if broken is not None and broken.step == step:
             found = " and ".join(f"{name} is {x}" for name, x in broken.losses.items() if not math.isfinite(x))
-            saved = str(self._checkpoint.resolve()) if has_checkpoint else ""
-            steps = [*self._before, broken]
-            write_replay(path, Replay(self._kind, f"{found} at step {step}", self._config, self._sources, saved, steps))
+            if writes:
+                saved = str(self._checkpoint.resolve()) if has_checkpoint else ""
+                steps = [*self._before, broken]
+                reason = f"{found} at step {step}"
+                write_replay(path, Replay(self._kind, reason, self._config, self._sources, saved, steps))
         kept = f"{self._checkpoint} is kept" if has_checkpoint else "There is no checkpoint yet"
         clip = f" or set {section}.clip_norm" if hasattr(getattr(self._config, section), "clip_norm") else ""
         return DivergedError(

@@ -8,7 +8,6 @@ raises   ConfigError where almost nothing fits, naming the first differences
 =======  ==========================================================================================
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -70,11 +69,6 @@ class InitReport:
             "missing": list(self.missing),
             "notes": list(self.notes),
         }
-
-    def record(self, run_json: Path) -> None:
-        """Add the report to a run's ``run.json``."""
-        document = json.loads(run_json.read_text(encoding="utf-8")) | {"init": self.document()}
-        run_json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 def load_initial_weights(network: nn.Module, path: str | Path, config: Config) -> InitReport:

@@ -101,9 +101,21 @@ class Learner:
         if self._average is not None:
             self.network.load_state_dict(state["weights"])
             self._average.num_updates = state["ema_updates"]
-        self.optimizer.load_state_dict(state["optimizer"])
+        self._load_optimizer(state["optimizer"])
         if state["scaler"]:
             self._scaler.load_state_dict(state["scaler"])
+
+    def _load_optimizer(self, state: Mapping[str, Any]) -> None:
+        """Its moments; how it decays and averages is what the configuration says now, which a resumed run may be allowed to change."""
+        mine = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        for group, saved in zip(mine, state["param_groups"], strict=True):
+            if group["amsgrad"] != saved["amsgrad"]:
+                raise ConfigError(
+                    f"amsgrad: the run began with {saved['amsgrad']}, whose state the other way does not have. Restore it, or start a new run."
+                )
+        self.optimizer.load_state_dict(dict(state))
+        for group, wanted in zip(self.optimizer.param_groups, mine, strict=True):
+            group.update(wanted)
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:

@@ -106,10 +106,12 @@ def run_details(
 ) -> dict[str, Any]:
     """What ``run.json`` holds beside the configuration: options and SHA-256 of the files given, and each time the run was resumed."""
     file = folder / "run.json"
+    before: dict[str, Any] = {}
     resumed = []
     if document is not None:
         if file.exists():
-            resumed = list(json.loads(file.read_text(encoding="utf-8")).get("resumed", []))
+            before = json.loads(file.read_text(encoding="utf-8"))
+            resumed = list(before.get("resumed", []))
         resumed.append(
             {
                 "step": document["step"],
@@ -119,7 +121,8 @@ def run_details(
                 "changes": [str(change) for change in changes],
             }
         )
-    return {"given": {option: value for option, value in identity.items() if value}, "resumed": resumed}
+    given = {**before.get("given", {}), **{option: value for option, value in identity.items() if value}}
+    return {"given": given, "resumed": resumed, **({"init": before["init"]} if "init" in before else {})}
 
 
 def _config_changes(saved: Config, config: Config, kind: Kind) -> list[Change]:

@@ -95,18 +95,12 @@ class Run:
     """
 
     def __init__(self, folder: str | Path, config: Config, *, resume: bool, writes: bool = True) -> None:
-        """``writes`` false: another process writes. Raises ConfigError where a run lies there already and ``resume`` is false, or none
-        lies there and it is true.
-        """
+        """``writes`` false: another process writes. Raises ConfigError where a run lies there already and ``resume`` is false."""
         self.folder = Path(folder)
         self.checkpoint = self.folder / CHECKPOINT
         self.best = self.folder / BEST
         self.pictures = self.folder / "pictures"
         self._writes = writes
-        if resume and not self.checkpoint.exists():
-            raise ConfigError(
-                f"{self.checkpoint}: there is nothing to resume. Start without --resume, or give the folder of a started run."
-            )
         if not resume and self.checkpoint.exists():
             raise ConfigError(f"{self.folder}: holds a run already. Go on with --resume or choose another --out.")
         check_trackers(config)

@@ -1,6 +1,6 @@
 """Segmentation training: the baseline S on labelled data, and the student with painted tumours (Eq. 5-6 happen in the loader)."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ def train_segmenter(
     identity: Mapping[str, str] | None = None,
     allow: Collection[str] = (),
     sources: Sources = NO_SOURCES,
+    notes: Sequence[str] = (),
     validation: Validation | None = None,
     world: World = ALONE,
 ) -> TrainingResult:
@@ -49,12 +50,14 @@ def train_segmenter(
     ``warn``. resume: go on from ``out``, to the same losses as without the break (bit for bit on the CPU). ``gate`` counts the verdicts on
     the batches that training takes, where the loader paints; ``warn`` gets its warnings, those of the guards and the loader's. ``identity``
     names what else decides the result (painter files, split): a resumed run must be given the same, and the same configuration, but for
-    what ``allow`` names (``training.resume``). sources: for replay files. world: the processes of the run; the loader gives this one its
+    what ``allow`` names (``training.resume``). sources: for replay files. notes: warnings to begin with. world: the processes of the run; the loader gives this one its
     part. Ctrl-C and SIGTERM finish the step, save and return with ``interrupted``. Raises RejectionError where the gate stops the run,
     DivergedError where a loss is no number, MemoryLimitError and SaveError. Source: FreeTumor 4.5 and Table A19: DiceCE, AdamW, warm-up and
     cosine per iteration.
     """
-    frame = Frame(Path(out), device, resume, on_step, warn, identity or {}, allow=allow, sources=sources, world=world)
+    frame = Frame(
+        Path(out), device, resume, on_step, warn, identity or {}, allow=allow, sources=sources, notes=notes, world=world
+    )
     network = build_segmenter(config)
     resumed = frame.resumed("segmenter", config, loader)
     initial: InitReport | None = None

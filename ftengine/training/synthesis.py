@@ -43,15 +43,18 @@ def train_generator(
     warn: Callable[[str], None] = ignore_warning,
     allow: Collection[str] = (),
     sources: Sources = NO_SOURCES,
+    notes: Sequence[str] = (),
     pictures: Pictures | None = None,
     world: World = ALONE,
 ) -> TrainingResult:
     """Train G and C for ``config.generator_training.steps`` steps; writes ``out/checkpoint.pt`` with both.
 
-    ``identity``, ``allow``, ``sources`` and ``world``: as in ``train_segmenter``; ``warn`` gets the warnings of the guards and the loader.
+    ``identity``, ``allow``, ``sources``, ``notes`` and ``world``: as in ``train_segmenter``; ``warn`` gets the warnings of the guards and the loader.
     pictures: draws G's work into a folder every ``generator_training.pictures_every`` steps.
     """
-    frame = Frame(Path(out), device, resume, on_step, warn, identity or {}, allow=allow, sources=sources, world=world)
+    frame = Frame(
+        Path(out), device, resume, on_step, warn, identity or {}, allow=allow, sources=sources, notes=notes, world=world
+    )
     generator, classifier = build_generator(config), build_classifier(config)
     resumed = frame.resumed("generator", config, loader)
     if resumed is not None:
@@ -332,11 +335,13 @@ class Adversarial:
         return {
             "model": self.product.state_dict(),
             "classifier": self.classifier.product.state_dict(),
+            "judged": torch.cat(self._proportions).tolist() if self._proportions else [],
             "learners": {"generator": self.generator.state_dict(), "classifier": self.classifier.state_dict()},
         }
 
     def load_contents(self, document: Mapping[str, Any]) -> None:
         """Go on where ``contents`` was taken."""
+        self._proportions = [torch.tensor(document["judged"], device=self._device)] if document["judged"] else []
         self.generator.load_state_dict(document["learners"]["generator"])
         self.classifier.load_state_dict(document["learners"]["classifier"])
 

@@ -4,6 +4,7 @@ A stage is a ``Procedure``: what it does with a batch and with a step. Everythin
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -105,6 +106,7 @@ class Frame:
     identity: Mapping[str, str] = field(default_factory=dict)
     allow: Collection[str] = ()
     sources: Sources = NO_SOURCES
+    notes: Sequence[str] = ()  # to be told when the run begins
     world: World = ALONE
 
     def resumed(self, kind: Kind, config: Config, loader: Loader) -> "Resumed | None":
@@ -112,6 +114,10 @@ class Frame:
         if not self.resume:
             return None
         path = self.out / CHECKPOINT
+        if not path.exists():
+            raise ConfigError(
+                f"{path}: there is nothing to resume. Start without --resume, or give the folder of a started run."
+            )
         document = load_checkpoint(path, kind)
         if "learners" not in document:
             raise ConfigError(
@@ -175,6 +181,7 @@ class Trainer:
         self._rng: list[dict[str, torch.Tensor | None]] | None = None
         self._validated_at = -1
         self._bad_cases: set[str] = set()
+        self._said: list[str] = []  # since the last start or resume
         self._meter = StallMeter(loader)
         self._guards = Guards(
             procedure.kind,
@@ -185,6 +192,7 @@ class Trainer:
             gate=None if ledger is None else ledger.gate,
             warn=frame.warn if self._world.is_main else ignore_warning,
             gather=self._world.gather,
+            rank=self._world.rank,
             main_loss=procedure.main_loss,
         )
         if resumed is not None:
@@ -202,9 +210,12 @@ class Trainer:
         self._procedure.spread()
         resumed = self._resumed
         document, changes = (None, ()) if resumed is None else (resumed.document, resumed.changes)
-        self._run.begin(self._step, run_details(self._run.folder, self._frame.identity, document, changes))
         if self._world.is_main:
-            self._say_what_began()
+            details = run_details(self._run.folder, self._frame.identity, document, changes)
+            if self._initial is not None:
+                details["init"] = self._initial.document()
+            self._run.begin(self._step, details)
+        self._say_what_began()
         try:
             with self._own_randomness(), stopping_on_signals() as stop:
                 self._take_steps(stop)
@@ -221,7 +232,11 @@ class Trainer:
             self._run.close()
         if self._step == self._schedule.steps and self._world.is_main:
             weights = self._procedure.product.state_dict()
-            save_weights(self._run.folder / WEIGHTS, self._procedure.kind, self._config, weights)
+            path = self._run.folder / WEIGHTS
+            save_weights(path, self._procedure.kind, self._config, weights, identity=self._identity)
+        bad_reads = Counter[str]()
+        for counts in self._world.gather(self._loader.failures.by_case()):
+            bad_reads.update(counts)
         ledger = self._ledger
         return TrainingResult(
             self._run.checkpoint,
@@ -230,8 +245,8 @@ class Trainer:
             report,
             quality={} if ledger is None else ledger.gate.summary(),
             mix={} if ledger is None else ledger.summary(),
-            warnings=[*([] if ledger is None else ledger.warnings), *self._guards.warnings],
-            bad_reads=self._loader.failures.by_case(),
+            warnings=[*([] if ledger is None else ledger.warnings), *self._guards.warnings, *self._said],
+            bad_reads=dict(bad_reads),
             interrupted=self._step < self._schedule.steps,
             best=self._best,
             init="" if self._initial is None else self._initial.line(),
@@ -239,22 +254,31 @@ class Trainer:
 
     def _say_what_began(self) -> None:
         initial = self._initial
-        if initial is not None:
-            initial.record(self._run.folder / "run.json")
-            if initial.skipped or initial.missing:
-                self._frame.warn(f"--init {initial.line()}")
-        if self._resumed is not None:
-            for note in resume_notes(self._resumed.document, self._resumed.changes):
-                self._frame.warn(note)
-        for note in self._loader.notes:
-            self._frame.warn(note)
+        if initial is not None and (initial.skipped or initial.missing):
+            self._warn(f"--init {initial.line()}")
+        resumed = self._resumed
+        notes = () if resumed is None else resume_notes(resumed.document, resumed.changes)
+        for note in (*self._frame.notes, *notes, *self._loader.notes):
+            self._warn(note)
+
+    def _warn(self, text: str) -> None:
+        """Say something once for all processes; the result holds it, too."""
+        self._said.append(text)
+        if self._world.is_main:
+            self._frame.warn(text)
+
+    @property
+    def _identity(self) -> dict[str, str]:
+        """What decides the result beside the configuration: as the run began, and as it goes on."""
+        began = {} if self._resumed is None else self._resumed.document["identity"]
+        return {**began, **self._frame.identity}
 
     # ---- the loop ----
 
     def _take_steps(self, stop: StopRequest) -> None:
         if self._step >= self._schedule.steps:
             return
-        part = 0
+        part, epoch_before = 0, self._loader.epoch
         for batch in self._arriving():
             self._meter.arrived()
             stopping = self._take_note(batch, stop)
@@ -276,7 +300,8 @@ class Trainer:
             if not is_whole:
                 continue
             self._frame.on_step(self._step, values)
-            self._between_steps(epoch_ended=epoch_ended)
+            self._between_steps(epoch_before)
+            epoch_before = self._loader.epoch
             if self._step >= self._schedule.steps or (stopping if self._world.size > 1 else bool(stop)):
                 return
 
@@ -302,8 +327,7 @@ class Trainer:
                 self._frame.warn(warning)
         bad_cases = {case for word in words for case in word.bad_cases}
         for case in sorted(bad_cases - self._bad_cases):
-            if self._world.is_main:
-                self._frame.warn(f"{case} could not be read and is skipped; 'ftengine store verify' says why")
+            self._warn(f"{case} could not be read and is skipped; 'ftengine store verify' says why")
         self._bad_cases |= bad_cases
         return any(word.stop for word in words)
 
@@ -329,7 +353,7 @@ class Trainer:
         if not values:
             return
         values |= self._meter.take_line() | ({} if self._ledger is None else self._ledger.take_line())
-        values["loader/bad_reads"] = float(self._loader.failures.num_bad)
+        values["loader/bad_reads"] = float(sum(self._world.gather(self._loader.failures.num_bad)))
         values["epoch"] = float(epoch)
         kept = _finite(values)
         values.clear()
@@ -337,30 +361,31 @@ class Trainer:
         self._run.log(self._step, values, self._procedure.samples())
         self._guards.watch(self._step, values)
 
-    def _between_steps(self, *, epoch_ended: bool) -> None:
-        """Pictures, validation and a checkpoint, where they are due after ``self._step`` steps."""
+    def _between_steps(self, epoch_before: int) -> None:
+        """Pictures, validation and a checkpoint, where they are due after ``self._step`` steps. epoch_before: at the end of the last one."""
         step, schedule = self._step, self._schedule
         if self._pictures is not None and self._pictures_every is not None and step % self._pictures_every == 0:
             self._draw()
-        if self._is_validation_due(epoch_ended=epoch_ended):
+        if self._is_validation_due(epoch_before):
             self._validate()
         if step % schedule.checkpoint_every == 0 and step < schedule.steps:
             self._save()
 
     # ---- validation and pictures ----
 
-    def _is_validation_due(self, *, epoch_ended: bool) -> bool:
+    def _is_validation_due(self, epoch_before: int) -> bool:
         every = self._config.training.validate_every
         if every is None:
             return self._step % self._schedule.checkpoint_every == 0
         if self._config.training.validate_unit == "epochs":
-            return epoch_ended and self._loader.epoch % every == 0
+            return self._loader.epoch // every > epoch_before // every  # a step may reach over several epochs
         return self._step % every == 0
 
     def _validate(self) -> None:
         """Score the product, log it, and keep it in ``best.pt`` where it is the best so far."""
         if self._validation is None:
             return
+        self._guards.check()
         with self._meter.saving("validate"):
             figures = validate(self._validation, self._procedure.product, self._world)
             self._validated_at = self._step
@@ -369,7 +394,12 @@ class Trainer:
                 return
             self._best = {"step": self._step, DICE: figures[DICE]}
             if self._world.is_main:
-                contents = {"model": self._procedure.product.state_dict(), "step": self._step, "best": self._best}
+                contents = {
+                    "model": self._procedure.product.state_dict(),
+                    "step": self._step,
+                    "best": self._best,
+                    "identity": self._identity,
+                }
                 save_checkpoint(self._run.best, self._procedure.kind, self._config, contents)
 
     def _draw(self) -> None:
@@ -381,6 +411,7 @@ class Trainer:
     # ---- state ----
 
     def _save(self) -> None:
+        self._guards.check()  # a run that is stopped between two logged steps may have diverged
         with self._meter.saving():
             rng = self._world.gather(_rng_state(self._frame.device))
             if not self._world.is_main:
@@ -394,7 +425,8 @@ class Trainer:
                 "ledger": None if self._ledger is None else self._ledger.state_dict(),
                 "guards": self._guards.state_dict(),
                 "rng": rng,
-                "identity": dict(self._frame.identity),
+                "validated_at": self._validated_at,
+                "identity": self._identity,
             }
             keep = self._schedule.keep_checkpoints
             save_checkpoint(self._run.checkpoint, self._procedure.kind, self._config, contents, keep=keep)
@@ -407,7 +439,7 @@ class Trainer:
         self._guards.load_state_dict(document.get("guards"))
         self._loader.load_state_dict(loader_state(document, self._loader, resumed.changes))
         self._step, self._losses, self._best = document["step"], list(document["losses"]), dict(document["best"])
-        self._rng = document["rng"]
+        self._rng, self._validated_at = document["rng"], document["validated_at"]
 
     @contextmanager
     def _own_randomness(self) -> Iterator[None]:

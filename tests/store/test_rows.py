@@ -214,3 +214,27 @@ def test_files_that_keep_vanishing_end_in_one_sentence(
     )
     with pytest.raises(StoreError, match="vanish while they are read"):
         Rows(locate(tmp_path / "s.zarr"))
+
+
+_MANY_THREADS = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from ftengine.store.reader import open_store
+names = ["shape_zyx", "class_voxels", "annotation", "split", "dataset", "tumor_values"]
+with ThreadPoolExecutor(6) as pool:
+    for _ in range(60):
+        store, barrier = open_store(sys.argv[1]), Barrier(6)
+        def ask(number):
+            barrier.wait()
+            for name in names[number:] + names[:number]:
+                store.column(name)
+            return store.rows.row(number % len(store)), store.rows.chunk_lists.labelled(0)
+        list(pool.map(ask, range(6)))
+"""
+
+
+def test_many_threads_ask_at_once(tmp_path: Path) -> None:
+    """Two reads of one Parquet file have waited for each other for ever: in a process that can be ended."""
+    store = make_store(tmp_path, small_config())
+    subprocess.run([sys.executable, "-c", _MANY_THREADS, str(store.path)], check=True, timeout=120)

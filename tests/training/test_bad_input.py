@@ -235,7 +235,7 @@ def _no_such_file(world: World) -> Case:
 
 
 def _nothing_to_resume(world: World) -> Case:
-    return world.seg("--resume"), 2, r"run/checkpoint\.pt: no such checkpoint; want a file that 'ftengine train' wrote"
+    return world.seg("--resume"), 2, r"run/checkpoint\.pt: there is nothing to resume\. Start without --resume"
 
 
 def _tracker_that_is_missing(world: World) -> Case:

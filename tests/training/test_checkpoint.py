@@ -67,8 +67,8 @@ def test_the_newest_checkpoints_are_kept_under_their_steps(tmp_path: Path) -> No
         _save(path, step, keep=3)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-20.pt", "checkpoint-30.pt", "checkpoint.pt"]
     assert [load_checkpoint(tmp_path / f"checkpoint{n}.pt")["step"] for n in ("-20", "-30", "")] == [20, 30, 40]
-    _save(path, 50)
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+    _save(path, 50, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-40.pt", "checkpoint.pt"]
 
 
 def test_without_hard_links_the_older_one_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,8 +184,8 @@ def test_what_a_killed_save_left_is_removed(tmp_path: Path) -> None:
 
 def test_weights_are_exchanged_as_safetensors(tmp_path: Path) -> None:
     segmenter, generator = build_segmenter(CONFIG), build_generator(CONFIG)
-    save_weights(tmp_path / "s.safetensors", "segmenter", CONFIG, segmenter.state_dict())
-    save_weights(tmp_path / "g.safetensors", "generator", CONFIG, generator.state_dict())
+    save_weights(tmp_path / "s.safetensors", "segmenter", CONFIG, segmenter.state_dict(), identity={})
+    save_weights(tmp_path / "g.safetensors", "generator", CONFIG, generator.state_dict(), identity={})
     x = torch.rand(1, 1, 16, 16, 16)
     for load, file, network in ((load_segmenter, "s", segmenter), (load_generator, "g", generator)):
         loaded, config = load(tmp_path / f"{file}.safetensors")
@@ -247,7 +247,7 @@ def test_no_part_of_a_file_is_taken_for_the_whole(tmp_path: Path, suffix: str) -
     if suffix == ".pt":
         _save(file)
     else:
-        save_weights(file, "segmenter", CONFIG, build_segmenter(CONFIG).state_dict())
+        save_weights(file, "segmenter", CONFIG, build_segmenter(CONFIG).state_dict(), identity={})
     data = file.read_bytes()
     for length in [0, 1, 7, 8, 9, 100, *range(1000, len(data), len(data) // 20), len(data) - 1]:
         file.write_bytes(data[:length])
@@ -346,3 +346,10 @@ def test_the_module_lists_no_way_to_run_a_pickle() -> None:
             loads = source.count("torch.load(")
             assert source.count("weights_only=True") >= loads, file
             assert "pickle.load" not in source, file
+
+
+def test_a_run_that_keeps_one_leaves_the_files_of_others_alone(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-5000.pt").write_bytes(b"mine")
+    for step in (1, 2):
+        _save(tmp_path / "checkpoint.pt", step, keep=1)
+    assert (tmp_path / "checkpoint-5000.pt").read_bytes() == b"mine"

@@ -13,12 +13,13 @@ import torch
 
 from ftengine.assemble import build_loader, train_segmentation, train_synthesis
 from ftengine.config import Config
-from ftengine.errors import ConfigError
+from ftengine.errors import ConfigError, DivergedError
 from ftengine.loader.loader import Loader
 from ftengine.store.reader import Store
 from ftengine.training.checkpoint import load_checkpoint
 from ftengine.training.resume import check_changes, loader_state
 from ftengine.training.run import read_metrics
+from ftengine.training.weight_files import sha256_of
 from tests.support import make_store, small_config
 
 CONFIG = small_config(
@@ -230,3 +231,67 @@ def test_another_torch_is_a_warning(store: Store, whole: Path, tmp_path: Path) -
     assert warned == [
         f"the run began with torch 1.0.0 and goes on with torch {torch.__version__}: losses may differ in their last digits"
     ]
+
+
+def test_a_run_told_to_stop_after_it_diverged_keeps_its_last_good_checkpoint(store: Store, tmp_path: Path) -> None:
+    """No logged step lies between: the weights are NaN already when the signal asks to save."""
+    config = CONFIG.with_overrides(
+        {"training.learning_rate": 1e18, "training.warmup_steps": 0, "training.log_every": 100, "training.steps": 40}
+    )
+    config = config.with_overrides({"training.checkpoint_every": 40})
+
+    def terminate(step: int, _values: dict[str, float]) -> None:
+        if step == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(DivergedError, match="There is no checkpoint yet"):
+        train_segmentation(config, store.path, tmp_path / "run", on_step=terminate)
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_a_permitted_decay_is_the_one_that_trains(store: Store, tmp_path: Path) -> None:
+    short = CONFIG.with_overrides({"training.steps": 2})
+    train_segmentation(short, store.path, tmp_path / "run")
+    changed = short.with_overrides({"training.weight_decay": 0.5, "training.steps": 4})
+    train_segmentation(
+        changed, store.path, tmp_path / "run", resume=True, allow=("training.weight_decay", "training.steps")
+    )
+    state = load_checkpoint(tmp_path / "run" / "checkpoint.pt")["learners"]["segmenter"]["optimizer"]
+    assert state["param_groups"][0]["weight_decay"] == 0.5
+    with pytest.raises(ConfigError, match="amsgrad: the run began with False"):
+        train_segmentation(
+            changed.with_overrides({"training.amsgrad": True}),
+            store.path,
+            tmp_path / "run",
+            resume=True,
+            allow=("all",),
+        )
+
+
+def test_where_a_run_began_from_is_not_forgotten(store: Store, whole: Path, tmp_path: Path) -> None:
+    file = whole / "weights.safetensors"
+    short = CONFIG.with_overrides({"training.steps": 2})
+    began = train_segmentation(short, store.path, tmp_path / "run", init=file)
+    assert began.init.startswith(f"{file}: ")
+    before = json.loads((tmp_path / "run" / "run.json").read_text())
+    longer = short.with_overrides({"training.steps": 3})
+    train_segmentation(longer, store.path, tmp_path / "run", resume=True, allow=("training.steps",))
+    after = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert after["init"] == before["init"]
+    assert after["given"] == before["given"] == {"--init": f"sha256:{sha256_of(file)}"}
+    with pytest.raises(ConfigError, match="init: was sha256:"):
+        train_segmentation(longer, store.path, tmp_path / "run", resume=True, init=whole / "checkpoint.pt")
+
+
+def test_the_result_holds_what_was_said(store: Store, whole: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    result = train_segmentation(
+        CONFIG.with_overrides({"training.steps": 2}), store.path, tmp_path / "run", warn=said.append
+    )
+    assert result.warnings == said
+    again = CONFIG.with_overrides({"training.steps": 3})
+    resumed = train_segmentation(
+        again, store.path, tmp_path / "run", resume=True, allow=("training.steps",), warn=said.append
+    )
+    assert any("training.steps: was 2, is 3" in text for text in resumed.warnings)
+    assert set(resumed.warnings) <= set(said)

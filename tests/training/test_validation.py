@@ -113,6 +113,24 @@ def test_by_epochs(store: Store, tmp_path: Path) -> None:
     assert [v["step"] for v in read_validations(tmp_path / "run")] == [2, 4, 6, 8]
 
 
+def test_by_epochs_with_steps_that_reach_over_their_ends(store: Store, tmp_path: Path) -> None:
+    config = CONFIG.with_overrides(
+        {
+            "training.validate_unit": "epochs",
+            "training.accumulate": 2,
+            "loader.patches_per_epoch": 6,
+            "training.steps": 6,
+        }
+    )  # an epoch is three batches, a step two: epochs end in steps 2, 3, 5 and 6
+    every = config.with_overrides({"training.validate_every": 1})
+    train_segmentation(every, store.path, tmp_path / "run", split="train", val_split="val")
+    assert [v["step"] for v in read_validations(tmp_path / "run")] == [2, 3, 5, 6]
+    train_segmentation(every, store.path, tmp_path / "run", split="train", val_split="val", resume=True)
+    assert [v["step"] for v in read_validations(tmp_path / "run")] == [2, 3, 5, 6]  # what is done is not done again
+    best = load_checkpoint(tmp_path / "run" / "best.pt")
+    assert best["identity"]["--split"] == "train"
+
+
 def test_what_cannot_be_validated_on_is_refused(store: Store, tmp_path: Path) -> None:
     for split in (None, "val"):
         with pytest.raises(ConfigError, match="training would see these volumes too"):
