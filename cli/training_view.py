@@ -31,7 +31,8 @@ DryRunOption = Annotated[
 JsonLogOption = Annotated[
     bool,
     typer.Option(
-        "--json-log", help="Print one JSON document a line on stdout: each logged step, each warning, the end."
+        "--json-log",
+        help="Print one JSON document a line on stdout: each logged step, counted from 0, each warning, the end.",
     ),
 ]
 
