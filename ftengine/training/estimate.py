@@ -214,11 +214,16 @@ class Train(Protocol):
 def rehearse(kind: Kind, config: Config, train: Train) -> Estimate:
     """The estimate with time, peak memory and size of a checkpoint, measured on a few real steps in a folder that is thrown away.
 
-    Nothing is validated or drawn. Of several processes, which all call this, the first measures; the others return the plain estimate. Raises what training raises, a MemoryLimitError where a step does not fit.
+    Nothing is validated or drawn. Of several processes, which all call this, the first measures; the others return the plain estimate.
+    Raises what training raises, a MemoryLimitError where a step does not fit.
     """
     section = SECTION[kind]
     keys = {"steps": REHEARSED_STEPS, "log_every": 1, "checkpoint_every": REHEARSED_STEPS, "warmup_steps": 0}
-    silent = {"tracking.use": [], "training.validate_every": None, "generator_training.pictures_every": None}
+    silent: dict[str, object] = {
+        "tracking.use": [],
+        "training.validate_every": None,
+        "generator_training.pictures_every": None,
+    }
     short = config.with_overrides({f"{section}.{name}": value for name, value in keys.items()} | silent)
     told: list[Estimate] = []
 

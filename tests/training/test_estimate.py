@@ -144,6 +144,7 @@ def test_the_time_of_a_step_is_that_of_all_its_batches(store: Store, monkeypatch
     config = CONFIG.with_overrides({"training.accumulate": 4})
     found = rehearse("segmenter", config, partial(train_segmentation, store_path=store.path))
     assert len(logged) == REHEARSED_STEPS
+    assert found.step_s is not None
     assert found.step_s == 4 * logged[-1]["step_s"]
     assert found.total_s == 500 * found.step_s
 
