@@ -20,6 +20,7 @@ from ftengine.cli.training_view import (
     AllowOption,
     DryRunOption,
     JsonLogOption,
+    StepSize,
     TrainingView,
     check_outputs,
     print_dry_run,
@@ -29,6 +30,8 @@ from ftengine.cli.training_view import (
 )
 
 if TYPE_CHECKING:
+    from ftengine.config import GeneratorTrainingConfig, TrainingConfig
+    from ftengine.training.estimate import Estimate
     from ftengine.training.run import TrainingResult
 
 app = typer.Typer(help="Train the segmenter (seg) or the tumour generator (synth).", no_args_is_help=True)
@@ -119,14 +122,14 @@ def seg(
         val_split=val_split,
     )
     if dry_run:
-        print_dry_run(rehearse("segmenter", chosen, train), as_json=as_json)
+        _show_rehearsal(rehearse("segmenter", chosen, train), as_json=as_json)
         return
     settings = chosen.training
     with training_view(
         "training",
         loss="loss",
         steps=settings.steps,
-        patches_a_step=settings.batch_size * settings.accumulate,
+        step=_step_size(settings),
         json_log=json_log and _is_main(),
         quiet=quiet or as_json,
     ) as view:
@@ -168,6 +171,7 @@ def synth(
     from ftengine.cli.console import load_config
     from ftengine.store.reader import open_store
     from ftengine.training.estimate import rehearse
+    from ftengine.training.synthesis import main_loss_of
 
     quiet = quiet or not _is_main()
     check_outputs(as_json=as_json, json_log=json_log)
@@ -178,14 +182,14 @@ def synth(
         train_synthesis, store_path=store, baseline=baseline, split=split, held_out_fold=fold, val_split=val_split
     )
     if dry_run:
-        print_dry_run(rehearse("generator", chosen, train), as_json=as_json)
+        _show_rehearsal(rehearse("generator", chosen, train), as_json=as_json)
         return
     settings = chosen.generator_training
     with training_view(
         "training the generator",
-        loss="loss_seen",
+        loss=main_loss_of(settings),
         steps=settings.steps,
-        patches_a_step=settings.batch_size * settings.accumulate,
+        step=_step_size(settings),
         json_log=json_log and _is_main(),
         quiet=quiet or as_json,
     ) as view:
@@ -206,6 +210,17 @@ def _is_main() -> bool:
     from ftengine.training.distributed import world_of_environment
 
     return world_of_environment().is_main
+
+
+def _step_size(settings: "TrainingConfig | GeneratorTrainingConfig") -> StepSize:
+    from ftengine.training.distributed import world_of_environment
+
+    return StepSize(settings.batch_size * world_of_environment().size, settings.accumulate)
+
+
+def _show_rehearsal(estimate: "Estimate", *, as_json: bool) -> None:
+    if _is_main():
+        print_dry_run(estimate, as_json=as_json)
 
 
 def _config_of(out: Path, *, resume: bool) -> Path | None:

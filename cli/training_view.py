@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,28 +31,37 @@ DryRunOption = Annotated[
 JsonLogOption = Annotated[
     bool,
     typer.Option(
-        "--json-log", help="Print one JSON document a line on stdout: each logged step, each warning, the end."
+        "--json-log",
+        help="Print one JSON document a line on stdout: each logged step, counted from 0, each warning, the end.",
     ),
 ]
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """What a step is made of. patches: of a batch, in all processes together; batches: of a step. The stall meter measures batches."""
+
+    patches: int
+    batches: int = 1
 
 
 class TrainingView:
     """Shows a training run as it goes: a bar or plain lines on stderr, or with ``json_log`` JSON lines on stdout."""
 
-    def __init__(self, reporter: Reporter, *, loss: str, steps: int, patches_a_step: int, json_log: bool) -> None:
-        """loss: name of the figure shown. patches_a_step: for patches a second."""
-        self._reporter, self._loss, self._steps, self._patches = reporter, loss, steps, patches_a_step
+    def __init__(self, reporter: Reporter, *, loss: str, steps: int, step: StepSize, json_log: bool) -> None:
+        """loss: name of the figure shown."""
+        self._reporter, self._loss, self._steps, self._step = reporter, loss, steps, step
         self._json_log = json_log
 
     def __call__(self, step: int, values: Mapping[str, float]) -> None:
-        """One step is done; ``values`` are its figures where it is logged."""
+        """``step`` steps are done; ``values`` are the figures of the last one where it is logged."""
         line = ""
         if values:
             shown = self._figures(step, values)
             line = f"step {step}: {shown}"
             self._reporter.figures(shown)
             if self._json_log:
-                _print_line({"event": "step", "step": step, **values})
+                _print_line({"event": "step", "step": step - 1, **values})
         self._reporter.advance(line)
 
     def warn(self, text: str) -> None:
@@ -76,28 +86,28 @@ class TrainingView:
         loss = f"{values[self._loss]:.4f}" if self._loss in values else "-"
         parts = [f"epoch {int(values['epoch'])}"] if "epoch" in values else []
         parts.append(f"{self._loss} {loss}")
-        step_s = values.get("step_s", 0.0)
-        if step_s > 0:
+        batch_s = values.get("step_s", 0.0)
+        if batch_s > 0:
             parts += [
-                f"{self._patches / step_s:.3g} patches/s",
+                f"{self._step.patches / batch_s:.3g} patches/s",
                 f"waited {values.get('loader/wait_fraction', 0.0):.0%}",
             ]
         if "qc/window_pass_rate" in values or "qc/pass_rate" in values:
             parts.append(f"QC passes {values.get('qc/window_pass_rate', values.get('qc/pass_rate', 0.0)):.0%}")
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             parts.append(f"GPU {torch.cuda.memory_reserved() / 1e9:.1f} GB")
-        if step_s > 0 and step < self._steps:
-            parts.append(f"{duration(step_s * (self._steps - step))} left")
+        if batch_s > 0 and step < self._steps:
+            parts.append(f"{duration(batch_s * self._step.batches * (self._steps - step))} left")
         return ", ".join(parts)
 
 
 @contextmanager
 def training_view(
-    description: str, *, loss: str, steps: int, patches_a_step: int, json_log: bool, quiet: bool
+    description: str, *, loss: str, steps: int, step: StepSize, json_log: bool, quiet: bool
 ) -> Iterator[TrainingView]:
     """A view of a run of ``steps`` steps; ``quiet`` shows neither progress nor notes."""
     with progress(description, steps, quiet=quiet or json_log) as reporter:
-        yield TrainingView(reporter, loss=loss, steps=steps, patches_a_step=patches_a_step, json_log=json_log)
+        yield TrainingView(reporter, loss=loss, steps=steps, step=step, json_log=json_log)
 
 
 def check_outputs(*, as_json: bool, json_log: bool) -> None:

@@ -31,6 +31,7 @@ from ftengine.training.weight_files import HEADER_ENTRY
 FORMAT = 1
 WEIGHTS = "weights.safetensors"
 Kind = Literal["segmenter", "generator"]
+SECTION: dict[Kind, str] = {"segmenter": "training", "generator": "generator_training"}  # of the configuration
 _WANTED = "want a file that 'ftengine train' wrote (checkpoint.pt or weights.safetensors)"
 # What torch.load, and the tensors it rebuilds, raise on damaged or foreign files; fuzzed in tests/training/test_checkpoint.py
 _UNREADABLE = (

@@ -25,12 +25,12 @@ from torch.func import functional_call
 
 from ftengine.config import Config
 from ftengine.loader.loader import Loader
-from ftengine.training.checkpoint import Kind
+from ftengine.training.checkpoint import SECTION, Kind
+from ftengine.training.distributed import world_of_environment
 from ftengine.training.memory import memory_advice
 from ftengine.training.networks import build_classifier, build_generator, build_segmenter
 from ftengine.training.run import TrainingResult, read_metrics
 
-_SECTION: dict[Kind, str] = {"segmenter": "training", "generator": "generator_training"}
 _ADAM_STATES = 2  # tensors that Adam keeps for each weight
 _SPARE = 0.9  # of the free memory: the rest is for the allocator's gaps and the kernels' work space
 REHEARSED_STEPS = 3
@@ -63,20 +63,28 @@ class StepMemory:
 
     @property
     def largest_batch(self) -> int:
-        """The largest batch that fits; 0 where not even one patch does. Only where ``free`` is known."""
+        """The largest batch that fits; 0 where not even one patch does, or the weights alone do not. Only where ``free`` is known."""
         assert self.free is not None  # noqa: S101 - asked only where something does not fit
+        if not self.activations_a_patch:
+            return 0
         left = _SPARE * self.free - (self.total - self.activations)
         return max(0, int(left // self.activations_a_patch))
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will take. step_s and peak_bytes: measured by ``rehearse``, else None; peak_bytes on a GPU only."""
+    """What a run will take. batch_size: of each process; a step is ``accumulate`` batches in each of ``world_size`` processes.
+
+    step_s: seconds of such a step. It, wait_fraction, peak_bytes (on a GPU only) and checkpoint_bytes are measured by ``rehearse``, in the
+    process that reports, else None. memory: of one process.
+    """
 
     kind: Kind
     device: str
     steps: int
     batch_size: int
+    accumulate: int
+    world_size: int
     num_volumes: int
     patches_per_epoch: int
     memory: StepMemory
@@ -92,9 +100,14 @@ class Estimate:
         return None if self.step_s is None else self.step_s * self.steps
 
     @property
+    def patches_a_step(self) -> int:
+        """Patches that a step's gradients are of, in all processes together."""
+        return self.batch_size * self.accumulate * self.world_size
+
+    @property
     def epochs(self) -> float:
         """Passes through the epoch's patches."""
-        return self.steps * self.batch_size / self.patches_per_epoch
+        return self.steps * self.patches_a_step / self.patches_per_epoch
 
     def document(self) -> dict[str, Any]:
         """All of it as plain JSON values; sizes in bytes, times in seconds."""
@@ -104,6 +117,9 @@ class Estimate:
             "device": self.device,
             "steps": self.steps,
             "batch_size": self.batch_size,
+            "accumulate": self.accumulate,
+            "world_size": self.world_size,
+            "patches_a_step": self.patches_a_step,
             "num_volumes": self.num_volumes,
             "patches_per_epoch": self.patches_per_epoch,
             "epochs": self.epochs,
@@ -134,7 +150,7 @@ class Estimate:
             f"{name} {_gb(getattr(m, name))}" for name in ("weights", "gradients", "optimizer", "activations")
         )
         lines = [
-            f"{self.steps} steps of {self.batch_size} patches: {self.epochs:.1f} epochs of {self.patches_per_epoch} from {self.num_volumes} volumes",
+            f"{self.steps} steps of {self.patches_a_step} patches{self._parts()}: {self.epochs:.1f} epochs of {self.patches_per_epoch} from {self.num_volumes} volumes",
             f"memory of a step: {_gb(m.total)}{free} ({parts}), {left_out} not counted",
         ]
         if self.peak_bytes is not None:
@@ -150,22 +166,31 @@ class Estimate:
             lines.append(f"this does not fit. Try, in this order: {'; '.join(self.advice)}")
         return lines
 
+    def _parts(self) -> str:
+        """How a step's patches come together, where it is more than one batch."""
+        if self.patches_a_step == self.batch_size:
+            return ""
+        processes = f", {self.world_size} processes" if self.world_size > 1 else ""
+        return f" ({self.accumulate} x {self.batch_size}{processes})"
+
 
 def estimate(
     kind: Kind, config: Config, loader: Loader, *, device: torch.device, segmenter: nn.Module | None = None
 ) -> Estimate:
     """What a run will take, from its plan and networks; nothing is computed. segmenter: the frozen S of generator training."""
-    settings = getattr(config, _SECTION[kind])
+    settings = getattr(config, SECTION[kind])
     memory = step_memory(kind, config, device=device, segmenter=segmenter)
     advice = []
     if not memory.fits:
-        advice = memory_advice(kind, config, batch_size=max(1, memory.largest_batch))
+        advice = memory_advice(kind, config, fitting=memory.largest_batch)
     plan = loader.plan
     return Estimate(
         kind=kind,
         device=str(device),
         steps=settings.steps,
         batch_size=settings.batch_size,
+        accumulate=settings.accumulate,
+        world_size=plan.world_size,
         num_volumes=plan.num_volumes,
         patches_per_epoch=plan.batches_per_epoch * plan.batch_size * plan.world_size,
         memory=memory,
@@ -174,9 +199,14 @@ def estimate(
 
 
 class Train(Protocol):
-    """Trains a configuration into a folder, with a run's own data and painters; tells its estimate before the first step."""
+    """Trains a configuration into a folder, with a run's own data and painters; tells its estimate before the first step.
 
-    def __call__(self, config: Config, *, out: Path, on_estimate: Callable[["Estimate"], None]) -> TrainingResult:
+    val_split: as of ``assemble.train_segmentation``.
+    """
+
+    def __call__(
+        self, config: Config, *, out: Path, val_split: None, on_estimate: Callable[["Estimate"], None]
+    ) -> TrainingResult:
         """Train."""
         ...
 
@@ -184,11 +214,17 @@ class Train(Protocol):
 def rehearse(kind: Kind, config: Config, train: Train) -> Estimate:
     """The estimate with time, peak memory and size of a checkpoint, measured on a few real steps in a folder that is thrown away.
 
+    Nothing is validated or drawn. Of several processes, which all call this, the first measures; the others return the plain estimate.
     Raises what training raises, a MemoryLimitError where a step does not fit.
     """
-    section = _SECTION[kind]
+    section = SECTION[kind]
     keys = {"steps": REHEARSED_STEPS, "log_every": 1, "checkpoint_every": REHEARSED_STEPS, "warmup_steps": 0}
-    short = config.with_overrides({f"{section}.{name}": value for name, value in keys.items()} | {"tracking.use": []})
+    silent: dict[str, object] = {
+        "tracking.use": [],
+        "training.validate_every": None,
+        "generator_training.pictures_every": None,
+    }
+    short = config.with_overrides({f"{section}.{name}": value for name, value in keys.items()} | silent)
     told: list[Estimate] = []
 
     def on_estimate(planned: Estimate) -> None:
@@ -198,14 +234,15 @@ def rehearse(kind: Kind, config: Config, train: Train) -> Estimate:
 
     with tempfile.TemporaryDirectory(prefix="ftengine-rehearsal-") as folder:
         out = Path(folder) / "run"
-        result = train(short, out=out, on_estimate=on_estimate)
+        result = train(short, out=out, val_split=None, on_estimate=on_estimate)
+        planned = replace(told[0], steps=getattr(config, section).steps)
+        if not world_of_environment().is_main:
+            return planned
         last = read_metrics(out)[-1]  # the first steps allocate, compile and choose algorithms
         size = result.checkpoint.stat().st_size
-    planned = told[0]
     return replace(
         planned,
-        steps=getattr(config, section).steps,
-        step_s=last["step_s"],
+        step_s=last["step_s"] * planned.accumulate,
         wait_fraction=last["loader/wait_fraction"],
         peak_bytes=torch.cuda.max_memory_reserved(planned.device) if planned.device.startswith("cuda") else None,
         checkpoint_bytes=size,
@@ -214,7 +251,7 @@ def rehearse(kind: Kind, config: Config, train: Train) -> Estimate:
 
 def step_memory(kind: Kind, config: Config, *, device: torch.device, segmenter: nn.Module | None = None) -> StepMemory:
     """Bytes of one training step, from the networks' graphs on fake tensors; nothing is computed or allocated."""
-    settings = getattr(config, _SECTION[kind])
+    settings = getattr(config, SECTION[kind])
     trained: list[nn.Module]
     frozen: list[nn.Module] = []
     if kind == "segmenter":
@@ -273,7 +310,7 @@ def _kept_bytes(
         held.append(tensor)
         return tensor
 
-    precision = getattr(getattr(config, _SECTION[kind]), "precision", "fp32")
+    precision = getattr(config, SECTION[kind]).precision
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.zeros((1, 1, *config.region.patch_zyx), device=device)

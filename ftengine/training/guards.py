@@ -17,7 +17,7 @@ import torch
 from ftengine.config import Config
 from ftengine.errors import DivergedError
 from ftengine.quality.gate import QualityGate
-from ftengine.training.checkpoint import Kind
+from ftengine.training.checkpoint import SECTION, Kind
 from ftengine.training.replay import NO_SOURCES, Replay, ReplayStep, Sources, write_replay
 from ftengine.types import Batch, PatchRecord
 
@@ -32,7 +32,6 @@ _FROZEN = 1e-4  # spread over a window, as a share of the loss, below which it s
 # 0.025 to 0.033; a tenth of that is noise of the texture, not contrast
 _COLLAPSED = 0.003
 _SATURATED = 0.999
-_SECTION: dict[Kind, str] = {"segmenter": "training", "generator": "generator_training"}
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class Guards:
         self._sources, self._gate, self._warn, self._gather = sources, gate, warn, gather
         self._rank = rank
         # a step that overflows in fp16 is left out by the loss scaler, and the weights stay sound
-        self._tolerated = MOST_OVERFLOWS if getattr(config, _SECTION[kind]).precision == "fp16" else 0
+        self._tolerated = MOST_OVERFLOWS if getattr(config, SECTION[kind]).precision == "fp16" else 0
         self._num_in_a_row = 0
         self._arrived: list[PatchRecord] = []
         self._pending: list[_Pending] = []
@@ -140,7 +139,7 @@ class Guards:
 
     def _diverged(self, broken: ReplayStep | None, step: int, *, writes: bool) -> DivergedError:
         """The error. broken: the first bad step of this process, if it has one. writes: whether its patches go to the replay file."""
-        section = _SECTION[self._kind]
+        section = SECTION[self._kind]
         path = self._folder / f"replay-{step}.json"
         has_checkpoint = self._checkpoint.exists()
         found = "a loss is no number in another process"
@@ -152,10 +151,9 @@ class Guards:
                 reason = f"{found} at step {step}"
                 write_replay(path, Replay(self._kind, reason, self._config, self._sources, saved, steps))
         kept = f"{self._checkpoint} is kept" if has_checkpoint else "There is no checkpoint yet"
-        clip = f" or set {section}.clip_norm" if hasattr(getattr(self._config, section), "clip_norm") else ""
         return DivergedError(
             f"{self._folder}: {found} at step {step}: training diverged. {kept}. Look at the patches with 'ftengine replay {path}'; where "
-            f"they are sound, lower {section}.learning_rate{clip}.",
+            f"they are sound, lower {section}.learning_rate or set {section}.clip_norm.",
             str(path),
         )
 
@@ -170,7 +168,7 @@ class Guards:
                 f"the loss stood still at {loss:.4g} for {WINDOW} logged steps: no weight changes, or none matters. Look at the learning rate in "
                 "metrics.jsonl and at the patches with 'ftengine preview'",
             )
-        settings = getattr(self._config, _SECTION[self._kind])
+        settings = getattr(self._config, SECTION[self._kind])
         if step < settings.warmup_steps or len(self._first) >= WINDOW:
             return
         self._first.append(loss)
@@ -185,7 +183,7 @@ class Guards:
                 self._say(
                     "loss does not move",
                     f"over the first {WINDOW} logged steps behind the warm-up the loss was {began:.4g} in the first half and {ended:.4g} in the second, "
-                    f"within its noise: the network learns nothing yet. Check the labels ('ftengine preview'), then try another {_SECTION[self._kind]}.learning_rate (now "
+                    f"within its noise: the network learns nothing yet. Check the labels ('ftengine preview'), then try another {SECTION[self._kind]}.learning_rate (now "
                     f"{settings.learning_rate:g})",
                 )
 

@@ -17,10 +17,9 @@ from ftengine import __version__
 from ftengine.config import Config, LoaderConfig
 from ftengine.errors import ConfigError
 from ftengine.loader.loader import Loader
-from ftengine.training.checkpoint import Kind, config_inside
+from ftengine.training.checkpoint import SECTION, Kind, config_inside
 
 STORE, PROCESSES = "store", "processes"  # names of what differs but has no key
-_SECTION: dict[Kind, str] = {"segmenter": "training", "generator": "generator_training"}
 _FREE_KEYS = (
     "device",
     "tracking",
@@ -29,7 +28,7 @@ _FREE_KEYS = (
     "training.validate_unit",
     "generator_training.pictures_every",
     "generator_training.num_pictures",
-    *(f"{part}.{name}" for part in _SECTION.values() for name in ("log_every", "checkpoint_every", "keep_checkpoints")),
+    *(f"{part}.{name}" for part in SECTION.values() for name in ("log_every", "checkpoint_every", "keep_checkpoints")),
 )
 
 
@@ -127,7 +126,7 @@ def run_details(
 
 def _config_changes(saved: Config, config: Config, kind: Kind) -> list[Change]:
     was, now = _flat(saved.model_dump(mode="json")), _flat(config.model_dump(mode="json"))
-    others = tuple(f"{section}." for other, section in _SECTION.items() if other != kind)
+    others = tuple(f"{section}." for other, section in SECTION.items() if other != kind)
     return [
         Change(key, _text(was.get(key)), _text(now.get(key)))
         for key in sorted(was.keys() | now.keys())

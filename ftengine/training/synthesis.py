@@ -109,6 +109,11 @@ class _Sums:
         self.totals[name] = Total(total, count) if before is None else Total(before.total + total, before.count + count)
 
 
+def main_loss_of(settings: GeneratorTrainingConfig) -> str:
+    """Name of the figure that stands for a run: the loss of Eq. 2, or L_cls of Eq. 3 where that is trained alone."""
+    return "loss_fools" if settings.losses == "fools" else "loss_seen"
+
+
 class Adversarial:
     """The procedure: two phases a step.
 
@@ -135,7 +140,7 @@ class Adversarial:
         self._settings, self._region, self._device, self._world = settings, config.region, device, world
         self.generator = self._learner(generator, ema_decay=settings.ema_decay)
         self.classifier = self._learner(classifier, ema_decay=None)
-        self.main_loss = "loss_fools" if settings.losses == "fools" else "loss_seen"
+        self.main_loss = main_loss_of(settings)
         segmenter.eval().requires_grad_(requires_grad=False)
         self._segmenter = compiled_forward(segmenter, compiled=settings.compile)
         released = config.synthesis.variant == "released"

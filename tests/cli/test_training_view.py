@@ -9,7 +9,9 @@ import torch
 from rich.console import Console
 
 from ftengine.cli import console
-from ftengine.cli.training_view import training_view
+from ftengine.cli.train import _step_size
+from ftengine.cli.training_view import StepSize, training_view
+from ftengine.training.run import read_metrics
 from ftengine.training.weight_files import sha256_of
 from tests.cli.test_cli import _error, _run
 from tests.support import make_store, small_config
@@ -47,7 +49,9 @@ def test_json_log_is_a_document_a_line_and_nothing_else(place: Path, tmp_path: P
     done = _run("train", "synth", place / "store.zarr", *arguments, "--json-log")
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line["event"] for line in lines] == ["step"] * 3 + ["end"]
-    assert [line["step"] for line in lines[:3]] == [1, 2, 3]
+    metrics = read_metrics(tmp_path / "g")
+    assert [line["step"] for line in metrics] == [0, 1, 2]
+    assert [{name: x for name, x in line.items() if name != "event"} for line in lines[:3]] == metrics
     assert all({"loss_classifier", "learning_rate", "epoch", "step_s"} <= line.keys() for line in lines[:3])
     assert lines[-1]["checkpoint"] == str(tmp_path / "g" / "checkpoint.pt")
     digest = sha256_of(place / "s" / "weights.safetensors")
@@ -56,7 +60,7 @@ def test_json_log_is_a_document_a_line_and_nothing_else(place: Path, tmp_path: P
 
 
 def test_warnings_are_events_too(capsys: pytest.CaptureFixture[str]) -> None:
-    with training_view("t", loss="loss", steps=9, patches_a_step=4, json_log=True, quiet=False) as view:
+    with training_view("t", loss="loss", steps=9, step=StepSize(4), json_log=True, quiet=False) as view:
         view.warn("mind this")
         view(1, {})
     out, err = capsys.readouterr()
@@ -71,7 +75,7 @@ def test_json_and_json_log_exclude_each_other(place: Path, tmp_path: Path) -> No
 
 
 def test_plain_lines_hold_all_figures(capsys: pytest.CaptureFixture[str]) -> None:
-    with training_view("t", loss="loss", steps=9, patches_a_step=4, json_log=False, quiet=False) as view:
+    with training_view("t", loss="loss", steps=9, step=StepSize(4), json_log=False, quiet=False) as view:
         view(1, VALUES)
         view(2, {})
     out, err = capsys.readouterr()
@@ -79,12 +83,34 @@ def test_plain_lines_hold_all_figures(capsys: pytest.CaptureFixture[str]) -> Non
     assert err == "[1/9] step 1: epoch 2, loss 1.2500, 8 patches/s, waited 20%, QC passes 62%, 4 s left\n"
 
 
+def test_the_time_left_is_that_of_all_batches(capsys: pytest.CaptureFixture[str]) -> None:
+    """step_s is of a batch; here of three in each of two processes."""
+    with training_view("t", loss="loss", steps=9, step=StepSize(8, 3), json_log=False, quiet=False) as view:
+        view(1, VALUES)
+    assert "16 patches/s, waited 20%, QC passes 62%, 12 s left\n" in capsys.readouterr().err
+
+
+def test_accumulation_and_processes_reach_the_view(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    settings = CONFIG.with_overrides({"training.accumulate": 3}).training
+    assert _step_size(settings) == StepSize(patches=4, batches=3)
+
+
+def test_the_generators_view_shows_the_loss_that_is_trained(place: Path, tmp_path: Path) -> None:
+    options = ["--baseline", place / "s" / "checkpoint.pt", "--config", place / "c.yaml", "--out", tmp_path / "g"]
+    shown = _run("train", "synth", place / "store.zarr", *options, "--set", "generator_training.losses=fools").stderr
+    losses = [row["loss_fools"] for row in read_metrics(tmp_path / "g")]
+    assert len(losses) == 3
+    for loss in losses:
+        assert f"loss_fools {loss:.4f}, " in shown
+
+
 def test_gpu_memory_is_shown_where_there_is_one(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in (("is_available", True), ("is_initialized", True), ("memory_reserved", 3_456_000_000)):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
-    with training_view("t", loss="loss", steps=1, patches_a_step=4, json_log=False, quiet=False) as view:
+    with training_view("t", loss="loss", steps=1, step=StepSize(4), json_log=False, quiet=False) as view:
         view(1, VALUES)
     assert "GPU 3.5 GB" in capsys.readouterr().err
 
@@ -92,7 +118,7 @@ def test_gpu_memory_is_shown_where_there_is_one(
 def test_a_terminal_gets_a_bar_with_the_figures_and_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     monkeypatch.setattr(console, "Console", lambda **_: Console(file=screen, force_terminal=True, width=160))
-    with training_view("training", loss="loss", steps=3, patches_a_step=4, json_log=False, quiet=False) as view:
+    with training_view("training", loss="loss", steps=3, step=StepSize(4), json_log=False, quiet=False) as view:
         for step in (1, 2, 3):
             view(step, VALUES)
         view.note("a note above the bar")

@@ -141,6 +141,21 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step_and_they_go_on(store
     assert [row["step"] for row in read_metrics(run)] == list(range(saved["step"] + 2))
 
 
+def test_a_dry_run_is_measured_and_printed_by_the_first_process(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(HALVES.with_overrides({"training.accumulate": 2}).to_yaml())
+    arguments = ["-m", "ftengine.cli.main", "train", "seg", str(store.path), "--out", str(tmp_path / "run")]
+    ended = _wait(_start([*arguments, "--config", str(tmp_path / "config.yaml"), "--dry-run", "--json"]))
+    (code, out, err), (other_code, other_out, other_err) = ended
+    assert (code, other_code) == (0, 0), err + other_err
+    assert other_out == ""
+    document = json.loads(out)
+    assert (document["world_size"], document["accumulate"], document["patches_a_step"]) == (2, 2, 4)
+    assert document["epochs"] == 4 / document["patches_per_epoch"]
+    assert document["step_s"] > 0
+    assert document["checkpoint_bytes"] > 0
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_world_is_what_torchrun_says(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from ftengine.training.estimate import REHEARSED_STEPS, Estimate, StepMemory, du
 from ftengine.training.losses import segmentation_loss
 from ftengine.training.memory import is_out_of_memory, memory_advice
 from ftengine.training.networks import build_classifier, build_generator, build_segmenter, count_parameters
+from ftengine.training.run import read_metrics
 from tests.support import make_store, small_config
 
 CONFIG = small_config(training__steps=500, generator_training__steps=300, device="cpu")
@@ -111,11 +113,61 @@ def test_a_batch_that_does_not_fit_gets_the_one_that_would(store: Store, monkeyp
     assert not found.memory.fits
     largest = found.memory.largest_batch
     assert 5 <= largest <= 7  # less than half: a tenth is spared, and the weights stay
-    assert found.advice[0].startswith(f"training.batch_size={largest} (now 16)")
-    assert f"this does not fit. Try, in this order: training.batch_size={largest}" in found.lines()[-1]
+    advised = "training.batch_size=4 (now 16) with training.accumulate=4 (now 1), as many patches a step"
+    assert found.advice[0] == advised  # the largest that divides 16
+    assert f"this does not fit. Try, in this order: {advised}" in found.lines()[-1]
     smaller = config.with_overrides({"training.batch_size": largest})
     assert step_memory("segmenter", smaller, device=CPU).fits
     assert not step_memory("segmenter", config.with_overrides({"training.batch_size": largest + 1}), device=CPU).fits
+
+
+def test_a_step_is_all_batches_of_all_processes(store: Store) -> None:
+    config = CONFIG.with_overrides({"training.batch_size": 1, "training.accumulate": 3})
+    with build_loader(config, store, mix="annotated", rank=1, world_size=2) as loader:
+        found = estimate("segmenter", config, loader, device=CPU)
+    assert (found.patches_a_step, found.patches_per_epoch) == (6, 2)
+    assert found.epochs == 500 * 6 / 2
+    assert found.lines()[0] == "500 steps of 6 patches (3 x 1, 2 processes): 1500.0 epochs of 2 from 2 volumes"
+    document = found.document()
+    assert (document["batch_size"], document["accumulate"], document["world_size"]) == (1, 3, 2)
+
+
+def test_the_time_of_a_step_is_that_of_all_its_batches(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stall meter, and so metrics.jsonl, has seconds of a batch."""
+    logged: list[dict[str, float]] = []
+
+    def spy(folder: Path) -> list[dict[str, float]]:
+        logged[:] = read_metrics(folder)
+        return logged
+
+    monkeypatch.setattr(module, "read_metrics", spy)
+    config = CONFIG.with_overrides({"training.accumulate": 4})
+    found = rehearse("segmenter", config, partial(train_segmentation, store_path=store.path))
+    assert len(logged) == REHEARSED_STEPS
+    assert found.step_s is not None
+    assert found.step_s == 4 * logged[-1]["step_s"]
+    assert found.total_s == 500 * found.step_s
+
+
+def test_where_the_weights_alone_do_not_fit_no_batch_does() -> None:
+    hidden = StepMemory(10, 10, 20, 0, 0, 30, is_traced=False)
+    assert not hidden.fits
+    assert hidden.largest_batch == 0
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulate", "fitting", "want"),
+    [(4, 1, 3, (2, 2)), (4, 1, 0, (1, 4)), (5, 1, 3, (1, 5)), (6, 2, 5, (4, 3)), (2, 3, 7, (1, 6))],
+)
+def test_advice_keeps_the_patches_of_a_step(
+    batch_size: int, accumulate: int, fitting: int, want: tuple[int, int]
+) -> None:
+    config = CONFIG.with_overrides({"training.batch_size": batch_size, "training.accumulate": accumulate})
+    size, batches = want
+    assert size * batches == batch_size * accumulate
+    assert memory_advice("segmenter", config, fitting=fitting)[0] == (
+        f"training.batch_size={size} (now {batch_size}) with training.accumulate={batches} (now {accumulate}), as many patches a step"
+    )
 
 
 @pytest.mark.parametrize("kind", ["segmenter", "generator"])
@@ -127,7 +179,7 @@ def test_a_rehearsal_measures_real_steps_and_leaves_nothing(
     (tmp_path / "tmp").mkdir()
     steps: list[int] = []
 
-    def train(config: Config, *, out: Path, on_estimate: object) -> object:
+    def train(config: Config, *, out: Path, val_split: None, on_estimate: object) -> object:
         counted = {"on_estimate": on_estimate, "on_step": lambda step, _values: steps.append(step)}
         if kind == "segmenter":
             return train_segmentation(config, store.path, out, **counted)  # type: ignore[arg-type]  # as the command line does
@@ -180,7 +232,7 @@ def test_the_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_an_estimate_says_so_where_the_free_memory_is_unknown() -> None:
-    found = Estimate("segmenter", "cpu", 10, 2, 1, 2, StepMemory(10, 10, 20, 10**9, 10**9, None))
+    found = Estimate("segmenter", "cpu", 10, 2, 1, 1, 1, 2, StepMemory(10, 10, 20, 10**9, 10**9, None))
     assert "free" not in found.lines()[1]
 
 
@@ -285,7 +337,7 @@ def test_a_real_allocation_that_fails_is_one_line_with_advice(store: Store, tmp_
 def test_advice_names_what_is_not_done_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     config = Config.preset("abdomen").with_overrides({"network.checkpointing": False})
-    proposals = memory_advice("segmenter", config)
+    proposals = memory_advice("segmenter", config, fitting=2)
     assert [p.split("=")[0] for p in proposals[:3]] == [
         "network.checkpointing",
         "training.batch_size",
@@ -294,8 +346,8 @@ def test_advice_names_what_is_not_done_yet(monkeypatch: pytest.MonkeyPatch) -> N
     done = config.with_overrides(
         {"network.checkpointing": True, "training.precision": "bf16", "training.batch_size": 1}
     )
-    assert [p.split("=")[0] for p in memory_advice("segmenter", done)] == [
+    assert [p.split("=")[0] for p in memory_advice("segmenter", done, fitting=1)] == [
         "where it paints, synthesis.box",
         "a smaller region.patch_zyx (now (96, 96, 96))",
     ]
-    assert any("generator.width" in p for p in memory_advice("generator", config))
+    assert any("generator.width" in p for p in memory_advice("generator", config, fitting=1))

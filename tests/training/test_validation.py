@@ -1,6 +1,7 @@
 """Validation while training: the figures of ``evaluate``, the best network, and going on after a break."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from ftengine.store.reader import Store, open_store
 from ftengine.store.writer import Provenance, create_store, write_volume
 from ftengine.training.checkpoint import load_checkpoint, load_segmenter
 from ftengine.training.distributed import World
+from ftengine.training.estimate import rehearse
 from ftengine.training.run import read_metrics, read_validations
 from ftengine.training.validation import Validation, validate
 from tests.support import organ_volume, ras_grid_at, small_config
@@ -208,3 +210,27 @@ def test_pictures_show_the_same_patches_every_few_steps(whole: Path, store: Stor
     assert [h.step for h in histograms] == [row["step"] for row in painted] != []
     for row in painted:
         assert sum(row[f"qc/p_tenth/{n}"] for n in range(1, 11)) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "held_out", [{"split": "train", "val_split": "val"}, {"split": "train"}], ids=["split", "none"]
+)
+@pytest.mark.parametrize("validate_every", [1, None])
+def test_a_rehearsal_does_not_validate(
+    store: Store, monkeypatch: pytest.MonkeyPatch, held_out: dict[str, str], validate_every: int | None
+) -> None:
+    monkeypatch.setattr("ftengine.training.trainer.validate", _refuse)
+    config = CONFIG.with_overrides({"training.validate_every": validate_every})
+    found = rehearse("segmenter", config, partial(train_segmentation, store_path=store.path, **held_out))  # type: ignore[arg-type]  # texts alone
+    assert found.step_s is not None
+
+
+def test_a_rehearsal_does_not_draw(store: Store, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ftengine.evaluation.preview.preview", _refuse)
+    config = CONFIG.with_overrides({"generator_training.pictures_every": 1})
+    train = partial(train_synthesis, store_path=store.path, baseline=whole / "best.pt", split="train", val_split="val")
+    assert rehearse("generator", config, train).step_s is not None
+
+
+def _refuse(*_: object, **__: object) -> None:
+    raise AssertionError("a rehearsal trains only")
