@@ -24,9 +24,19 @@ def replay(
     from ftengine.assemble import replay as make_again
 
     folder = out or file.with_suffix("")
-    found, patches = make_again(file, folder, every_step=every_step, store_path=store, device=device)
+    warnings: list[str] = []
+    found, patches = make_again(
+        file, folder, every_step=every_step, store_path=store, device=device, warn=warnings.append
+    )
     if as_json:
-        print_json({"reason": found.reason, "kind": found.kind, "patches": [p.document() for p in patches]})
+        print_json(
+            {
+                "reason": found.reason,
+                "kind": found.kind,
+                "warnings": warnings,
+                "patches": [p.document() for p in patches],
+            }
+        )
         return
     console = stdout()
     console.print(f"{found.reason}; pictures are in {folder}", highlight=False, markup=False)
@@ -54,10 +64,12 @@ def replay(
             *(f"{x:.3f}" for x in (p.lowest, p.highest, p.mean)),
             str(p.num_not_finite),
             ", ".join(f"{name} {count}" for name, count in p.label_voxels.items()) or "none",
-            p.recorded or "no",
+            p.recorded or ("not kept" if p.as_recorded is None else "no"),
             "the same" if p.as_recorded else f"now: {p.now or 'no'}",
         )
     console.print(table)
+    for text in warnings:
+        console.print(f"warning: {text}", highlight=False, markup=False, soft_wrap=True)
     if any(p.num_not_finite for p in patches):
         console.print(
             "A patch itself holds NaN: the store or a painter is to blame, not the learning rate.", highlight=False

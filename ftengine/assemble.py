@@ -103,6 +103,7 @@ def build_loader(
     *,
     mix: Mix = "mixed",
     split: str | None = None,
+    fold: int | None = None,
     held_out_fold: int | None = None,
     stages: tuple[Stage, ...] = (),
     rank: int = 0,
@@ -111,7 +112,7 @@ def build_loader(
     """A loader of batches from ``store``: iterable of Batch, with ``state_dict`` and ``load_state_dict``.
 
     mix: "annotated" draws from tumour-annotated volumes only, "mixed" also from organ-labelled ones, ``loader.annotated_fraction`` of a
-    batch from the former. split: only rows of that split; held_out_fold: all but that fold. stages: run on each batch, e.g. a
+    batch from the former. split, fold: only rows of that split, of that fold; held_out_fold: all but that fold. stages: run on each batch, e.g. a
     ``SynthesisStage``. rank of world_size processes: whose part of each step's patches; no two ranks get the same.
     Raises ConfigError where store and configuration do not fit each other, before anything is read.
     """
@@ -122,6 +123,7 @@ def build_loader(
         store,
         mix=mix,
         split=split,
+        fold=fold,
         held_out_fold=held_out_fold,
         rank=rank,
         world_size=world_size,
@@ -155,11 +157,16 @@ def config_for_store(store: Store) -> Config:
 
 
 def build_bank(
-    config: Config, store: Store, *, split: str | None = None, held_out_fold: int | None = None
+    config: Config,
+    store: Store,
+    *,
+    split: str | None = None,
+    fold: int | None = None,
+    held_out_fold: int | None = None,
 ) -> TumorBank | None:
     """The tumours that ``synthesizer: copy-paste`` pastes, None for the others. A function of the rows of the store and the configuration.
 
-    split, held_out_fold: as ``build_loader`` takes them; the tumours come from the annotated volumes that it would draw from, and no other
+    split, fold, held_out_fold: as ``build_loader`` takes them; the tumours come from the annotated volumes that it would draw from, and no other
     volume is read. Each organ's volumes are visited in a random order, until ``synthesis.bank_mb`` is full. Raises ConfigError
     where no tumour is found.
     """
@@ -167,7 +174,7 @@ def build_bank(
         return None
     check_region(config, store)
     table = store.select(["split", "fold", "annotation", "dataset", "tumor_values"])
-    used = rows_in(table, split=split, held_out_fold=held_out_fold)
+    used = rows_in(table, split=split, fold=fold, held_out_fold=held_out_fold)
     used &= np.array(table.column("annotation").to_pylist(), dtype=str) == "tumor"
     weights = config.loader.dataset_weights
     used &= np.array([weights.get(name, 1.0) > 0 for name in table.column("dataset").to_pylist()], dtype=bool)
@@ -181,9 +188,9 @@ def build_bank(
         crops[name] = tumor_crops(store, order, organ.tumor, margin, num_threads=config.loader.reader_threads)
     bank = TumorBank.collect(crops, config.region, config.synthesis)
     if not len(bank):
-        where = (f" in split {split!r}" if split is not None else "") + (
-            f" outside fold {held_out_fold}" if held_out_fold is not None else ""
-        )
+        where = f" in split {split!r}" if split is not None else ""
+        where += f" in fold {fold}" if fold is not None else ""
+        where += f" outside fold {held_out_fold}" if held_out_fold is not None else ""
         raise ConfigError(
             f"{store.location}: no tumour to paste{where} ({int(used.sum())} annotated volumes to cut from, "
             f"synthesis.bank_least_mm3={config.synthesis.bank_least_mm3:g}, synthesis.bank_mb={config.synthesis.bank_mb}, paste="
@@ -382,7 +389,13 @@ def train_segmentation(
                 },
                 allow=allow,
                 sources=Sources(
-                    _whole_store(store_path), _whole(generator_path), _whole(judge_path), split or "", held_out_fold
+                    _whole_store(store_path),
+                    _whole(generator_path),
+                    _whole(judge_path),
+                    split or "",
+                    held_out_fold,
+                    generator_sha256="" if generator_path is None else sha256_of(generator_path),
+                    judge_sha256="" if judge_path is None else sha256_of(judge_path),
                 ),
                 notes=() if told is None else (told,),
                 validation=validation,
@@ -502,17 +515,20 @@ def replay(
     every_step: bool = False,
     store_path: str | Path | None = None,
     device: str | None = None,
+    warn: Callable[[str], None] = ignore_warning,
 ) -> tuple[Replay, list[ReplayedPatch]]:
     """``ftengine replay``: make the patches of a replay file again, painted as in the run, and draw them into ``folder``.
 
     every_step: also the batches before the one that broke. A generator's run is painted with its last checkpoint, not with the weights of
-    that moment. store_path, device: in place of the run's. Raises ConfigError or StoreError where a file, painter or volume is gone.
+    that moment. store_path, device: in place of the run's. warn: told of files that are no longer those of the run. Raises ConfigError or StoreError where a file, painter or volume is gone.
     """
     found = read_replay(file)
     config = found.config if device is None else found.config.with_overrides({"device": device})
     store = open_store(store_path or found.sources.store)
     check_region(config, store)
     sources = found.sources
+    for text in _changed_files(found):
+        warn(text)
     generator = (sources.generator if found.kind == "segmenter" else found.checkpoint) or None
     stages: tuple[Stage, ...] = ()
     if generator is not None or (found.kind == "segmenter" and not config.synthesis.needs_generator):
@@ -521,9 +537,26 @@ def replay(
         stages = (build_synthesis_stage(config, *painters, with_gate=False, bank=bank),)
     patches: list[ReplayedPatch] = []
     for step in found.steps if every_step else found.steps[-1:]:
-        _, batch = rebuild(config, store, step, device=resolve_device(config.device), stages=stages)
-        patches += replayed_patches(config, step, batch, folder)
+        _, batch = rebuild(
+            config, store, step, device=resolve_device(config.device), stages=stages, cuts=found.kind == "segmenter"
+        )
+        patches += replayed_patches(config, step, batch, folder, has_verdicts=found.kind == "segmenter")
     return found, patches
+
+
+def _changed_files(found: Replay) -> Iterator[str]:
+    """What a replay opens and is not what the run had: other painters by SHA-256, a checkpoint of a later step."""
+    known = {found.sources.generator: found.sources.generator_sha256, found.sources.judge: found.sources.judge_sha256}
+    for path, digest in known.items():
+        if path and digest and sha256_of(path) != digest:
+            yield f"{path}: is not the file that the run had (sha256 {digest[:12]}...): what is painted may differ"
+    if found.kind == "generator" and found.checkpoint:
+        saved = load_checkpoint(found.checkpoint, "generator").get("step", 0)
+        if saved > found.steps[-1].step:
+            yield (
+                f"{found.checkpoint}: is of step {saved}, and the run broke at step {found.steps[-1].step}: it went on since; what is "
+                "painted differs"
+            )
 
 
 def _text(number: int | None) -> str:
@@ -557,7 +590,8 @@ def calibrate_judge(
 ) -> Calibration:
     """``ftengine qc calibrate``: P of a judge on the real tumours of a split or fold, and on painted ones of the same store.
 
-    Tumours are painted on organ-labelled volumes where the store has any, else on free patches of the chosen ones. ``qc.threshold`` decides
+    Tumours are painted on organ-labelled volumes where the store has any, else on free patches of the chosen ones; copy-paste takes its
+    tumours from the chosen ones. ``qc.threshold`` decides
     nothing: every P is kept. Writes ``calibration.json`` and ``calibration.png`` into ``out``, and the former beside the judge, where
     ``train_segmentation`` finds it. Raises ConfigError where no volume is left or none holds a tumour.
     """
@@ -575,7 +609,7 @@ def calibrate_judge(
             f"{store.location}: no labelled tumour in {len(cases)} tumour-annotated volumes{_selection(split, fold)}; want real tumours that the "
             "judge was not trained on. Choose another --split or --fold."
         )
-    painted = _judge_painted(every, store, generator, judge, split, num_painted)
+    painted = _judge_painted(every, store, generator, judge, split, fold, num_painted)
     notes = [] if len(painted) >= num_painted else [f"Only {len(painted)} of {num_painted} tumours could be painted."]
     calibration = Calibration(
         judge_sha256=sha256_of(judge_path),
@@ -632,18 +666,20 @@ def _judge_painted(
     generator: nn.Module | None,
     judge: SegmenterJudge,
     split: str | None,
+    fold: int | None,
     num_wanted: int,
 ) -> list[JudgedTumor]:
     """Painted tumours, at most ``num_wanted``; batches without an eligible patch are passed over, up to ten times as many as needed."""
     has_organs = "organ" in store.column("annotation").to_pylist()
     chosen = config.with_overrides({"loader.annotated_fraction": 0.0, "loader.positive_fraction": 1.0})
-    bank = build_bank(chosen, store, split=split)
+    bank = build_bank(chosen, store, split=split, fold=fold)
     stage = build_synthesis_stage(chosen, generator, judge, with_gate=False, bank=bank)
     batches_left = 10 * math.ceil(num_wanted / config.training.batch_size)
     result: list[JudgedTumor] = []
     if not num_wanted:
         return result
-    with build_loader(chosen, store, split=None if has_organs else split) as loader:
+    rows: dict[str, Any] = {} if has_organs else {"split": split, "fold": fold}
+    with build_loader(chosen, store, **rows) as loader:
         while batches_left > 0:
             for batch in loader:
                 result += _painted_tumors(chosen, batch, stage(batch))

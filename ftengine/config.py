@@ -197,6 +197,18 @@ def shipped_shapes() -> dict[str, Any]:
 MANY_TUMORS = {"tiny": (3, 10), "small": (3, 10), "medium": (2, 5), "large": (1, 3)}
 
 
+# which synthesisers (and the variant released) use a key that not all do; ``diverse_keys`` are checked on their own
+_USED_BY: Mapping[str, frozenset[str]] = {
+    "texture_sigma_mm": frozenset({"freetumor", "constant"}),
+    "contrast_factor": frozenset({"freetumor", "constant"}),
+    "edge_sigma_mm": frozenset({"freetumor", "constant", "copy-paste"}),
+    "paste": frozenset({"copy-paste"}),
+    "paste_turns": frozenset({"copy-paste"}),
+    "syntumor_contrast_hu": frozenset({"syntumor"}),
+    "syntumor_edge_mm": frozenset({"syntumor"}),
+}
+
+
 class SynthesisConfig(_Section):
     """How tumours are painted (Eq. 1, or as ``synthesizer`` says; docs/synthesisers.md)."""
 
@@ -311,6 +323,12 @@ class SynthesisConfig(_Section):
             raise ValueError(
                 f"target_contrast_hu with contrast_factor={self.contrast_factor}: both decide the contrast; set contrast_factor to [1, 1]"
             )
+        if self.idle_keys:
+            defaults = {key: type(self).model_fields[key].default for key in self.idle_keys}
+            raise ValueError(
+                f"{', '.join(self.idle_keys)} with synthesizer={name}, variant={self.variant}, which do not use them; set them back: "
+                + ", ".join(f"{key}={_as_yaml(value)}" for key, value in defaults.items())
+            )
         if self.syntumor_tumors == "many":
             self._many_tumors_fit()
         for key in ("rim_contrast", "heterogeneity", "syntumor_contrast_hu", "syntumor_edge_mm", "target_contrast_hu"):
@@ -339,6 +357,16 @@ class SynthesisConfig(_Section):
         return self.synthesizer == "freetumor"
 
     @property
+    def idle_keys(self) -> list[str]:
+        """The keys that differ from their default and do nothing with this synthesiser and variant."""
+        way = "released" if self.variant == "released" else self.synthesizer
+        return [
+            key
+            for key, ways in _USED_BY.items()
+            if way not in ways and getattr(self, key) != type(self).model_fields[key].default
+        ]
+
+    @property
     def diverse_keys(self) -> list[str]:
         """The keys that are on of those that vary what G leaves constant."""
         is_on = {
@@ -348,6 +376,11 @@ class SynthesisConfig(_Section):
             "heterogeneity": self.heterogeneity[1] > 0,
         }
         return [key for key, on in is_on.items() if on]
+
+
+def _as_yaml(value: Any) -> str:
+    """As ``--set`` takes it."""
+    return str(list(value) if isinstance(value, tuple) else value)
 
 
 def _require_ordered(key: str, values: Range | None) -> None:

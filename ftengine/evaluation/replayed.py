@@ -1,6 +1,6 @@
 """Patches of a replay file, made again: numbers that tell a broken patch from a sound one, and a picture of each."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ class ReplayedPatch:
     """One patch as training got it. lowest, highest, mean: of the image on the [0, 1] scale, of its finite voxels (painting may leave it).
 
     num_not_finite: voxels of the image that are NaN or infinite. label_voxels: by class name, those there are. recorded, now: the
-    verdict then and now, empty where nothing was painted. sheet: the picture, None where none was drawn.
+    verdict then and now, empty where nothing was painted; as_recorded: whether they are the same, None where the run's loader painted nothing
+    (a generator's run, which paints in its step). With CutMix a record is that of the patch whose first slices are there. sheet: the picture, None where none was drawn.
     """
 
     step: int
@@ -37,7 +38,7 @@ class ReplayedPatch:
     label_voxels: dict[str, int]
     recorded: str
     now: str
-    as_recorded: bool
+    as_recorded: bool | None
     sheet: Path | None
 
     def document(self) -> dict[str, Any]:
@@ -45,8 +46,13 @@ class ReplayedPatch:
         return {**self.__dict__, "sheet": None if self.sheet is None else str(self.sheet)}
 
 
-def replayed_patches(config: Config, step: ReplayStep, batch: Batch, folder: Path | None) -> list[ReplayedPatch]:
-    """Measure the patches of a batch made again, and draw each into ``folder``, where one is given."""
+def replayed_patches(
+    config: Config, step: ReplayStep, batch: Batch, folder: Path | None, *, has_verdicts: bool = True
+) -> list[ReplayedPatch]:
+    """Measure the patches of a batch made again, and draw each into ``folder``, where one is given.
+
+    has_verdicts: whether the step's records hold what its loader painted.
+    """
     losses = ", ".join(f"{name} {value:g}" for name, value in step.losses.items())
     patches = []
     for number, (recorded, record) in enumerate(zip(step.records, batch.records, strict=True)):
@@ -63,7 +69,8 @@ def replayed_patches(config: Config, step: ReplayStep, batch: Batch, folder: Pat
                 label,
                 f"step {step.step} ({losses}): {request.case}, epoch {request.epoch}, index {request.index}",
             )
-        patches.append(_measured(config, step.step, recorded, record, image, label, sheet))
+        measured = _measured(config, step.step, recorded, record, image, label, sheet)
+        patches.append(measured if has_verdicts else replace(measured, as_recorded=None))
     return patches
 
 

@@ -85,13 +85,14 @@ class Plan:
         *,
         mix: Mix,
         split: str | None = None,
+        fold: int | None = None,
         held_out_fold: int | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         """``mix``: "annotated" draws from tumour-annotated volumes only (baseline), "mixed" also from organ-labelled ones.
 
-        ``split``: use only rows of this split; ``held_out_fold``: leave this fold out. ``rank`` of ``world_size`` processes: which part of
+        ``split``, ``fold``: use only rows of this split, of this fold; ``held_out_fold``: leave this fold out. ``rank`` of ``world_size`` processes: which part of
         each step's patches ``batch`` gives. Raises ConfigError where nothing is left to draw from, a data set of ``dataset_weights`` is
         not in the store, a class never occurs, every volume is too small and that is refused, or there are more ranks than volumes.
         """
@@ -111,7 +112,7 @@ class Plan:
         annotation = np.array(names, dtype=str)[codes]
         shapes = store.column("shape_zyx").combine_chunks()
         self._shapes: NDArray[np.int32] = shapes.flatten().to_numpy().reshape(len(store), 3)
-        used = rows_in(store.select(["split", "fold"]), split=split, held_out_fold=held_out_fold)
+        used = rows_in(store.select(["split", "fold"]), split=split, fold=fold, held_out_fold=held_out_fold)
         self._annotated = annotation == "tumor"
         weights = self._weights_of_rows()
         annotated, organs = (
@@ -134,6 +135,7 @@ class Plan:
         if any(not len(stream.rows) for stream in used_streams):
             kinds = {k: int((used & (annotation == k) & (weights > 0)).sum()) for k in ("tumor", "organ", "none")}
             where = f" in split {split!r}" if split is not None else ""
+            where += f" in fold {fold}" if fold is not None else ""
             where += f" outside fold {held_out_fold}" if held_out_fold is not None else ""
             where += " with a weight above 0 in loader.dataset_weights" if config.loader.dataset_weights else ""
             raise ConfigError(

@@ -272,7 +272,7 @@ def read_calibration(path: Path) -> Calibration:
 def judge_warning(judge: str | Path, threshold: float | None) -> str | None:
     """What a run with this judge and T should be told before it begins; None where there is nothing to say.
 
-    Taken from the calibration beside the judge, if that is of the same file by its SHA-256.
+    Taken from the calibration beside the judge, if that can be read and is of the same file by its SHA-256.
     """
     if threshold is None:
         return None
@@ -280,7 +280,10 @@ def judge_warning(judge: str | Path, threshold: float | None) -> str | None:
     how = f"'ftengine qc calibrate STORE --judge {judge}' shows what it passes of real held-out tumours at T={threshold:g}"
     if not file.is_file():
         return f"{judge}: this judge has not been calibrated; {how}"
-    known = read_calibration(file)
+    try:
+        known = read_calibration(file)
+    except ConfigError as error:
+        return f"{error} Until then nothing is known of this judge; {how}"
     with Path(judge).open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if known.judge_sha256 != digest:

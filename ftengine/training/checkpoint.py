@@ -26,7 +26,7 @@ from ftengine import __version__
 from ftengine.config import Config
 from ftengine.errors import ConfigError, SaveError
 from ftengine.training.networks import SynthesisUNet, build_generator, build_segmenter
-from ftengine.training.weight_files import HEADER_ENTRY
+from ftengine.training.weight_files import HEADER_ENTRY, check_archive
 
 FORMAT = 1
 WEIGHTS = "weights.safetensors"
@@ -65,7 +65,7 @@ def save_checkpoint(path: Path, kind: Kind, config: Config, contents: Mapping[st
         "config": config.model_dump(mode="json"),
         **contents,
     }
-    _publish(
+    publish(
         path, lambda stream: torch.save(document, stream), before=lambda: _keep_previous(path) if keep > 1 else None
     )
     if keep > 1:
@@ -90,7 +90,7 @@ def save_weights(
     }
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
     data = save_safetensors(tensors, {HEADER_ENTRY: json.dumps(header)})
-    _publish(path, lambda stream: stream.write(data))
+    publish(path, lambda stream: stream.write(data))
 
 
 def load_checkpoint(path: str | Path, kind: Kind | None = None) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def load_checkpoint(path: str | Path, kind: Kind | None = None) -> dict[str, Any
         raise ConfigError(
             f"{path}: is not a checkpoint of ftengine or is damaged ({why}). Nothing in it was run; {_WANTED}."
         ) from error
-    _check_document(path, document, kind)
+    check_document(path, document, kind)
     return {**document, "sha256": digest}
 
 
@@ -163,7 +163,7 @@ def config_inside(path: str | Path, document: Mapping[str, Any]) -> Config:
     try:
         return Config.from_dict(document["config"], where=f"{path} (configuration inside)")
     except ConfigError as error:
-        if _parsed(document["engine_version"]) > _parsed(__version__):
+        if _parsed(document.get("engine_version")) > _parsed(__version__):
             raise ConfigError(
                 f"{path}: was written by ftengine {document['engine_version']}, and this is {__version__}, which does not know its "
                 f"configuration ({str(error).splitlines()[0]}). Install ftengine {document['engine_version']} or newer."
@@ -171,8 +171,11 @@ def config_inside(path: str | Path, document: Mapping[str, Any]) -> Config:
         raise
 
 
-def _publish(path: Path, write: Callable[[IO[bytes]], object], *, before: Callable[[], None] = lambda: None) -> None:
-    """Write a file aside, bring it to the disk, and move it to its name; ``before`` is called just before the move."""
+def publish(path: Path, write: Callable[[IO[bytes]], object], *, before: Callable[[], None] = lambda: None) -> None:
+    """Write a file aside, bring it to the disk, and move it to its name; ``before`` is called just before the move.
+
+    Raises SaveError where it cannot be written; what was there stays.
+    """
     for stale in path.parent.glob(f".{path.name}.*.partial"):  # of a run that was killed while it saved
         stale.unlink(missing_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
@@ -237,15 +240,8 @@ def _kept(path: Path) -> dict[int, Path]:
 
 
 def _state_document(stream: IO[bytes]) -> Any:
-    """A checkpoint's document. The archive is checked first: torch neither checks its checksums nor bounds what it unpacks."""
-    with zipfile.ZipFile(stream) as archive:
-        packed = [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]
-        if packed:
-            raise zipfile.BadZipFile(f"{packed[0]} is compressed, which torch never does: it could unpack to any size")
-        damaged = archive.testzip()
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
-    stream.seek(0)
+    """A checkpoint's document."""
+    check_archive(stream)
     return torch.load(stream, map_location="cpu", weights_only=True)
 
 
@@ -261,7 +257,8 @@ def _check_exists(path: Path) -> None:
         raise ConfigError(f"{path}: no such checkpoint; {_WANTED}.")
 
 
-def _check_document(path: Path, document: Any, kind: Kind | None) -> None:
+def check_document(path: Path, document: Any, kind: Kind | None) -> None:
+    """ConfigError where a file's content is no checkpoint of ours, of another format (naming the version that reads it) or another kind."""
     if not isinstance(document, dict) or not {"format", "kind", "config", "model"} <= document.keys():
         raise ConfigError(
             f"{path}: is not a checkpoint of ftengine (no format, kind, config and model in it); {_WANTED}."

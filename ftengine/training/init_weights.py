@@ -19,7 +19,7 @@ from torch import nn
 
 from ftengine.config import Config
 from ftengine.errors import ConfigError
-from ftengine.training.checkpoint import FORMAT
+from ftengine.training.checkpoint import check_document, config_inside
 from ftengine.training.networks import ReversedAxes
 from ftengine.training.weight_files import WeightFile, read_weights
 
@@ -98,11 +98,8 @@ def load_initial_weights(network: nn.Module, path: str | Path, config: Config) -
 
 
 def _of_ours(file: WeightFile, config: Config) -> dict[str, torch.Tensor]:
-    if file.rest["format"] != FORMAT:
-        raise ConfigError(f"{file.path}: has checkpoint format {file.rest['format']!r}; this version reads {FORMAT}.")
-    if file.rest["kind"] != "segmenter":
-        raise ConfigError(f"{file.path}: holds a {file.rest['kind']}; want a segmenter to start from.")
-    trained = Config.from_dict(file.rest["config"], where=f"{file.path} (configuration inside)").network
+    check_document(file.path, {**file.rest, "model": file.tensors}, "segmenter")
+    trained = config_inside(file.path, file.rest).network
     for key in _SAME_NETWORK:
         if getattr(trained, key) != getattr(config.network, key):
             raise ConfigError(

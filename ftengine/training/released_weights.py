@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as save_safetensors
 from torch import nn
 
 from ftengine.config import Config
 from ftengine.errors import ConfigError
-from ftengine.training.checkpoint import load_checkpoint, save_checkpoint
+from ftengine.training.checkpoint import config_inside, load_checkpoint, publish, save_checkpoint
 from ftengine.training.init_weights import plain_key
 from ftengine.training.networks import NUM_CLASSIFIER_CLASSES, SynthesisUNet, build_segmenter, reverse_axes
 from ftengine.training.weight_files import WeightFile, read_weights
@@ -134,20 +134,16 @@ def export_weights(checkpoints: Sequence[Path], out: str | Path) -> tuple[Region
         for key, value in tensors.items()
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        if out.suffix == ".safetensors":
-            save_file(state, partial, metadata={"epoch": str(epoch)})
-        else:
-            torch.save({"epoch": epoch, "state_dict": state}, partial)
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
+    if out.suffix == ".safetensors":
+        data = save_safetensors(state, {"epoch": str(epoch)})
+        publish(out, lambda stream: stream.write(data))
+    else:
+        publish(out, lambda stream: torch.save({"epoch": epoch, "state_dict": state}, stream))
     return regions.pop(), list(nets)
 
 
 def _exported(path: Path, document: Mapping[str, Any]) -> tuple[RegionName, dict[str, dict[str, torch.Tensor]]]:
-    config = Config.from_dict(document["config"], where=f"{path} (configuration inside)")
+    config = config_inside(path, document)
     region = _exportable_region(path, document, config)
     if document["kind"] == "generator":
         unets = {"netG": document["model"], "netD": document["classifier"]}
@@ -339,7 +335,8 @@ def _exportable_region(path: Path, document: Mapping[str, Any], config: Config) 
         )
     wanted: dict[str, Any] = {"network.patch_merging": "repeated", "network.axes": "xyz"}
     if document["kind"] == "generator":
-        wanted = {"generator.width": 32} | ({"generator.channel": "first"} if len(config.region.organs) > 1 else {})
+        wanted = {"generator.width": 32, "synthesis.variant": "released"}
+        wanted |= {"generator.channel": "first"} if len(config.region.organs) > 1 else {}
     for key, want in wanted.items():
         section, name = key.split(".")
         have = getattr(getattr(config, section), name)

@@ -16,6 +16,7 @@ from ftengine.loader.counting import count_values
 from ftengine.loader.pipeline import PatchPipeline
 from ftengine.loader.stages import Stage
 from ftengine.training.checkpoint import Kind
+from ftengine.training.cutmix import cutmix
 from ftengine.types import Augmentation, Batch, Painted, Patch, PatchRecord, PatchRequest
 
 FORMAT = 1
@@ -31,13 +32,18 @@ class PatchReader(Protocol):
 
 @dataclass(frozen=True)
 class Sources:
-    """Where a run's patches come from: the store, which of its rows, and the files of generator and judge; empty where there is none."""
+    """Where a run's patches come from: the store, which of its rows, the files of generator and judge, and their SHA-256 then.
+
+    Empty where there is none.
+    """
 
     store: str = ""
     generator: str = ""
     judge: str = ""
     split: str = ""
     held_out_fold: int | None = None
+    generator_sha256: str = ""
+    judge_sha256: str = ""
 
 
 NO_SOURCES = Sources()
@@ -122,11 +128,17 @@ def read_replay(path: str | Path) -> Replay:
 
 
 def rebuild(
-    config: Config, store: PatchReader, step: ReplayStep, *, device: torch.device, stages: Sequence[Stage] = ()
+    config: Config,
+    store: PatchReader,
+    step: ReplayStep,
+    *,
+    device: torch.device,
+    stages: Sequence[Stage] = (),
+    cuts: bool = False,
 ) -> tuple[Batch, Batch]:
     """The batch of a step as the loader made it, before and behind its stages, by the loader's own reads, graph and kernels.
 
-    config: of the run. stages: those of the run's loader, in order. Raises StoreError where a volume cannot be read.
+    config: of the run. stages: those of the run's loader, in order. cuts: then CutMix, as segmentation training does. Raises StoreError where a volume cannot be read.
     """
     requests = [record.request for record in step.records]
     reads = [store.read(r.case, r.read.origin_zyx, r.read.shape_zyx) for r in requests]
@@ -142,7 +154,25 @@ def rebuild(
     )
     for stage in stages:
         batch = stage(batch)
-    return given, batch
+    return given, _cut(config, batch) if cuts else batch
+
+
+def _cut(config: Config, batch: Batch) -> Batch:
+    """CutMix in each of the batches whose gradients the step added up."""
+    size = config.training.batch_size
+    parts = [
+        cutmix(
+            Batch(
+                batch.image[first : first + size],
+                batch.label[first : first + size],
+                batch.records[first : first + size],
+            ),
+            seed=config.seed,
+            probability=config.training.cutmix_probability,
+        )
+        for first in range(0, len(batch.records), size)
+    ]
+    return Batch(torch.cat([p.image for p in parts]), torch.cat([p.label for p in parts]), batch.records)
 
 
 def _number(value: float) -> float | str:

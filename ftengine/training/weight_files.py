@@ -1,19 +1,21 @@
 """Files of weights that others wrote: read without running anything in them.
 
 ``torch.load(weights_only=True)`` refuses every callable that is not on its list; the one thing added here are NumPy's plain numbers, which
-the released segmenters hold (``best_acc``). Objects, records and texts of NumPy stay refused.
+the released segmenters hold (``best_acc``). Objects, records and texts of NumPy stay refused. Before torch reads anything, its archive is
+checked, as that of a checkpoint is.
 """
 
 import hashlib
 import json
 import pickle
+import re
 import struct
 import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -36,6 +38,8 @@ _OF_BAD_BYTES = (
     ArithmeticError,
     struct.error,
 )
+# how files of torch before 1.6 begin: a pickle of torch's magic number
+_OLD_FORMAT = re.compile(rb"\x80[\x02-\x05](\x95.{8})?\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19\.", re.DOTALL)
 _WRAPPERS = ("state_dict", "model", "net", "network", "network_weights")  # where files keep their weights
 
 
@@ -57,22 +61,32 @@ def read_weights(path: str | Path) -> WeightFile:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; want a file of weights (.pt, .pth or .safetensors).")
-    document = _read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+    if path.suffix == ".safetensors":
+        document, digest = _read_safetensors(path), sha256_of(path)
+    else:
+        document, digest = read_pickle(path)
     tensors, rest = _split(document)
     if not tensors:
         keys = ", ".join(map(str, list(document)[:5])) if isinstance(document, Mapping) else type(document).__name__
         raise ConfigError(
             f"{path}: holds no weights ({keys}); want a state dict, or one under {', '.join(_WRAPPERS)}. Save it as such, or as .safetensors."
         )
-    return WeightFile(path, sha256_of(path), tensors, rest)
+    return WeightFile(path, digest, tensors, rest)
 
 
-def read_pickle(path: Path) -> Any:
-    """What ``torch.save`` wrote: tensors and plain values, on the CPU. Raises ConfigError; nothing in the file is run."""
+def read_pickle(path: Path) -> tuple[Any, str]:
+    """What ``torch.save`` wrote: tensors and plain values, on the CPU; and the SHA-256 of what was read.
+
+    Raises ConfigError, also for the format of torch before 1.6; nothing in the file is run.
+    """
     try:
-        with torch.serialization.safe_globals(_PLAIN_NUMBERS), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected pickle protocol")  # it is read, or refused with an error
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as stream:  # opened once: what is hashed is what is read
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            _refuse_old_format(path, stream)
+            check_archive(stream)
+            with torch.serialization.safe_globals(_PLAIN_NUMBERS), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Detected pickle protocol")  # it is read, or refused with an error
+                return torch.load(stream, map_location="cpu", weights_only=True), digest
     except pickle.UnpicklingError as error:
         refused = str(error).split("GLOBAL ", maxsplit=1)
         if len(refused) == 2:
@@ -83,6 +97,30 @@ def read_pickle(path: Path) -> Any:
         raise _damaged(path, error) from error
     except _OF_BAD_BYTES as error:
         raise _damaged(path, error) from error
+
+
+def check_archive(stream: IO[bytes]) -> None:
+    """Check a file of ``torch.save`` before torch reads it, which neither checks its checksums nor bounds what it unpacks.
+
+    Leaves the stream at its beginning. Raises zipfile.BadZipFile where it is no archive, or holds a compressed or a damaged entry.
+    """
+    with zipfile.ZipFile(stream) as archive:
+        packed = [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]
+        if packed:
+            raise zipfile.BadZipFile(f"{packed[0]} is compressed, which torch never does: it could unpack to any size")
+        damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
+    stream.seek(0)
+
+
+def _refuse_old_format(path: Path, stream: IO[bytes]) -> None:
+    stream.seek(0)
+    if _OLD_FORMAT.match(stream.read(32)):
+        raise ConfigError(
+            f"{path}: is in the format of torch before 1.6, which has no checksums and is not read; nothing of it was run. Where you trust it, "
+            f"write it anew: python -c \"import torch; torch.save(torch.load('{path.name}', 'cpu', weights_only=True), 'new.pt')\""
+        )
 
 
 def sha256_of(path: str | Path) -> str:
