@@ -128,8 +128,8 @@ def test_a_replayed_batch_is_cut_as_training_cut_it(
         changed |= not torch.equal(made.image, given.image)
     assert changed
     _, patches = replay(caught.value.replay)
-    trained_on = taken[accumulate * found.steps[-1].step]
-    assert [p.mean for p in patches[:3]] == pytest.approx(trained_on.image.double().mean((1, 2, 3, 4)).tolist())
+    last = taken[accumulate * found.steps[-1].step]
+    assert [p.mean for p in patches[:3]] == pytest.approx(last.image.double().mean((1, 2, 3, 4)).tolist())
 
 
 def test_a_replay_names_painters_that_have_changed(store: Store, painters: tuple[Path, Path], tmp_path: Path) -> None:
