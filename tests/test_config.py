@@ -1,6 +1,7 @@
 """Presets, files, overrides, and what their errors say."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,17 +37,29 @@ def test_presets_have_the_papers_grids() -> None:
     ]
 
 
-def test_presets_of_the_released_code_weigh_known_data_sets_and_change_training_alone() -> None:
+def test_presets_of_the_released_code_weigh_known_data_sets_and_paint_as_it_does() -> None:
     known = set(load_registry().entries)
     for name in ("abdomen-released-synth", "abdomen-released-seg", "chest-released"):
         config, plain = Config.preset(name), Config.preset(name.split("-")[0])
         assert set(config.loader.dataset_weights) <= known
         assert config.loader.annotated_fraction is None
-        same = {"loader.dataset_weights": {}, "loader.annotated_fraction": 0.5}
+        same: dict[str, Any] = {
+            "loader.dataset_weights": {},
+            "loader.annotated_fraction": 0.5,
+            "synthesis.variant": "paper",
+        }
+        same |= {"loader.positive_fraction": 0.5, "augment.scale_probability": 0.1}
+        same |= {"generator.width": 8, "generator.channel": "organ"}
+        assert config.synthesis.variant == "released"
         training = {"training": plain.training, "generator_training": plain.generator_training}
         assert config.with_overrides(same).model_copy(update=training) == plain
     of_g = Config.preset("abdomen-released-synth").generator_training
     assert (of_g.optimizer, of_g.schedule, of_g.betas, of_g.weight_decay) == ("adam", "constant", (0.0, 0.999), 0.0)
+    stage_1 = Config.preset("abdomen-released-synth")
+    assert (stage_1.generator.width, stage_1.generator.channel, stage_1.loader.positive_fraction) == (32, "first", 1.0)
+    chest = Config.preset("chest-released")
+    assert (chest.generator.width, chest.augment.scale_probability, chest.loader.positive_fraction) == (32, 0.0, 0.5)
+    assert (chest.generator_training.batch_size, chest.training.batch_size) == (8, 2)
     of_s = Config.preset("abdomen-released-seg").training
     assert (of_s.amsgrad, of_s.precision, of_s.cutmix_probability) == (True, "fp16", 1.0)
     assert Config.preset("chest-released").generator_training.lambda_cls == 0.5

@@ -17,6 +17,8 @@ def test_every_program_of_the_folder_has_its_name() -> None:
         "timing",
         "phantoms",
         "slow_s3",
+        "loader_parts",
+        "loader_report",
     }
     experiments = {
         path.name for path in (REPOSITORY / "bench" / "experiments").iterdir() if (path / "__init__.py").exists()

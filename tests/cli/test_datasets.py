@@ -77,9 +77,8 @@ def test_subset_folds_train_and_evaluate(store_path: Path, tmp_path: Path) -> No
     config = tmp_path / "small.yaml"
     config.write_text(CONFIG.to_yaml())
     _run("train", "seg", out, "--out", tmp_path / "run", "--config", config, "--fold", "1")
-    assert "the run began with --fold=1" in _error(
-        "train", "seg", out, "--out", tmp_path / "run", "--resume", "--set", "training.steps=3", "--fold", "0", code=2
-    )
+    refused = _error("train", "seg", out, "--out", tmp_path / "run", "--resume", "--fold", "0", code=2)
+    assert "(fold: was 1, is 0)" in refused
     scored = json.loads(_run("evaluate", tmp_path / "run" / "checkpoint.pt", out, "--fold", "1", "--json").stdout)
     cases = {c["case"] for c in scored["cases"]}
     assert cases == {case for case, fold in fold_of.items() if fold == 1 and case.startswith("a/")}

@@ -2,18 +2,22 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from ftengine.assemble import calibrate_judge, train_segmentation, train_synthesis
+from ftengine.assemble import SynthesisStage, build_bank, calibrate_judge, train_segmentation, train_synthesis
 from ftengine.cli.main import app
 from ftengine.errors import ConfigError
 from ftengine.evaluation.calibration import HEADER, draw_calibration, sentences, table
 from ftengine.evaluation.report import ReportData, write_report
 from ftengine.quality.calibrate import Calibration, calibration_file, read_calibration
-from ftengine.store.reader import Store
+from ftengine.store.reader import Store, open_store
+from ftengine.store.subset import make_subset
+from ftengine.synthesis.bank import TumorBank
 from ftengine.training.weight_files import sha256_of
+from ftengine.types import Batch
 from tests.support import make_store, small_config
 
 CONFIG = small_config(training__steps=2, generator_training__steps=1, qc__threshold=0.5)
@@ -89,6 +93,41 @@ def table_text(calibration: Calibration) -> list[str]:
 def test_a_split_without_volumes_is_refused(store: Store, judge: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no labelled tumour in 0 tumour-annotated volumes of split 'nowhere'"):
         calibrate_judge(CONFIG, store, judge_path=judge, out=tmp_path, split="nowhere")
+
+
+@pytest.fixture(scope="module")
+def folded(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Four annotated volumes, whose tumours differ, in two folds; no organ-labelled ones."""
+    folder = tmp_path_factory.mktemp("folded")
+    make_subset(make_store(folder, CONFIG, num_annotated=4, num_organs=0), folder / "f.zarr", num_folds=2)
+    return open_store(folder / "f.zarr")
+
+
+@pytest.mark.parametrize("synthesizer", ["constant", "copy-paste"])
+def test_painted_tumors_are_of_the_fold_too(
+    folded: Store, judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, synthesizer: str
+) -> None:
+    keys = {"synthesis.synthesizer": synthesizer, "synthesis.contrast_factor": (1.0, 1.0), "device": "cpu"}
+    painted_on: set[str] = set()
+    pasted: set[str] = set()
+    paint = SynthesisStage.__call__
+
+    def noting(self: SynthesisStage, batch: Batch) -> Batch:
+        painted_on.update(r.request.case for r in batch.records)
+        return paint(self, batch)
+
+    def noting_bank(*arguments: Any, **which: Any) -> TumorBank | None:
+        bank = build_bank(*arguments, **which)
+        pasted.update(t.case for tumors in (bank.tumors.values() if bank else ()) for t in tumors)
+        return bank
+
+    monkeypatch.setattr(SynthesisStage, "__call__", noting)
+    monkeypatch.setattr("ftengine.assemble.build_bank", noting_bank)
+    config = CONFIG.with_overrides(keys)
+    calibrate_judge(config, folded, judge_path=judge, out=tmp_path, fold=1, num_painted=4)
+    folds = dict(zip(folded.cases, folded.index.column("fold").to_pylist(), strict=True))
+    assert painted_on == {case for case, fold in folds.items() if fold == 1}
+    assert pasted == (painted_on if synthesizer == "copy-paste" else set())
 
 
 def test_the_report_holds_the_calibration(store: Store, judge: Path, tmp_path: Path) -> None:

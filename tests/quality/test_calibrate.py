@@ -175,5 +175,12 @@ def test_training_is_told_what_the_judge_fails(tmp_path: Path) -> None:
     assert judge_warning(judge, 0.3) is None  # two of three
     write_calibration(_calibration([0.1], judge_sha256=sha256_of(judge), held_out=False), file)
     assert "some of which it may have been trained on" in (judge_warning(judge, 0.7) or "")
+    whole = file.read_text()
+    for text in (whole[: len(whole) // 2], whole.replace('"format": 1', '"format": 0'), "[]"):
+        file.write_text(text)  # advice only: no reason to refuse a run
+        told = judge_warning(judge, 0.7) or ""
+        assert "S.calibration.json: is no calibration of this version" in told
+        assert "'ftengine qc calibrate STORE --judge" in told
+    file.write_text(whole)
     judge.write_bytes(b"other weights")
     assert "is of another judge" in (judge_warning(judge, 0.3) or "")

@@ -184,6 +184,9 @@ def test_training_holds_a_fold_out(store: Store, tmp_path: Path) -> None:
         plan = Plan(CONFIG, folded, mix="mixed", held_out_fold=fold)
         seen = {r.case for epoch in range(4) for step in range(plan.batches_per_epoch) for r in plan.batch(epoch, step)}
         assert seen == {case for case, its_fold in fold_of.items() if its_fold != fold}
+        plan = Plan(CONFIG, folded, mix="mixed", fold=fold)
+        seen = {r.case for epoch in range(4) for step in range(plan.batches_per_epoch) for r in plan.batch(epoch, step)}
+        assert seen == {case for case, its_fold in fold_of.items() if its_fold == fold}
         inside = rows_in(folded.index, fold=fold)
         outside = rows_in(folded.index, held_out_fold=fold)
         np.testing.assert_array_equal(inside, ~outside)

@@ -25,7 +25,11 @@ from ftengine.volume.phantom import TumorSpec, make_phantom
 from tests.support import make_store, ras_grid_at, small_config
 
 SPACING = (3.0, 3.0, 3.0)
-PASTING = {"synthesis.synthesizer": "copy-paste", "synthesis.bank_least_mm3": 0.0}
+PASTING = {
+    "synthesis.synthesizer": "copy-paste",
+    "synthesis.bank_least_mm3": 0.0,
+    "synthesis.contrast_factor": (1.0, 1.0),  # the preset has another
+}
 
 
 def _config(**keys: Any) -> Config:
@@ -242,11 +246,12 @@ def test_a_damaged_volume_is_named(tmp_path: Path) -> None:
 
 # in the loader, in training, in pictures
 
+PLAIN = {"synthesis.contrast_factor": (1.0, 1.0), "synthesis.edge_sigma_mm": 0.0}  # of the preset: what not all use
 ARMS: dict[str, dict[str, Any]] = {
     "constant": {"synthesis.synthesizer": "constant"},
-    "copy-paste": {"synthesis.synthesizer": "copy-paste"},
-    "copy-paste, contrast": {"synthesis.synthesizer": "copy-paste", "synthesis.paste": "contrast"},
-    "syntumor": {"synthesis.synthesizer": "syntumor"},
+    "copy-paste": {"synthesis.synthesizer": "copy-paste", **PLAIN},
+    "copy-paste, contrast": {"synthesis.synthesizer": "copy-paste", "synthesis.paste": "contrast", **PLAIN},
+    "syntumor": {"synthesis.synthesizer": "syntumor", **PLAIN},
     "diverse": {"synthesis.synthesizer": "constant", **DIVERSE},
 }
 

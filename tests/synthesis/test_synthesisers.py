@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from ftengine.assemble import build_judge, synthesize
+from ftengine.bench.experiments.few_labels import arms as few_labels
+from ftengine.bench.experiments.few_labels.protocol import load_protocol
 from ftengine.config import DIVERSE, MANY_TUMORS, Config
 from ftengine.errors import ConfigError
 from ftengine.synthesis import paste
@@ -383,11 +385,35 @@ def test_many_tumors_are_painted_and_reported_each() -> None:
         ({"syntumor_tumors": "many"}, "syntumor_tumors=many with synthesizer=freetumor"),
         ({"synthesizer": "syntumor", "syntumor_tumors": "many", "num_tumors": 2}, "num_tumors=2"),
         ({"synthesizer": "difftumor"}, "freetumor"),
+        (
+            {"synthesizer": "syntumor", "contrast_factor": (0.5, 2), "edge_sigma_mm": 1.2},
+            r"contrast_factor, edge_sigma_mm with synthesizer=syntumor.*set them back: contrast_factor=\[1\.0, 1\.0\], edge_sigma_mm=0\.0",
+        ),
+        ({"synthesizer": "copy-paste", "contrast_factor": (0.5, 2)}, "contrast_factor with synthesizer=copy-paste"),
+        ({"synthesizer": "copy-paste", "texture_sigma_mm": (1, 2)}, "texture_sigma_mm with synthesizer=copy-paste"),
+        ({"variant": "released", "edge_sigma_mm": 1.2}, "edge_sigma_mm with synthesizer=freetumor, variant=released"),
+        (
+            {"variant": "released", "contrast_factor": (0.5, 2)},
+            "contrast_factor with synthesizer=freetumor, variant=rel",
+        ),
+        ({"variant": "released", "texture_sigma_mm": (1, 2)}, "texture_sigma_mm with synthesizer=freetumor, variant=r"),
+        ({"paste": "contrast"}, "paste with synthesizer=freetumor.*set them back: paste=absolute"),
+        ({"synthesizer": "constant", "paste_turns": False}, "paste_turns with synthesizer=constant"),
+        ({"syntumor_contrast_hu": (30, 70)}, "syntumor_contrast_hu with synthesizer=freetumor"),
     ],
 )
 def test_combinations_that_mean_nothing_are_refused(keys: dict[str, Any], finding: str) -> None:
     with pytest.raises(ConfigError, match=finding):
         BASE.with_overrides({f"synthesis.{key}": value for key, value in keys.items()})
+
+
+def test_every_arm_of_the_few_labels_experiment_is_a_valid_configuration() -> None:
+    for quick in (False, True):
+        protocol = load_protocol(quick=quick)
+        for arm in few_labels.ARMS.values():
+            recipe = {} if arm.generator is None else few_labels.GENERATORS[arm.generator]
+            config = protocol.config({**recipe, **arm.keys})
+            assert config.synthesis.idle_keys == []
 
 
 def test_a_generator_or_a_bank_where_none_is_taken_is_refused() -> None:

@@ -3,11 +3,13 @@
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from ftengine.assemble import (
     SynthesisStage,
@@ -18,11 +20,13 @@ from ftengine.assemble import (
     train_segmentation,
     train_synthesis,
 )
+from ftengine.cli.main import app
 from ftengine.config import Config
 from ftengine.errors import ConfigError, DivergedError
 from ftengine.quality.gate import QualityGate
 from ftengine.store.reader import Store
 from ftengine.training.checkpoint import Kind
+from ftengine.training.cutmix import cutmix
 from ftengine.training.guards import CONTRAST_MEAN, CONTRAST_SD, MOST_OVERFLOWS, WINDOW, Guards, contrast_figures
 from ftengine.training.replay import Replay, ReplayStep, Sources, read_replay, rebuild, write_replay
 from ftengine.training.run import read_metrics
@@ -98,6 +102,56 @@ def test_a_diverged_run_names_the_step_and_its_patches_come_back(
     assert patches[-1].mean == pytest.approx(float(trained_on.image[1].double().mean()))
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_replayed_batch_is_cut_as_training_cut_it(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int
+) -> None:
+    config = CONFIG.with_overrides(
+        {**BROKEN, "training.cutmix_probability": 0.7, "training.accumulate": accumulate, "training.batch_size": 3}
+    )
+    taken: list[Batch] = []
+
+    def noting(batch: Batch, *, seed: int, probability: float) -> Batch:
+        taken.append(cutmix(batch, seed=seed, probability=probability))
+        return taken[-1]
+
+    monkeypatch.setattr("ftengine.training.segmentation.cutmix", noting)
+    with pytest.raises(DivergedError) as caught:
+        train_segmentation(config, store.path, tmp_path / "run")
+    found = read_replay(caught.value.replay)
+    changed = False
+    for step in found.steps:
+        given, made = rebuild(found.config, store, step, device=torch.device("cpu"), cuts=True)
+        trained_on = taken[accumulate * step.step : accumulate * (step.step + 1)]
+        assert torch.equal(made.image, torch.cat([b.image for b in trained_on]))
+        assert torch.equal(made.label, torch.cat([b.label for b in trained_on]))
+        changed |= not torch.equal(made.image, given.image)
+    assert changed
+    _, patches = replay(caught.value.replay)
+    last = taken[accumulate * found.steps[-1].step]
+    assert [p.mean for p in patches[:3]] == pytest.approx(last.image.double().mean((1, 2, 3, 4)).tolist())
+
+
+def test_a_replay_names_painters_that_have_changed(store: Store, painters: tuple[Path, Path], tmp_path: Path) -> None:
+    files = [shutil.copy(file, tmp_path / name) for file, name in zip(painters, ("g.pt", "s.pt"), strict=True)]
+    with pytest.raises(DivergedError) as caught:
+        train_segmentation(
+            CONFIG.with_overrides(BROKEN), store.path, tmp_path / "run", generator_path=files[0], judge_path=files[1]
+        )
+    told: list[str] = []
+    replay(caught.value.replay, warn=told.append)
+    assert told == []
+    for file in files:
+        document = torch.load(file, weights_only=True)
+        torch.save({**document, "step": 99}, file)
+    replay(caught.value.replay, warn=told.append)
+    assert [text.split(" (")[0] for text in told] == [f"{file}: is not the file that the run had" for file in files]
+    result = CliRunner().invoke(app, ["replay", str(caught.value.replay), "--out", str(tmp_path / "p"), "--json"])
+    assert json.loads(result.stdout)["warnings"] == told
+    result = CliRunner().invoke(app, ["replay", str(caught.value.replay), "--out", str(tmp_path / "p")])
+    assert "g.pt: is not the file that the run had" in result.stdout
+
+
 def test_a_patch_that_holds_nan_is_told_from_a_step_that_is_too_large(store: Store, tmp_path: Path) -> None:
     """Painted with a generator whose weights are NaN."""
     generator = train_synthesis(
@@ -130,6 +184,15 @@ def test_a_generators_broken_step_is_replayed_with_its_last_checkpoint(
     found, patches = replay(caught.value.replay)
     assert found.kind == "generator"
     assert any(p.now for p in patches)
+    assert {p.as_recorded for p in patches} == {None}  # the loader painted nothing: there is no verdict to compare
+    told: list[str] = []
+    replay(caught.value.replay, warn=told.append)
+    assert told == []
+    document = torch.load(found.checkpoint, weights_only=True)
+    torch.save({**document, "step": found.steps[-1].step + 5}, found.checkpoint)
+    replay(caught.value.replay, warn=told.append)
+    assert len(told) == 1
+    assert re.search(r"checkpoint\.pt: is of step \d+, and the run broke at step \d+: it went on since", told[0])
 
 
 def test_a_replay_file_comes_back_as_it_was(store: Store, painters: tuple[Path, Path], tmp_path: Path) -> None:

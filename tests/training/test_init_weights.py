@@ -3,6 +3,9 @@
 import json
 import os
 import pickle
+import subprocess
+import sys
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from ftengine.training.checkpoint import load_checkpoint, save_checkpoint
 from ftengine.training.init_weights import InitReport, load_initial_weights, plain_key
 from ftengine.training.networks import build_segmenter
 from ftengine.training.released_weights import describe, import_weights
-from ftengine.training.weight_files import read_weights
+from ftengine.training.weight_files import read_weights, sha256_of
 from tests.support import make_store, small_config
 
 SWIN = Config.preset("demo").with_overrides(
@@ -115,13 +118,16 @@ def test_keys_are_renamed(key: str, plain: str) -> None:
 
 
 def test_numpy_numbers_of_both_versions_are_read(theirs: State, tmp_path: Path) -> None:
-    """torch.save writes the module's name as text, which NumPy 2 changed."""
+    """The released code keeps ``best_acc`` as the result of np.mean; NumPy 1 names the same function elsewhere."""
     file = tmp_path / "student.pt"
-    torch.save(_released_student(theirs), file, _use_new_zipfile_serialization=False)
-    content = file.read_bytes()
-    assert b"numpy._core.multiarray\nscalar" in content
-    file.write_bytes(content.replace(b"numpy._core.multiarray\nscalar", b"numpy.core.multiarray\nscalar"))
-    assert read_weights(file).rest["best_acc"] == pytest.approx(0.6)
+    torch.save(_released_student(theirs), file)
+    with zipfile.ZipFile(file) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    for module in (b"numpy._core.multiarray", b"numpy.core.multiarray"):
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            for name, content in entries.items():
+                archive.writestr(name, content.replace(b"numpy._core.multiarray\nscalar", module + b"\nscalar"))
+        assert read_weights(file).rest["best_acc"] == pytest.approx(0.6)
 
 
 # our own checkpoints
@@ -166,7 +172,7 @@ def test_rows_of_classes_that_a_file_never_knew_are_drawn(tmp_path: Path) -> Non
         ({"network.patch_merging": "repeated"}, "segmenter", r"network\.patch_merging was repeated, this run has all"),
         ({"network.axes": "xyz"}, "segmenter", r"network\.axes was xyz, this run has zyx"),
         ({"network.name": "unet"}, "segmenter", r"network\.name was unet, this run has swinunetr"),
-        ({}, "generator", "holds a generator; want a segmenter to start from"),
+        ({}, "generator", "holds a generator; want a segmenter"),
     ],
 )
 def test_a_checkpoint_of_another_network_is_refused(
@@ -244,6 +250,75 @@ def test_numpy_objects_are_no_numbers(reader: str, smuggled: _Smuggled, message:
     torch.save({"best_acc": smuggled, "state_dict": {"a": torch.zeros(1)}}, tmp_path / "object.pt")
     with pytest.raises(ConfigError, match=rf"object\.pt: is not a file of weights.*{message}"):
         READERS[reader](tmp_path / "object.pt")
+
+
+def _deflated(whole: Path, file: Path) -> None:
+    with zipfile.ZipFile(whole) as given, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as written:
+        for info in given.infolist():
+            written.writestr(info.filename, given.read(info))
+
+
+def _one_byte_changed(whole: Path, file: Path) -> None:
+    content = bytearray(whole.read_bytes())
+    content[content.index(np.full(64, 3.0, dtype="<f4").tobytes()) + 5] ^= 1  # in a tensor
+    file.write_bytes(content)
+
+
+def _of_old_torch(whole: Path, file: Path) -> None:
+    torch.save(torch.load(whole, weights_only=True), file, _use_new_zipfile_serialization=False)
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (_deflated, "is not a file of weights.*is compressed, which torch never does"),
+        (_one_byte_changed, "is not a file of weights.*the checksum of whole/data/0 is wrong"),
+        (_of_old_torch, r"is in the format of torch before 1\.6.*write it anew: python -c"),
+    ],
+)
+def test_an_archive_is_checked_before_it_is_read(
+    reader: str, make: Callable[[Path, Path], None], message: str, tmp_path: Path
+) -> None:
+    torch.save({"state_dict": {"out.conv.conv.bias": torch.full((64,), 3.0)}}, tmp_path / "whole.pt")
+    make(tmp_path / "whole.pt", tmp_path / "made.pt")
+    with pytest.raises(ConfigError, match=rf"made\.pt: {message}"):
+        READERS[reader](tmp_path / "made.pt")
+
+
+def test_the_advice_for_the_old_format_works(tmp_path: Path) -> None:
+    torch.save({"a": torch.full((3,), 2.0)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(ConfigError) as caught:
+        read_weights(tmp_path / "old.pt")
+    code = str(caught.value).split('python -c "', maxsplit=1)[1].removesuffix('"')
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, check=True)
+    assert read_weights(tmp_path / "new.pt").tensors["a"].tolist() == [2.0, 2.0, 2.0]
+
+
+def test_the_digest_is_that_of_the_file(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(3)}, tmp_path / "a.pt")
+    assert read_weights(tmp_path / "a.pt").sha256 == sha256_of(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": 2}, r"has checkpoint format 2 of ftengine 7\.1\.0.*Install ftengine 7\.1\.0 or newer"),
+        (
+            {"config": {"telepathy": 1}},
+            r"was written by ftengine 7\.1\.0, and this is .*Install ftengine 7\.1\.0 or newer",
+        ),
+        ({"kind": "generator"}, "holds a generator; want a segmenter"),
+    ],
+)
+def test_a_checkpoint_of_a_newer_version_is_refused_with_the_version_to_install(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    config = small_config()
+    document = {"format": 1, "kind": "segmenter", "engine_version": "7.1.0", "config": config.model_dump(mode="json")}
+    torch.save({**document, "model": build_segmenter(config).state_dict(), **changes}, tmp_path / "new.pt")
+    with pytest.raises(ConfigError, match=message):
+        load_initial_weights(build_segmenter(config), tmp_path / "new.pt", config)
 
 
 def test_damaged_bytes_are_always_an_error_of_ours(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from ftengine.assemble import load_networks
 from ftengine.config import Config
-from ftengine.errors import ConfigError
+from ftengine.errors import ConfigError, SaveError
 from ftengine.quality.judge import SegmenterJudge
 from ftengine.synthesis.engine import Address, Synthesizer
 from ftengine.synthesis.released import ABDOMEN_SIGMAS, CHEST_SIGMAS, TextureFields
@@ -270,6 +270,10 @@ def test_export_refuses_what_the_released_code_would_compute_otherwise(
     save_checkpoint(tmp_path / "narrow.pt", "generator", narrow, document)
     with pytest.raises(ConfigError, match=r"has generator\.width=8; the released code computes with 32"):
         export_weights([tmp_path / "narrow.pt"], tmp_path / "x.pt")
+    plain = {"generator.width": 32, "generator.channel": "first"}
+    save_checkpoint(tmp_path / "paper.pt", "generator", narrow.with_overrides(plain), document)
+    with pytest.raises(ConfigError, match=r"has synthesis\.variant=paper; the released code computes with released"):
+        export_weights([tmp_path / "paper.pt"], tmp_path / "x.pt")
     swin = {"network.axes": "xyz", "network.patch_merging": "all"}
     save_checkpoint(tmp_path / "s.pt", "segmenter", narrow.with_overrides(swin), {"model": {}})
     with pytest.raises(ConfigError, match=r"has network\.patch_merging=all"):
@@ -284,6 +288,23 @@ def test_export_refuses_what_the_released_code_would_compute_otherwise(
         with pytest.raises(ConfigError, match="was trained with the class lung"):
             export_weights([tmp_path / "lung.pt"], tmp_path / "x.pt")
     assert not (tmp_path / "x.pt").exists()
+
+
+@pytest.mark.parametrize("name", ["TGAN.pt", "TGAN.safetensors"])
+def test_an_export_is_on_the_disk_before_it_has_its_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = released_config("chest")
+    contents = {"model": build_generator(config).state_dict(), "classifier": _classifier(config).state_dict()}
+    save_checkpoint(tmp_path / "g.pt", "generator", config, contents)
+
+    def full(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(SaveError, match=r"could not be written \(No space left on device"):
+        export_weights([tmp_path / "g.pt"], tmp_path / "out" / name)
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_generator_of_ours_is_exported_with_its_kernels_turned(tmp_path: Path) -> None:

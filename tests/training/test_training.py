@@ -389,7 +389,7 @@ def test_a_run_is_not_overwritten_and_nothing_is_not_resumed(store: Store, tmp_p
     train_segmentation(CONFIG.with_overrides({"training.steps": 1}), store.path, tmp_path / "run")
     with pytest.raises(ConfigError, match="holds a run already"):
         train_segmentation(CONFIG, store.path, tmp_path / "run")
-    with pytest.raises(ConfigError, match="no such checkpoint"):
+    with pytest.raises(ConfigError, match="there is nothing to resume"):
         train_segmentation(CONFIG, store.path, tmp_path / "nothing", resume=True)
     assert not (tmp_path / "nothing").exists()
 
