@@ -61,6 +61,7 @@ def read_weights(path: str | Path) -> WeightFile:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; want a file of weights (.pt, .pth or .safetensors).")
+    document: Any
     if path.suffix == ".safetensors":
         document, digest = _read_safetensors(path), sha256_of(path)
     else:
