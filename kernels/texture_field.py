@@ -10,6 +10,7 @@ Everything else is float32 with one rounding an operation, in one order, or an e
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,12 +80,22 @@ def texture_field(
             raise KernelInputError(f"{_NAME}: {name} is {value}; want 0 to 2**{bits} - 1. Choose another {name}.")
     device = torch.device(device)
     require_device(_NAME, "device", device)
-    make = _make
-    if torch.compiler.is_compiling():  # asked first, since ``disable`` imports the whole compiler
-        make = torch.compiler.disable(
-            _make, reason="texture_field is made once, outside compiled code; pass its crops in"
-        )
-    return make(seed, number, float(sigma_a), float(sigma_b), shape, device)
+    return _make_eagerly(seed, number, float(sigma_a), float(sigma_b), shape, device)
+
+
+def _make_eagerly(*arguments: Any) -> Tensor:
+    """``_make`` outside compiled code; torch's compiler, a second of imports and 70 MB, is asked only where it is in use."""
+    if "torch._dynamo" not in sys.modules:
+        return _make(*arguments)
+    field: Tensor = torch.compiler.disable(_make)(*arguments)
+    return field
+
+
+# what torch.compiler.disable sets; itself it would import the compiler here
+_make_eagerly._torchdynamo_disable = True  # type: ignore[attr-defined]
+_make_eagerly._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
+    "texture_field is made once, outside compiled code; pass its crops in"
+)
 
 
 def _make(seed: int, number: int, sigma_a: float, sigma_b: float, shape_zyx: IntZYX, device: torch.device) -> Tensor:
