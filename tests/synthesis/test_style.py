@@ -185,7 +185,7 @@ def test_a_key_that_is_turned_on_leaves_the_draws_of_the_others() -> None:
         assert found is not None
         return found
 
-    plain, full = draw(), draw(**KEYS["all"], syntumor_contrast_hu=(70.0, 80.0))
+    plain, full = draw(), draw(**KEYS["all"])
     assert plain.style == type(plain.style)()
     assert full.tumors[0].radii_vox_zyx == plain.tumors[0].radii_vox_zyx
     assert (full.texture_sigma_mm, full.edge_sigma_vox, full.texture_draw) == (
