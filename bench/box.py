@@ -176,6 +176,7 @@ def _conditions(config: Config) -> dict[str, Any]:
         "box_least_vox": synthesis.box_least_vox,
         "channels_last": synthesis.channels_last,
         "compile": synthesis.compile,
+        "cuda_graphs": synthesis.cuda_graphs,
     }
 
 

@@ -230,16 +230,19 @@ def _config_of(out: Path, *, resume: bool) -> Path | None:
 
 
 def _finish(result: "TrainingResult", view: TrainingView, *, as_json: bool, json_log: bool) -> None:
-    if not _is_main():
-        pass  # another process of the run reports
-    elif json_log:
+    if _is_main():  # the others leave it to that one
+        _report(result, view, as_json=as_json, json_log=json_log)
+    if result.interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _report(result: "TrainingResult", view: TrainingView, *, as_json: bool, json_log: bool) -> None:
+    if json_log:
         view.end(_document(result))
     elif as_json:
         print_json(_document(result))
     else:
         _print_result(result)
-    if result.interrupted:
-        raise typer.Exit(INTERRUPTED)
 
 
 def _document(result: "TrainingResult") -> dict[str, Any]:

@@ -240,7 +240,7 @@ def load_networks(
 ) -> tuple[nn.Module | None, nn.Module | None]:
     """G and S from their checkpoints: in eval mode, frozen, on the configured device; None for a path that is not given.
 
-    Both are evaluated as ``synthesis.precision``, ``channels_last`` and ``compile`` say. Raises ConfigError where one was trained for
+    Both are evaluated as ``synthesis.precision``, ``channels_last``, ``compile`` and ``cuda_graphs`` say. Raises ConfigError where one was trained for
     another region than the configuration's.
     """
     device = resolve_device(config.device)

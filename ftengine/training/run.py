@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from ftengine import __version__
-from ftengine.config import Config
+from ftengine.config import Config, GeneratorTrainingConfig, TrainingConfig
 from ftengine.errors import ConfigError
 from ftengine.training.stall import StallReport
 from ftengine.training.trackers import Trackers, check_trackers, open_trackers
@@ -42,6 +42,22 @@ class Schedule:
     accumulate: int = 1
     keep_checkpoints: int = 1
     kind: Literal["cosine", "constant"] = "cosine"
+
+    @classmethod
+    def of(
+        cls, settings: TrainingConfig | GeneratorTrainingConfig, *, kind: Literal["cosine", "constant"] = "cosine"
+    ) -> "Schedule":
+        """That of a stage's section of the configuration."""
+        return cls(
+            steps=settings.steps,
+            learning_rate=settings.learning_rate,
+            warmup_steps=settings.warmup_steps,
+            log_every=settings.log_every,
+            checkpoint_every=settings.checkpoint_every,
+            accumulate=settings.accumulate,
+            keep_checkpoints=settings.keep_checkpoints,
+            kind=kind,
+        )
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
