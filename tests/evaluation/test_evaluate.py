@@ -149,6 +149,7 @@ def test_pairs_are_found_by_name(tmp_path: Path) -> None:
     predictions, truths = tmp_path / "p", tmp_path / "t"
     for path in (
         predictions / "a_ct.nii.gz", predictions / "b.mha", predictions / "c.nii", predictions / "c.nrrd",
+        predictions / "a_probabilities" / "liver.nii.gz",
         truths / "a_ct.nii.gz", truths / "a_label.nii.gz", truths / "b_seg.nrrd", truths / "c_mask.nii.gz",
         truths / "d_label.nii.gz", truths / "d_mask.nii.gz", truths / "notes.txt", truths / ".hidden_label.nii.gz",
     ):  # fmt: skip
@@ -162,6 +163,7 @@ def test_pairs_are_found_by_name(tmp_path: Path) -> None:
     assert "c.nii and" in pairing.failed["c"]
     assert "d_label.nii.gz and" in pairing.failed["d"]
     assert set(pairing.failed) == {"c", "d"}
+    assert pairing.without_truth == []
 
 
 def test_folders_that_cannot_be_compared_are_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
