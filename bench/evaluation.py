@@ -75,7 +75,7 @@ def score_by_monai(pair: tuple[Path, Path], num_classes: int) -> list[tuple[floa
     from monai.transforms.io.array import LoadImage
 
     torch.set_num_threads(1)
-    load = LoadImage(image_only=True, ensure_channel_first=True, dtype=np.uint8)
+    load: Any = LoadImage(image_only=True, ensure_channel_first=True, dtype=np.uint8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of itself, and of classes that are not there
         predicted, truth = (load(str(file)) for file in pair)

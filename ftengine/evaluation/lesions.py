@@ -85,7 +85,7 @@ def diameter_mm(voxels: NDArray[np.bool_], spacing_mm_zyx: FloatZYX, kind: Diame
     first, last = kept.argmax(axis=1), voxels.shape[2] - 1 - kept[:, ::-1].argmax(axis=1)
     # only the two ends of a row along x can be farthest apart
     ends = np.unique(np.concatenate([np.column_stack((rows, x)) for x in (first, last)]), axis=0)
-    points = ends * np.array(spacing_mm_zyx)
+    points = np.asarray(ends * np.array(spacing_mm_zyx), dtype=np.float64)
     if len(points) > _HULL_FROM_POINTS:
         points = _corners(points)
     longest = float(pdist(points).max()) if len(points) > 1 else 0.0
