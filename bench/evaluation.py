@@ -2,7 +2,7 @@
 
 Cases: abdomen phantoms of seven classes; a prediction is the truth warped by a smooth random field of about 1.5 voxels with a false piece
 of tumour. ``--distinct`` of them are drawn, the others are copies under other names: both sides read and score every file.
-MONAI: ``LoadImage``, ``one_hot``, ``compute_dice``, ``compute_hausdorff_distance(percentile=95)``, ``compute_surface_dice``. Ours, ``voxels``:
+MONAI: ``LoadImage`` (nibabel), ``one_hot``, ``compute_dice``, ``compute_hausdorff_distance(percentile=95)``, ``compute_surface_dice``. Ours, ``voxels``:
 the same three by the same definitions, which must agree to 1e-6, and all that ``ftengine evaluate`` finds besides (lesions, diameters,
 detection). ``elements``: its default definition. Each block of cases is scored by all in turn; starting the workers is part of the time.
 """
@@ -35,7 +35,9 @@ Scores = dict[str, list[tuple[float | None, float | None, float | None]]]
 
 
 def write_pairs(folder: Path, region: RegionConfig, shape_zyx: IntZYX, *, cases: int, distinct: int) -> None:
-    """``folder/truth`` and ``folder/pred`` with ``cases`` pairs of ``.nii.gz``."""
+    """``folder/truth`` and ``folder/pred`` with ``cases`` pairs of ``.nii.gz``; a folder that is there already is kept as it is."""
+    if folder.exists():
+        return
     for name in ("truth", "pred"):
         (folder / name).mkdir(parents=True)
     for case in range(cases):
@@ -75,7 +77,7 @@ def score_by_monai(pair: tuple[Path, Path], num_classes: int) -> list[tuple[floa
     from monai.transforms.io.array import LoadImage
 
     torch.set_num_threads(1)
-    load: Any = LoadImage(image_only=True, ensure_channel_first=True, dtype=np.uint8)
+    load: Any = LoadImage("NibabelReader", image_only=True, ensure_channel_first=True, dtype=np.uint8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of itself, and of classes that are not there
         predicted, truth = (load(str(file)) for file in pair)
@@ -138,9 +140,11 @@ def run(
 ) -> dict[str, Any]:
     """Write the pairs, score them each way in blocks, check that the values agree; prints and returns the figures."""
     region = Config.preset("abdomen").region
-    with tempfile.TemporaryDirectory(dir=work) as temporary:
-        whole = Path(temporary) / "all"
-        write_pairs(whole, region, shape_zyx, cases=cases, distinct=min(distinct, cases))
+    distinct = min(distinct, cases)
+    with tempfile.TemporaryDirectory() as temporary:
+        name = f"evaluation-{cases}-{distinct}-{'x'.join(map(str, shape_zyx))}"
+        whole = (Path(temporary) if work is None else work.resolve()) / name
+        write_pairs(whole, region, shape_zyx, cases=cases, distinct=distinct)
         names = sorted(file.name for file in (whole / "truth").iterdir())
         rows = {name: Row(name) for name in ("monai", "ours, voxels", "ours, elements")}
         worst = 0.0
@@ -157,7 +161,7 @@ def run(
         total_s = {row.name: sum(row.samples_s) for row in rows.values()}
         extra = {
             "cases": cases,
-            "distinct": min(distinct, cases),
+            "distinct": distinct,
             "shape_zyx": list(shape_zyx),
             "workers": workers,
             "total_s": total_s,
@@ -201,7 +205,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--shape", type=int, nargs=3, default=(256, 256, 256), metavar=("Z", "Y", "X"))
     parser.add_argument("--blocks", type=int, default=4, help="blocks that all candidates score in turn")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--work", type=Path, help="folder for the files (default: the system's)")
+    parser.add_argument("--work", type=Path, help="folder that keeps the files for another run (default: they go)")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     z, y, x = options.shape

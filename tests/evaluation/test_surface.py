@@ -37,6 +37,8 @@ def old_names(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def _compare_with_surface_distance(predicted: Mask, truth: Mask, spacing: FloatZYX) -> None:
+    dice = surface_distance.compute_dice_coefficient(truth, predicted)
+    assert _score(predicted, truth, "elements").dice == pytest.approx(dice, abs=1e-12)
     ours = surface_distances(predicted, truth, spacing)
     theirs = surface_distance.compute_surface_distances(truth, predicted, spacing)
     for percent in PERCENTS:
