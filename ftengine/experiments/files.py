@@ -23,3 +23,11 @@ def read_whole(file: Path) -> dict[str, Any]:
     """What ``write_whole`` wrote."""
     document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return document
+
+
+def write_text_whole(file: Path, text: str) -> None:
+    """The same for text."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
