@@ -1,6 +1,6 @@
 """Means with confidence intervals, and paired two-sided tests between two runs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ _BATCH_VALUES = 10_000_000  # values resampled at a time: 80 MB
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its confidence interval; ``low`` and ``high`` are None where one value alone gives none."""
+    """A mean or ratio and its confidence interval; ``low`` and ``high`` are None where the values give none."""
 
     mean: float
     low: float | None
@@ -61,16 +61,24 @@ def bootstrap_interval(
         return Interval(mean, None, None)
     if _no_spread(array):
         return Interval(mean, mean, mean)
-    result = stats.bootstrap(
-        (array,),
-        np.mean,
-        n_resamples=num_resamples,
-        batch=max(1, _BATCH_VALUES // array.size),
-        confidence_level=confidence,
-        method="BCa",
-        rng=np.random.default_rng(seed),
-    )
-    return Interval(mean, float(result.confidence_interval.low), float(result.confidence_interval.high))
+    return _bootstrap(mean, (array,), np.mean, confidence, num_resamples, seed)
+
+
+def ratio_interval(
+    parts: ArrayLike, wholes: ArrayLike, *, confidence: float = 0.95, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+) -> Interval:
+    """``sum(parts) / sum(wholes)`` and its bootstrap interval over the N pairs, each a volume with what it holds (found and true lesions).
+
+    Lesions of a volume stay together, since they are alike. No interval for one pair, and for pairs of equal ratio: resampling cannot
+    tell how far all-found is from all. Raises ValueError for no pair and for a whole that is not above 0.
+    """
+    part, whole = _finite(parts, "ratio_interval"), _finite(wholes, "ratio_interval")
+    if not part.size or part.shape != whole.shape or whole.min() <= 0:
+        raise ValueError("ratio_interval: want pairs, each with a whole above 0. Leave out volumes that hold nothing.")
+    ratio = float(part.sum() / whole.sum())
+    if part.size == 1 or _no_spread(part / whole):
+        return Interval(ratio, None, None)
+    return _bootstrap(ratio, (part, whole), _ratio_of_sums, confidence, num_resamples, seed)
 
 
 def proportion_interval(successes: int, total: int, *, confidence: float = 0.95) -> Interval:
@@ -114,6 +122,34 @@ def paired_tests(
         wilcoxon_pvalue=float(stats.wilcoxon(difference).pvalue) if difference.any() else None,
         interval=interval,
     )
+
+
+def _ratio_of_sums(part: NDArray[np.float64], whole: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
+    ratio: NDArray[np.float64] = part.sum(axis=axis) / whole.sum(axis=axis)
+    return ratio
+
+
+def _bootstrap(
+    value: float,
+    samples: tuple[NDArray[np.float64], ...],
+    statistic: Callable[..., Any],
+    confidence: float,
+    num_resamples: int,
+    seed: int,
+) -> Interval:
+    """Bias-corrected and accelerated; the samples, if several, are resampled together."""
+    result = stats.bootstrap(
+        samples,
+        statistic,
+        n_resamples=num_resamples,
+        batch=max(1, _BATCH_VALUES // samples[0].size),
+        vectorized=True,
+        paired=len(samples) > 1,
+        confidence_level=confidence,
+        method="BCa",
+        rng=np.random.default_rng(seed),
+    )
+    return Interval(value, float(result.confidence_interval.low), float(result.confidence_interval.high))
 
 
 def _finite(values: ArrayLike, where: str) -> NDArray[np.float64]:

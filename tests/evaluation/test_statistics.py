@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from ftengine.evaluation.statistics import bootstrap_interval, paired_tests, proportion_interval
+from ftengine.evaluation.statistics import bootstrap_interval, paired_tests, proportion_interval, ratio_interval
 
 # steps of a thousandth, with ties and zeros, as scores have them
 SCORES = st.lists(st.integers(-1000, 1000).map(lambda n: n / 1000), min_size=1, max_size=30)
@@ -103,3 +103,33 @@ def test_paired_tests_are_never_nan(pairs: list[tuple[int, int]]) -> None:
 def test_lists_of_other_lengths_are_no_pairs() -> None:
     with pytest.raises(ValueError, match="want pairs"):
         paired_tests([0.1, 0.2], [0.1])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 5)).map(lambda p: (min(p), p[1])), min_size=1, max_size=15))
+def test_ratios_of_sums_have_a_finite_interval_or_none(pairs: list[tuple[int, int]]) -> None:
+    parts, wholes = zip(*pairs, strict=True)
+    interval = ratio_interval(parts, wholes, num_resamples=199)
+    assert interval.mean == sum(parts) / sum(wholes)
+    if len({p / w for p, w in pairs}) == 1:
+        assert (interval.low, interval.high) == (None, None)
+    else:
+        assert interval.low is not None
+        assert interval.high is not None
+        assert 0 <= interval.low <= interval.high <= 1
+
+
+def test_lesions_of_a_volume_are_resampled_together() -> None:
+    """Ten volumes whose four lesions share their fate say less than forty lesions of forty volumes."""
+    together = ratio_interval([4] * 5 + [0] * 5, [4] * 10)
+    apart = ratio_interval([1] * 20 + [0] * 20, [1] * 40)
+    assert together.low is not None
+    assert apart.low is not None
+    assert together.mean == apart.mean == 0.5
+    assert together.low < apart.low - 0.1
+
+
+@pytest.mark.parametrize(("parts", "wholes"), [([], []), ([0], [0]), ([1, 1], [1])])
+def test_volumes_that_hold_nothing_are_no_pairs(parts: list[int], wholes: list[int]) -> None:
+    with pytest.raises(ValueError, match="each with a whole above 0"):
+        ratio_interval(parts, wholes)
