@@ -26,6 +26,7 @@ ALLOWED = {
     "training": BASE | {"loader", "synthesis", "quality"},
     "evaluation": BASE | {"volume", "store", "loader", "synthesis", "quality", "training"},
     "organs": BASE | {"store", "training", "evaluation"},
+    "experiments": BASE | {"volume", "datasets", "store", "quality", "training", "evaluation", "assemble"},
     "adapters": BASE | {"store", "loader", "synthesis", "quality", "training", "assemble"},
 }
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ftengine.config import Config
+from ftengine.config import Config, EvaluationConfig
 from ftengine.errors import ConfigError
 from ftengine.evaluation.statistics import PairedTests, paired_tests
 from ftengine.evaluation.tables import Cell, ResultTable
@@ -25,11 +25,15 @@ from ftengine.experiments.units import Score
 SCORES = "scores.json"
 _TITLES: Mapping[Measure, str] = {
     "dice": "Dice",
+    "surface_dice": "Surface Dice",
+    "hausdorff_mm": "HD95, mm",
     "sensitivity": "Sensitivity, volumes",
     "specificity": "Specificity, volumes",
     "f1": "F1, volumes",
-    "small_sensitivity": "Sensitivity for tumours below 2 cm",
+    "lesion_sensitivity": "Sensitivity, lesions",
+    "small_sensitivity": "Sensitivity, small lesions",
 }
+_OF_VOLUMES = ("dice", "surface_dice", "hausdorff_mm")  # each volume with the class in its truth has a value
 _FEW_NOTES = 10
 
 
@@ -126,6 +130,7 @@ def tables_of(plan: Plan, scores: Sequence[Score], cases: "_Cases") -> Results:
             {key: cell for key, cell in cells.items() if cell.values},
             notes=(*gathered.notes(rows, columns, titles), *plan.notes, *overlap_notes(plan, list(plan.tasks))),
             spread=plan.spread,
+            **_look(measure),
         )
         tests = {
             (row, c.title): gathered.test(measure, row, c) for row in rows if row != plan.baseline for c in columns
@@ -151,15 +156,16 @@ def _test_tables(
 ) -> dict[str, ResultTable]:
     """The difference to the baseline and the p values of both tests, as tables of their own; none where nothing is paired yet."""
     rows = tuple(titles[row] for row in dict.fromkeys(row for row, _ in tests))
-    what = "volumes" if measure == "dice" else "folds"
+    what = "volumes" if measure in _OF_VOLUMES else "folds"
+    scale = _look(measure)["scale"]
     about = f"{_TITLES[measure]}, against {titles[plan.baseline]}, paired by {what}"
     figures: tuple[tuple[str, str, float, int, Callable[[PairedTests], float | None]], ...] = (
-        ("difference", "mean difference", 100.0, 1, lambda t: t.mean_difference),
+        ("difference", "mean difference", scale, 1, lambda t: t.mean_difference),
         ("t-test", "p of the two-sided paired t-test", 1.0, 5, lambda t: t.t_pvalue),
         ("wilcoxon", "p of Wilcoxon's two-sided signed-rank test", 1.0, 5, lambda t: t.wilcoxon_pvalue),
     )
     tables = {}
-    for name, title, scale, digits, figure in figures:
+    for name, title, factor, digits, figure in figures:
         cells = {
             (titles[row], column): Cell((value,))
             for (row, column), test in tests.items()
@@ -172,12 +178,17 @@ def _test_tables(
                 rows,
                 tuple(c.title for c in columns),
                 cells,
-                scale=scale,
+                scale=factor,
                 digits=digits,
                 order="none",
                 notes=() if name == "difference" else ("Not corrected for the number of tests.",),
             )
     return tables
+
+
+def _look(measure: Measure) -> dict[str, Any]:
+    """How a measure is printed."""
+    return {"scale": 1.0, "order": "lower"} if measure == "hausdorff_mm" else {"scale": 100.0, "order": "higher"}
 
 
 class _Cases:
@@ -204,6 +215,9 @@ class _Gathered:
 
     def __init__(self, plan: Plan, scores: Sequence[Score], cases: _Cases) -> None:
         self._plan, self._cases = plan, cases
+        self._small_mm = EvaluationConfig.model_validate(
+            {k.removeprefix("evaluation."): v for k, v in plan.set.items() if k.startswith("evaluation.")}
+        ).small_mm
         self._scores: dict[tuple[str, str], list[Score]] = {}
         for score in scores:
             self._scores.setdefault((score.method, score.column), []).append(score)
@@ -220,7 +234,7 @@ class _Gathered:
         return Cell(tuple(statistics.fmean(values) for values in repeats.values() if len(values) == whole))
 
     def test(self, measure: Measure, method: str, column: Column) -> PairedTests:
-        """A method against the baseline: by volume for Dice, else by fold and repeat."""
+        """A method against the baseline: by volume where each has a value, else by fold and repeat."""
         ours, theirs = (self._paired(measure, name, column) for name in (method, self._plan.baseline))
         both = [key for key in ours if key in theirs]
         return paired_tests([ours[key] for key in both], [theirs[key] for key in both])
@@ -234,7 +248,9 @@ class _Gathered:
                 done = sum(self._cases.is_done(s.unit) for s in scores)
                 if done < len(scores):
                     notes.append(f"{titles[row]}, {column.title}: {done} of {len(scores)} evaluations are done.")
-        return notes if len(notes) <= _FEW_NOTES else [f"{len(notes)} cells lack evaluations: the experiment is not done."]
+        return (
+            notes if len(notes) <= _FEW_NOTES else [f"{len(notes)} cells lack evaluations: the experiment is not done."]
+        )
 
     def _of(self, method: str, column: Column) -> Iterator[Score]:
         for _, name in column.members:
@@ -248,21 +264,21 @@ class _Gathered:
         values = {}
         for place, scores in places.items():
             if all(self._cases.is_done(s.unit) for s in scores):
-                value = _measured(measure, [c for s in scores for c in self._classes(s, column)])
+                value = _measured(measure, [c for s in scores for c in self._classes(s, column)], self._small_mm)
                 if value is not None:
                     values[place] = value
         return values
 
     def _paired(self, measure: Measure, method: str, column: Column) -> dict[Any, float]:
-        if measure != "dice":
+        if measure not in _OF_VOLUMES:
             return dict(self._values(measure, method, column))
         of_case: dict[tuple[str, str, str], list[float]] = {}
         for score in self._of(method, column):
             for case in self._cases.of(score.unit) or ():
                 for tumor in column.tumors[score.task]:
                     found = case["classes"][tumor]
-                    if found["truth_voxels"]:
-                        of_case.setdefault((score.task, case["case"], tumor), []).append(found["dice"])
+                    if found["truth_voxels"] and found[measure] is not None:
+                        of_case.setdefault((score.task, case["case"], tumor), []).append(found[measure])
         return {key: statistics.fmean(values) for key, values in of_case.items()}
 
     def _classes(self, score: Score, column: Column) -> Iterator[dict[str, Any]]:
@@ -271,13 +287,16 @@ class _Gathered:
                 yield case["classes"][tumor]
 
 
-def _measured(measure: Measure, classes: Sequence[Mapping[str, Any]]) -> float | None:
+def _measured(measure: Measure, classes: Sequence[Mapping[str, Any]], small_mm: float) -> float | None:
     """A figure of these classes of volumes together; None where nothing gives it."""
-    if measure == "dice":
-        dice = [c["dice"] for c in classes if c["truth_voxels"]]
-        return statistics.fmean(dice) if dice else None
-    if measure == "small_sensitivity":
-        return _ratio(sum(c["small_found"] for c in classes), sum(c["small_tumors"] for c in classes))
+    if measure in _OF_VOLUMES:
+        values = [c[measure] for c in classes if c["truth_voxels"] and c[measure] is not None]
+        return statistics.fmean(values) if values else None
+    if measure in {"lesion_sensitivity", "small_sensitivity"}:
+        lesions = [lesion for c in classes for lesion in c["lesions"]["truth"]]
+        if measure == "small_sensitivity":
+            lesions = [lesion for lesion in lesions if lesion["diameter_mm"] < small_mm]
+        return _ratio(sum(lesion["matched"] for lesion in lesions), len(lesions))
     tp, fp, tn, fn = (sum(c["outcome"] == name for c in classes) for name in ("tp", "fp", "tn", "fn"))
     parts = {"sensitivity": (tp, tp + fn), "specificity": (tn, tn + fp), "f1": (2 * tp, 2 * tp + fp + fn)}
     return _ratio(*parts[measure])

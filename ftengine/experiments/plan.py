@@ -26,7 +26,16 @@ from ftengine.store.folds import MAX_FOLDS
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Keys = dict[str, Any]  # dotted configuration keys
-Measure = Literal["dice", "sensitivity", "specificity", "f1", "small_sensitivity"]
+Measure = Literal[
+    "dice",
+    "surface_dice",
+    "hausdorff_mm",
+    "sensitivity",
+    "specificity",
+    "f1",
+    "lesion_sensitivity",
+    "small_sensitivity",
+]
 Painter = Literal["nothing", "freetumor", "constant", "copy-paste", "syntumor"]
 _PACKAGE = "ftengine.experiments"
 

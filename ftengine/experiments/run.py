@@ -6,38 +6,33 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
+from typing_extensions import override
 
 from ftengine.errors import ConfigError
 from ftengine.experiments import collect
 from ftengine.experiments.files import write_text_whole
-from ftengine.experiments.folder import (
-    PLAN,
-    failure_of,
-    is_done,
-    note_failure,
-    only_one,
-    read_result,
-    result_file,
-    write_unit,
-)
-from ftengine.experiments.plan import Choice, Plan, choose
+from ftengine.experiments.folder import LOCK, PLAN, failure_of, is_done, note_failure, only_one, read_result, write_unit
+from ftengine.experiments.plan import Plan, choose
 from ftengine.experiments.schedule import Crew, Job, Outcome, Watcher, run_jobs
 from ftengine.experiments.stores import (
     draw_phantoms,
     find_stores,
     keep_paths,
+    known_stores,
     make_subset,
     open_stores,
+    tasks_with_stores,
 )
 from ftengine.experiments.units import Unit, Work, cut
 from ftengine.store.reader import Store
 
 _WORKER = "ftengine.experiments.worker"
+_TRAININGS = ("segmenter", "generator", "student", "calibration")  # kinds that read rows of their own
 
 
 @dataclass(frozen=True)
@@ -136,19 +131,15 @@ def opened(
     Raises ConfigError where a store, data set or name is missing, or the folder holds something else; StoreError where a store is damaged.
     """
     choice = choose(plan, tasks=tasks, methods=methods, folds=folds)
+    folder = folder.resolve()
     _check_folder(folder)
+    find_stores(plan, choice.tasks, folder, given)
+    known = tasks_with_stores(plan, known_stores(plan, folder, given))
+    paths = find_stores(plan, known, folder, given)
     with tempfile.TemporaryDirectory(prefix="ftengine-experiment-") as scratch:
-        paths = find_stores(plan, choice.tasks, folder, given)
-        known = [name for name in plan.tasks if name in choice.tasks or _is_known(plan, name, folder, given)]
-        paths = find_stores(plan, known, folder, given)
-        drawn = folder if writes or not any(_is_drawn(paths, folder)) else Path(scratch)
-        here = {name: _moved(path, folder, drawn) for name, path in paths.items()}
-        if writes:
-            folder.mkdir(parents=True, exist_ok=True)
-        draw_phantoms(plan, known, drawn, here)
-        stores = open_stores(plan, here)
+        stores = open_stores(plan, draw_phantoms(plan, folder, paths, None if writes else Path(scratch)))
         chosen = cut(plan, choice, stores)
-        everything = cut(plan, Choice(tuple(known), *_all(plan)), stores, leave_out=True)
+        everything = cut(plan, replace(choose(plan), tasks=tuple(known)), stores, leave_out=True)
         yield Experiment(plan, folder, stores, paths, chosen, everything)
 
 
@@ -160,6 +151,7 @@ def run_experiment(
     Raises ConfigError where another process runs this experiment, and what ``run_jobs`` raises.
     """
     folder = experiment.folder
+    folder.mkdir(parents=True, exist_ok=True)
     with only_one(folder) as lock:
         _keep(experiment)
         for key, unit in experiment.chosen.units.items():
@@ -194,12 +186,49 @@ class _Noting(Watcher):
     def __init__(self, folder: Path, inner: Watcher) -> None:
         self._folder, self._inner = folder, inner
 
+    @override
     def started(self, job: Job) -> None:
         self._inner.started(job)
 
+    @override
     def advanced(self, job: Job, fraction: float, text: str) -> None:
         self._inner.advanced(job, fraction, text)
 
+    @override
     def ended(self, job: Job, seconds: float, error: str | None) -> None:
         note_failure(self._folder, job.key, error)
         self._inner.ended(job, seconds, error)
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder}: is a file; want a folder for the experiment.")
+    # a first call that was killed early leaves stores alone
+    if (
+        folder.is_dir()
+        and not (folder / PLAN).exists()
+        and any(p.name not in {"stores", LOCK} for p in folder.iterdir())
+    ):
+        raise ConfigError(f"{folder}: is not empty and holds no experiment; choose another --out.")
+
+
+def _keep(experiment: Experiment) -> None:
+    """What the folder must know of its plan."""
+    plan = yaml.safe_dump(experiment.plan.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
+    write_text_whole(experiment.folder / PLAN, plan)
+    keep_paths(experiment.folder, experiment.paths)
+    collect.keep_scores(experiment.folder, experiment.everything.scores)
+
+
+def _subsets_needed(experiment: Experiment) -> list[str]:
+    """Keys of the rows that units without a result read."""
+    units = experiment.chosen.units
+    needed = [u.spec["store"] for k, u in units.items() if u.kind in _TRAININGS and not is_done(experiment.folder, k)]
+    return list(dict.fromkeys(needed))
+
+
+def _num_steps(unit: Unit) -> int:
+    """Training steps of a unit."""
+    if unit.kind in {"segmenter", "student"}:
+        return int(unit.spec["config"]["training"]["steps"])
+    return int(unit.spec["config"]["generator_training"]["steps"]) if unit.kind == "generator" else 0

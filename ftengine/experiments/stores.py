@@ -92,21 +92,29 @@ def find_stores(plan: Plan, tasks: Sequence[str], folder: Path, given: Mapping[s
     unknown = sorted(set(given) - set(plan.stores))
     if unknown:
         raise ConfigError(f"--store {unknown[0]}: the plan has the stores {', '.join(plan.stores)}.")
-    known = read_paths(folder / PATHS) if (folder / PATHS).is_file() else {}
-    found, missing = {}, []
-    for name, users in _users(plan, tasks).items():
-        need = plan.stores[name]
-        if need.phantoms is not None and name not in given:
-            found[name] = str(phantom_store(folder, name))
-            continue
-        path = given.get(name) or known.get(name) or need.path
-        if path is None:
-            missing.append(_missing(plan, name, need, users))
-        else:
-            found[name] = path if "://" in path else str(Path(path).resolve())
+    known, users = known_stores(plan, folder, given), _users(plan, tasks)
+    missing = [_missing(plan, name, plan.stores[name], users[name]) for name in users if name not in known]
     if missing:
         raise ConfigError("\n".join(missing))
-    return found
+    return {name: known[name] for name in users}
+
+
+def known_stores(plan: Plan, folder: Path, given: Mapping[str, str]) -> dict[str, str]:
+    """The path of each store that has one."""
+    before = read_paths(folder / PATHS) if (folder / PATHS).is_file() else {}
+    known = {}
+    for name, need in plan.stores.items():
+        path = given.get(name)
+        if path is None:
+            path = str(phantom_store(folder, name)) if need.phantoms is not None else before.get(name) or need.path
+        if path is not None:
+            known[name] = path if "://" in path else str(Path(path).resolve())
+    return known
+
+
+def tasks_with_stores(plan: Plan, known: Mapping[str, str]) -> list[str]:
+    """The tasks all of whose stores have a path."""
+    return [name for name in plan.tasks if all(store in known for store in _users(plan, [name]))]
 
 
 def keep_paths(folder: Path, paths: Mapping[str, str]) -> None:
@@ -131,18 +139,26 @@ def phantom_store(folder: Path, name: str) -> Path:
     return folder / _SUBSETS / f"{name}.zarr"
 
 
-def draw_phantoms(plan: Plan, tasks: Sequence[str], folder: Path, paths: Mapping[str, str]) -> None:
-    """Draw and convert the phantoms of the stores that need it; what is there already is kept."""
-    for name in _users(plan, tasks):
-        need = plan.stores[name]
-        if need.phantoms is not None and paths[name] == str(phantom_store(folder, name)):
-            _draw(need, need.phantoms, phantom_store(folder, name))
+def draw_phantoms(plan: Plan, folder: Path, paths: Mapping[str, str], scratch: Path | None = None) -> dict[str, str]:
+    """The paths, once the phantoms that the experiment draws itself are there. scratch: where to draw what is not, in place of ``folder``."""
+    drawn = dict(paths)
+    for name, path in paths.items():
+        phantoms, place = plan.stores[name].phantoms, phantom_store(folder, name)
+        if phantoms is None or path != str(place) or _is_drawn(phantoms, place):
+            continue
+        if scratch is not None:
+            place = phantom_store(scratch, name)
+        _draw(plan.stores[name], phantoms, place)
+        drawn[name] = str(place)
+    return drawn
+
+
+def _is_drawn(phantoms: Phantoms, place: Path) -> bool:
+    wanted = sum(s.num_volumes for s in phantoms.sets.values())
+    return (place / "zarr.json").exists() and len(open_store(place)) == wanted
 
 
 def _draw(need: StoreNeed, phantoms: Phantoms, place: Path) -> None:
-    wanted = sum(s.num_volumes for s in phantoms.sets.values())
-    if (place / "zarr.json").exists() and len(open_store(place)) == wanted:
-        return
     region = Config.preset(need.preset).region
     family = "chest" if "lung" in region.labels else "abdomen"
     label_map = tuple((value, region.labels.get(name, 0)) for name, value in LABELS[family].items())
@@ -154,6 +170,7 @@ def _draw(need: StoreNeed, phantoms: Phantoms, place: Path) -> None:
             num_volumes=drawn.num_volumes,
             seed=phantoms.seed,
             num_with_tumors=drawn.num_ill,
+            annotate_tumors=drawn.annotation == "tumor",
             tumors=TumorSpec(
                 diameter_mm=phantoms.diameter_mm,
                 organs=tuple(region.organs),

@@ -28,6 +28,7 @@ Kind = Literal["segmenter", "generator", "student", "calibration", "evaluation",
 # a run's seed is 100 times the experiment's and repeat's, plus this: no two kinds of run see the same sequence of patches
 _SEED_OF_KIND: Mapping[str, int] = {"segmenter": 1, "generator": 3, "student": 4, "calibration": 5}
 _PAINTING = ("synthesis.", "qc.", "generator.", "generator_training.")  # keys that a plain segmenter has no use for
+_SCORING = ("inference.", "evaluation.")  # keys of an evaluation; a training does not use them
 _DIGITS = 16
 
 
@@ -112,7 +113,11 @@ class _Cutter:
     def _add_predictions(self, name: str, place: "_Place") -> None:
         """The score of label files that the user brings."""
         other = self.plan.external[name]
-        if other.predictions is None or other.truth is None or (other.tasks is not None and place.task not in other.tasks):
+        if (
+            other.predictions is None
+            or other.truth is None
+            or (other.tasks is not None and place.task not in other.tasks)
+        ):
             return
         spec = {
             "predictions": _filled(other.predictions, place),
@@ -182,11 +187,10 @@ class _Cutter:
         return self.work.add(unit)
 
     def _evaluation(self, name: str, place: "_Place", trained: Unit, target: "_Target") -> None:
-        inference = {
-            k: v for k, v in self._keys(place, self.plan.methods[name].set).items() if k.startswith("inference.")
-        }
-        spec = {"checkpoint": trained.key, "store": target.store, "cases": target.cases, "inference": inference}
-        identity = {"checkpoint": trained.key, "cases": target.digest, "inference": inference}
+        keys = self._keys(place, self.plan.methods[name].set)
+        given = {key: value for key, value in keys.items() if key.startswith(_SCORING)}
+        spec = {"checkpoint": trained.key, "store": target.store, "cases": target.cases, "keys": given}
+        identity = {"checkpoint": trained.key, "cases": target.digest, "keys": given}
         unit = _unit("evaluation", f"{trained.title}, scored on {target.title}", spec, identity, (trained.key,))
         self.work.add(unit)
         self.work.scores.append(Score(name, target.column, place.task, place.fold, place.repeat, unit.key))

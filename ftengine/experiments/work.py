@@ -132,7 +132,7 @@ def _evaluation(folder: Path, _key: str, spec: Mapping[str, Any], device: str, a
         open_store(read_paths(folder / PATHS)[spec["store"]]),
         device=resolve_device(device),
         cases=spec["cases"],
-        overlap=spec["inference"].get("inference.overlap"),
+        overlap=spec["keys"].get("inference.overlap"),
         on_case=on_case,
     )
     return _of_evaluation(evaluation)

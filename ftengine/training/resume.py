@@ -24,6 +24,7 @@ _FREE_KEYS = (
     "device",
     "tracking",
     "inference",
+    "evaluation",
     *(f"loader.{name}" for name in LoaderConfig.SPEED_ONLY),
     "training.validate_every",
     "training.validate_unit",
