@@ -525,7 +525,6 @@ class EvaluationConfig(_Section):
 
     surface: Literal["elements", "voxels"] = "elements"  # as surface-distance (areas count); voxels: as MONAI
     tolerance_mm: float = Field(default=2.0, ge=0.0)  # of the normalised surface Dice; the paper has none: ours
-    hausdorff_percent: float = Field(default=95.0, gt=0.0, le=100.0)  # HD95; the paper has none: the field's habit
     connectivity: Literal[6, 18, 26] = 26  # of single lesions, as in the store's index
     match: Literal["any", "overlap", "iou"] = "any"  # which lesions are found; paper: any overlap
     match_fraction: float = Field(default=0.5, gt=0.0, le=1.0)  # least overlap or IoU of the other two rules: ours

@@ -129,6 +129,8 @@ def _scored(
     spacing_mm_zyx: FloatZYX,
     kind: Diameter,
 ) -> tuple[ScoredLesion, ...]:
+    if not len(num_voxels):
+        return ()
     voxel_ml = math.prod(spacing_mm_zyx) / 1000.0
     return tuple(
         ScoredLesion(

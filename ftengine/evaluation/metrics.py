@@ -27,15 +27,14 @@ DEFAULTS = EvaluationConfig()
 class ClassScore:
     """One class in one volume.
 
-    dice: None where neither truth nor prediction holds the class. hausdorff_mm: HD95 (or the percentile of the settings), None unless
-    both hold it. surface_dice: as dice. lesions: of tumour classes. The last three are None where only overlaps were asked for.
+    dice: None where neither truth nor prediction holds the class. hd95_mm: None unless both hold it. surface_dice: as dice. lesions: of tumour classes. The last three are None where only overlaps were asked for.
     """
 
     dice: float | None
     truth_voxels: int
     predicted_voxels: int
     overlap_voxels: int
-    hausdorff_mm: float | None = None
+    hd95_mm: float | None = None
     surface_dice: float | None = None
     lesions: Lesions | None = None
 
@@ -110,14 +109,14 @@ def _score_class(
     dice = 2.0 * both / total if total else None
     if full is None:
         return ClassScore(dice, num_true, num_predicted, both)
-    hausdorff, surface = None, 0.0 if total else None
+    hd95_mm, surface = None, 0.0 if total else None
     if num_true and num_predicted:
         distances = surface_distances(predicted, truth, full.spacing_mm_zyx, surface=full.settings.surface)
-        hausdorff = distances.hausdorff_mm(full.settings.hausdorff_percent)
+        hd95_mm = distances.hausdorff_mm()
         surface = distances.surface_dice(full.settings.tolerance_mm)
     is_tumor = value in full.tumor_values
     lesions = match_lesions(predicted, truth, full.spacing_mm_zyx, full.settings) if is_tumor else None
-    return ClassScore(dice, num_true, num_predicted, both, hausdorff, surface, lesions)
+    return ClassScore(dice, num_true, num_predicted, both, hd95_mm, surface, lesions)
 
 
 def summarize(scores: Sequence[CaseScore], settings: EvaluationConfig = DEFAULTS) -> dict[str, dict[str, Any]]:
@@ -138,8 +137,8 @@ def _summarize_class(scores: Sequence[ClassScore], settings: EvaluationConfig) -
     tp, fp, tn, fn = counts.values()
     row: dict[str, Any] = {"num_volumes_with_truth": len(with_truth), **counts}
     row |= _mean("dice", [c.dice for c in with_truth], settings)
-    row |= _mean("hausdorff_mm", [c.hausdorff_mm for c in with_truth], settings)
-    row["num_without_hausdorff"] = sum(c.hausdorff_mm is None for c in with_truth)
+    row |= _mean("hd95_mm", [c.hd95_mm for c in with_truth], settings)
+    row["num_without_hd95"] = sum(c.hd95_mm is None for c in with_truth)
     row |= _mean("surface_dice", [c.surface_dice for c in with_truth], settings)
     for name, part, whole in (("sensitivity", tp, tp + fn), ("specificity", tn, tn + fp), ("precision", tp, tp + fp)):
         row |= _proportion(name, part, whole, settings)

@@ -9,7 +9,7 @@ import io
 import math
 import re
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -130,17 +130,7 @@ class ResultTable:
 
     def to_csv(self) -> str:
         """One line a cell with its unscaled mean, range, deviation and number of values; the values themselves with ``;`` between."""
-        stream = io.StringIO()
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow([csv_text(self.corner), "column", "mean", "worst", "best", "deviation", "num", "values"])
-        for row in self.rows:
-            for column in self.columns:
-                cell = self.cell(row, column)
-                worst, best = self._range(cell)
-                figures = ("" if v is None else repr(v) for v in (cell.mean, worst, best, cell.deviation))
-                values = ";".join(map(repr, cell.values))
-                writer.writerow([csv_text(row), csv_text(column), *figures, len(cell.values), values])
-        return stream.getvalue()
+        return csv_document([self])
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, unscaled; a cell without values has None for its figures."""
@@ -210,6 +200,19 @@ class ResultTable:
             for name, rank in zip(("best", "second"), ranks, strict=False):
                 marks |= {(row, column): name for row, value in printed.items() if value == rank}
         return marks
+
+
+def csv_document(tables: Iterable[ResultTable]) -> str:
+    """The cells of several tables, one a line, with the table's title first."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["table", "row", "column", "mean", "worst", "best", "deviation", "num", "values"])
+    for table in tables:
+        for cell in table.to_json()["cells"]:
+            names = (csv_text(text) for text in (table.title, cell["row"], cell["column"]))
+            figures = ("" if (v := cell[key]) is None else repr(v) for key in ("mean", "worst", "best", "deviation"))
+            writer.writerow([*names, *figures, len(cell["values"]), ";".join(map(repr, cell["values"]))])
+    return stream.getvalue()
 
 
 def csv_text(text: str) -> str:

@@ -4,7 +4,6 @@ A figure of one fold and repeat is that of the volumes of the fold together. Wit
 its folds; otherwise one a fold.
 """
 
-import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,11 +12,14 @@ from typing import Any
 
 from ftengine.config import Config, EvaluationConfig
 from ftengine.errors import ConfigError
+from ftengine.evaluation.compare import PAIRED
+from ftengine.evaluation.evaluate import Evaluation
+from ftengine.evaluation.metrics import ClassScore, is_small
 from ftengine.evaluation.statistics import PairedTests, paired_tests
-from ftengine.evaluation.tables import Cell, ResultTable
+from ftengine.evaluation.tables import Cell, ResultTable, csv_document
 from ftengine.experiments.figures import as_printed
 from ftengine.experiments.files import read_whole, write_text_whole, write_whole
-from ftengine.experiments.folder import PLAN, is_done, read_result
+from ftengine.experiments.folder import PLAN, is_done, read_result, result_file
 from ftengine.experiments.plan import Measure, Plan, parse_plan
 from ftengine.experiments.stores import overlap_notes
 from ftengine.experiments.units import Score
@@ -26,14 +28,13 @@ SCORES = "scores.json"
 _TITLES: Mapping[Measure, str] = {
     "dice": "Dice",
     "surface_dice": "Surface Dice",
-    "hausdorff_mm": "HD95, mm",
+    "hd95_mm": "HD95, mm",
     "sensitivity": "Sensitivity, volumes",
     "specificity": "Specificity, volumes",
     "f1": "F1, volumes",
     "lesion_sensitivity": "Sensitivity, lesions",
     "small_sensitivity": "Sensitivity, small lesions",
 }
-_OF_VOLUMES = ("dice", "surface_dice", "hausdorff_mm")  # each volume with the class in its truth has a value
 _FEW_NOTES = 10
 
 
@@ -77,17 +78,16 @@ def collect(folder: Path) -> Results:
         raise ConfigError(f"{folder}: holds no experiment; want the --out of 'ftengine experiment run'.")
     plan = parse_plan((folder / PLAN).read_text(encoding="utf-8"), where=str(folder / PLAN))
     scores = [Score(**document) for document in read_whole(folder / SCORES)["scores"]]
-    return tables_of(plan, scores, _Cases(folder))
+    return tables_of(plan, scores, _Evaluations(folder))
 
 
 def write_results(folder: Path, results: Results) -> None:
-    """Write ``table.md``, ``table.json`` and, for each table, ``tables/NAME.md``, ``.tex`` and ``.csv``."""
-    write_text_whole(folder / "table.md", "\n".join(table.to_markdown() for table in results.tables.values()))
-    write_text_whole(folder / "table.json", json.dumps(results.to_json(), indent=1, allow_nan=False) + "\n")
-    for name, table in results.tables.items():
-        write_text_whole(folder / "tables" / f"{name}.md", table.to_markdown())
-        write_text_whole(folder / "tables" / f"{name}.tex", table.to_latex())
-        write_text_whole(folder / "tables" / f"{name}.csv", table.to_csv())
+    """Write ``table.md``, ``table.tex``, ``table.csv`` and ``table.json``, each with all tables."""
+    tables = results.tables.values()
+    write_text_whole(folder / "table.md", "\n".join(table.to_markdown() for table in tables))
+    write_text_whole(folder / "table.tex", "\n".join(table.to_latex() for table in tables))
+    write_text_whole(folder / "table.csv", csv_document(tables))
+    write_whole(folder / "table.json", results.to_json())
 
 
 def columns_of(plan: Plan) -> list[Column]:
@@ -114,11 +114,11 @@ def _by_class(title: str, paper: str, member: tuple[str, str], tumors: tuple[str
         yield Column(f"{title}{suffix}", f"{paper}{suffix}", (member,), {member[0]: (tumor,)})
 
 
-def tables_of(plan: Plan, scores: Sequence[Score], cases: "_Cases") -> Results:
+def tables_of(plan: Plan, scores: Sequence[Score], evaluations: "_Evaluations") -> Results:
     """All tables from the scores that are done."""
-    results = Results(num_scores=len(scores), num_done=sum(cases.is_done(s.unit) for s in scores))
+    results = Results(num_scores=len(scores), num_done=sum(evaluations.of(s.unit) is not None for s in scores))
     columns, titles = columns_of(plan), dict(plan.rows())
-    gathered = _Gathered(plan, scores, cases)
+    gathered = _Gathered(plan, scores, evaluations)
     rows = [name for name in titles if name in plan.methods or any(s.method == name for s in scores)]
     for measure in plan.measures:
         cells = {(titles[row], c.title): gathered.cell(measure, row, c) for row in rows for c in columns}
@@ -156,7 +156,7 @@ def _test_tables(
 ) -> dict[str, ResultTable]:
     """The difference to the baseline and the p values of both tests, as tables of their own; none where nothing is paired yet."""
     rows = tuple(titles[row] for row in dict.fromkeys(row for row, _ in tests))
-    what = "volumes" if measure in _OF_VOLUMES else "folds"
+    what = "volumes" if measure in PAIRED else "folds"
     scale = _look(measure)["scale"]
     about = f"{_TITLES[measure]}, against {titles[plan.baseline]}, paired by {what}"
     figures: tuple[tuple[str, str, float, int, Callable[[PairedTests], float | None]], ...] = (
@@ -188,36 +188,32 @@ def _test_tables(
 
 def _look(measure: Measure) -> dict[str, Any]:
     """How a measure is printed."""
-    return {"scale": 1.0, "order": "lower"} if measure == "hausdorff_mm" else {"scale": 100.0, "order": "higher"}
+    return {"scale": 1.0, "order": "lower"} if measure == "hd95_mm" else {"scale": 100.0, "order": "higher"}
 
 
-class _Cases:
-    """The scored cases of evaluations that are done, read once."""
+class _Evaluations:
+    """The evaluations that are done, read once."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._read: dict[str, list[dict[str, Any]] | None] = {}
+        self._read: dict[str, Evaluation | None] = {}
 
-    def is_done(self, key: str) -> bool:
-        """Whether the evaluation is there."""
-        return self.of(key) is not None
-
-    def of(self, key: str) -> list[dict[str, Any]] | None:
-        """The cases of an evaluation; None where it is not done."""
+    def of(self, key: str) -> Evaluation | None:
+        """An evaluation; None where it is not done."""
         if key not in self._read:
+            file = result_file(self._folder, key)
             done = is_done(self._folder, key)
-            self._read[key] = read_result(self._folder, key)["evaluation"]["cases"] if done else None
+            self._read[key] = (
+                Evaluation.from_json(read_result(self._folder, key)["evaluation"], str(file)) if done else None
+            )
         return self._read[key]
 
 
 class _Gathered:
     """Scores by method and column."""
 
-    def __init__(self, plan: Plan, scores: Sequence[Score], cases: _Cases) -> None:
-        self._plan, self._cases = plan, cases
-        self._small_mm = EvaluationConfig.model_validate(
-            {k.removeprefix("evaluation."): v for k, v in plan.set.items() if k.startswith("evaluation.")}
-        ).small_mm
+    def __init__(self, plan: Plan, scores: Sequence[Score], evaluations: _Evaluations) -> None:
+        self._plan, self._evaluations = plan, evaluations
         self._scores: dict[tuple[str, str], list[Score]] = {}
         for score in scores:
             self._scores.setdefault((score.method, score.column), []).append(score)
@@ -245,7 +241,7 @@ class _Gathered:
         for row in rows:
             for column in columns:
                 scores = list(self._of(row, column))
-                done = sum(self._cases.is_done(s.unit) for s in scores)
+                done = sum(self._evaluations.of(s.unit) is not None for s in scores)
                 if done < len(scores):
                     notes.append(f"{titles[row]}, {column.title}: {done} of {len(scores)} evaluations are done.")
         return (
@@ -263,41 +259,46 @@ class _Gathered:
             places.setdefault((score.repeat, score.fold), []).append(score)
         values = {}
         for place, scores in places.items():
-            if all(self._cases.is_done(s.unit) for s in scores):
-                value = _measured(measure, [c for s in scores for c in self._classes(s, column)], self._small_mm)
-                if value is not None:
-                    values[place] = value
+            evaluations = [self._evaluations.of(s.unit) for s in scores]
+            if any(e is None for e in evaluations):
+                continue
+            pooled = [c for s in scores for _, _, c in self._classes(s, column)]
+            settings = next(e.settings for e in evaluations if e is not None)
+            value = _measured(measure, pooled, settings)
+            if value is not None:
+                values[place] = value
         return values
 
     def _paired(self, measure: Measure, method: str, column: Column) -> dict[Any, float]:
-        if measure not in _OF_VOLUMES:
+        if measure not in PAIRED:
             return dict(self._values(measure, method, column))
         of_case: dict[tuple[str, str, str], list[float]] = {}
         for score in self._of(method, column):
-            for case in self._cases.of(score.unit) or ():
-                for tumor in column.tumors[score.task]:
-                    found = case["classes"][tumor]
-                    if found["truth_voxels"] and found[measure] is not None:
-                        of_case.setdefault((score.task, case["case"], tumor), []).append(found[measure])
+            for case, tumor, found in self._classes(score, column):
+                value = PAIRED[measure](found) if found.truth_voxels else None
+                if value is not None:
+                    of_case.setdefault((score.task, case, tumor), []).append(value)
         return {key: statistics.fmean(values) for key, values in of_case.items()}
 
-    def _classes(self, score: Score, column: Column) -> Iterator[dict[str, Any]]:
-        for case in self._cases.of(score.unit) or ():
+    def _classes(self, score: Score, column: Column) -> Iterator[tuple[str, str, ClassScore]]:
+        """(case, class, score) of what the column takes of an evaluation."""
+        evaluation = self._evaluations.of(score.unit)
+        for case in () if evaluation is None else evaluation.cases:
             for tumor in column.tumors[score.task]:
-                yield case["classes"][tumor]
+                yield case.case, tumor, case.classes[tumor]
 
 
-def _measured(measure: Measure, classes: Sequence[Mapping[str, Any]], small_mm: float) -> float | None:
-    """A figure of these classes of volumes together; None where nothing gives it."""
-    if measure in _OF_VOLUMES:
-        values = [c[measure] for c in classes if c["truth_voxels"] and c[measure] is not None]
+def _measured(measure: Measure, classes: Sequence[ClassScore], settings: EvaluationConfig) -> float | None:
+    """A figure of these classes of volumes together, as ``metrics.summarize`` defines it; None where nothing gives it."""
+    if measure in PAIRED:
+        values = [v for c in classes if c.truth_voxels and (v := PAIRED[measure](c)) is not None]
         return statistics.fmean(values) if values else None
     if measure in {"lesion_sensitivity", "small_sensitivity"}:
-        lesions = [lesion for c in classes for lesion in c["lesions"]["truth"]]
+        lesions = [lesion for c in classes if c.lesions is not None for lesion in c.lesions.truth]
         if measure == "small_sensitivity":
-            lesions = [lesion for lesion in lesions if lesion["diameter_mm"] < small_mm]
-        return _ratio(sum(lesion["matched"] for lesion in lesions), len(lesions))
-    tp, fp, tn, fn = (sum(c["outcome"] == name for c in classes) for name in ("tp", "fp", "tn", "fn"))
+            lesions = [lesion for lesion in lesions if is_small(lesion, settings)]
+        return _ratio(sum(lesion.matched for lesion in lesions), len(lesions))
+    tp, fp, tn, fn = (sum(c.outcome == name for c in classes) for name in ("tp", "fp", "tn", "fn"))
     parts = {"sensitivity": (tp, tp + fn), "specificity": (tn, tn + fp), "f1": (2 * tp, 2 * tp + fp + fn)}
     return _ratio(*parts[measure])
 

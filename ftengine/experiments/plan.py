@@ -29,7 +29,7 @@ Keys = dict[str, Any]  # dotted configuration keys
 Measure = Literal[
     "dice",
     "surface_dice",
-    "hausdorff_mm",
+    "hd95_mm",
     "sensitivity",
     "specificity",
     "f1",
@@ -157,7 +157,7 @@ class Method(_Model):
 
     paints: the synthesiser; ``nothing`` is a plain segmenter. judge: quality control by S. segmenter: the method whose model is S, which
     judges, which G must convince, and from which a model starts with ``init: segmenter`` (default: the plan's baseline). calibrate: also
-    measure what S makes of real held-out tumours. tasks: where the method applies (default: everywhere). preset: configuration in place of
+    measure what S makes of the real tumours of the held-out fold, and of so many painted ones. tasks: where the method applies (default: everywhere). preset: configuration in place of
     the task's, except for the region. set: configuration keys of the model, not of S and G. paper: row of the paper's table.
     """
 
@@ -168,7 +168,7 @@ class Method(_Model):
     init: Literal["scratch", "segmenter"] = "scratch"
     unlabelled: Unlabelled | None = None
     generator: Generator | None = None
-    calibrate: bool = False
+    calibrate: Annotated[int, Field(ge=1)] | None = None
     tasks: tuple[Name, ...] | None = None
     preset: str | None = None
     set: Keys = {}

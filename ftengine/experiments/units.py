@@ -123,6 +123,7 @@ class _Cutter:
             "predictions": _filled(other.predictions, place),
             "truth": _filled(other.truth, place),
             "preset": self.plan.stores[place.spec.store].preset,
+            "keys": {k: v for k, v in self._keys(place, {}).items() if k.startswith("evaluation.")},
         }
         unit = _unit("predictions", f"{name}, {place}", spec, spec)
         self.work.add(unit)
@@ -139,7 +140,7 @@ class _Cutter:
         if method.generator is not None and segmenter is not None:
             generator = self._generator(name, method.generator, segmenter, place)
         student = self._student(name, method, segmenter, generator, place)
-        if method.calibrate and segmenter is not None:
+        if method.calibrate is not None and segmenter is not None:
             self._calibration(name, method, segmenter, generator, place)
         return student
 
@@ -169,16 +170,25 @@ class _Cutter:
         config = self._config("calibration", method.preset, method.set, place, paints=method.paints)
         rows = self._rows(place, method.unlabelled)
         given = {"judge": judge} | ({} if generator is None else {"generator": generator})
-        self._training("calibration", f"judge of {name}, {place}", config, rows, place, **given)
+        more = {"num_painted": method.calibrate}
+        self._training("calibration", f"judge of {name}, {place}", config, rows, place, more, **given)
 
     def _training(
-        self, kind: Kind, title: str, config: Config, rows: TrainingRows, place: "_Place", **parents: Unit
+        self,
+        kind: Kind,
+        title: str,
+        config: Config,
+        rows: TrainingRows,
+        place: "_Place",
+        more: Mapping[str, Any] | None = None,
+        **parents: Unit,
     ) -> Unit:
         spec = {
             "config": config.model_dump(mode="json"),
             "store": rows.key,
             "fold": place.fold,
             "processes": 1 if kind == "calibration" else self.plan.processes,
+            **(more or {}),
             **{role: unit.key for role, unit in parents.items()},
         }
         identity = {**spec, "config": _decides(config, kind)}

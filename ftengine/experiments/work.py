@@ -108,6 +108,7 @@ def _calibration(folder: Path, key: str, spec: Mapping[str, Any], device: str, _
         generator_path=checkpoint(folder, spec["generator"]) if "generator" in spec else None,
         out=unit_folder(folder, key),
         fold=spec["fold"],
+        num_painted=spec["num_painted"],
     )
     threshold = calibration.threshold
     return {
@@ -121,18 +122,19 @@ def _calibration(folder: Path, key: str, spec: Mapping[str, Any], device: str, _
 
 
 def _evaluation(folder: Path, _key: str, spec: Mapping[str, Any], device: str, advance: Advance) -> Result:
-    num, done = len(spec["cases"]), iter(range(1, len(spec["cases"]) + 1))
+    num, done = len(spec["cases"]), 0
 
     def on_case(_score: object) -> None:
-        number = next(done, num)
-        advance(number / num, f"volume {number} of {num}")
+        nonlocal done
+        done += 1
+        advance(done / num, f"volume {done} of {num}")
 
     evaluation = evaluate_checkpoint(
         checkpoint(folder, spec["checkpoint"]),
         open_store(read_paths(folder / PATHS)[spec["store"]]),
         device=resolve_device(device),
         cases=spec["cases"],
-        overlap=spec["keys"].get("inference.overlap"),
+        keys=spec["keys"],
         on_case=on_case,
     )
     return _of_evaluation(evaluation)
@@ -143,7 +145,8 @@ def _predictions(_folder: Path, _key: str, spec: Mapping[str, Any], _device: str
         if not Path(spec[role]).exists():
             raise ConfigError(f"{spec[role]}: is not there; want the {role} that the plan's external section names.")
     region = Config.preset(spec["preset"]).region
-    return _of_evaluation(evaluate_folders(Path(spec["predictions"]), Path(spec["truth"]), region))
+    settings = Config(region=region).with_overrides(spec["keys"]).evaluation
+    return _of_evaluation(evaluate_folders(Path(spec["predictions"]), Path(spec["truth"]), region, settings))
 
 
 def _of_evaluation(evaluation: Evaluation) -> Result:

@@ -86,7 +86,7 @@ def test_csv_and_json_hold_the_unscaled_values() -> None:
     assert len(rows) == 6
     assert float(rows[0]["mean"]) == pytest.approx(0.603)
     assert [float(v) for v in rows[0]["values"].split(";")] == [0.520, 0.645, 0.644]
-    assert rows[3]["Method"] == "SwinUNETR"
+    assert rows[3]["row"] == "SwinUNETR"
     assert rows[3]["mean"] == ""
     document = json.loads(json.dumps(_a5().to_json(), allow_nan=False))
     assert document["cells"][4]["best"] == 0.714
