@@ -70,6 +70,19 @@ def list_plans(as_json: JsonOption = False) -> None:
 
 
 @app.command()
+def show(
+    plan: Annotated[str, typer.Argument(metavar="NAME", help="Name of a shipped plan.")],
+) -> None:
+    """Print a shipped plan as YAML, to be changed and run as a file."""
+    from ftengine.errors import ConfigError
+    from ftengine.experiments.plan import plan_names, shipped_plan
+
+    if plan not in plan_names():
+        raise ConfigError(f"experiment show {plan}: no such plan; want one of {', '.join(plan_names())}.")
+    typer.echo(shipped_plan(plan), nl=False)
+
+
+@app.command()
 def run(
     plan: PlanArgument,
     out: OutOption,
@@ -189,7 +202,7 @@ def _show_results(results: "Results", folder: Path) -> None:
         console.print(shown.to_rich())
     done = f"{results.num_done} of {results.num_scores} evaluations are done"
     console.print(
-        f"{done}; written: {folder / 'table.md'}, {folder / 'table.json'}, {folder / 'tables'}",
+        f"{done}; written: {folder / 'table.md'}, .tex, .csv, .json",
         highlight=False,
         markup=False,
     )

@@ -128,7 +128,7 @@ def tables_of(plan: Plan, scores: Sequence[Score], evaluations: "_Evaluations") 
             tuple(titles[row] for row in rows),
             tuple(c.title for c in columns),
             {key: cell for key, cell in cells.items() if cell.values},
-            notes=(*gathered.notes(rows, columns, titles), *plan.notes, *overlap_notes(plan, list(plan.tasks))),
+            notes=(*gathered.notes(rows, columns, titles), *_about(plan)),
             spread=plan.spread,
             **_look(measure),
         )
@@ -184,6 +184,15 @@ def _test_tables(
                 notes=() if name == "difference" else ("Not corrected for the number of tests.",),
             )
     return tables
+
+
+def _about(plan: Plan) -> Iterator[str]:
+    """What a reader of any of the tables must know."""
+    for name, other in plan.external.items():
+        if other.predictions is None:
+            yield f"{other.title or name}: {other.note}."
+    yield from plan.notes
+    yield from overlap_notes(plan, list(plan.tasks))
 
 
 def _look(measure: Measure) -> dict[str, Any]:

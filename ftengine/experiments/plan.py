@@ -5,7 +5,7 @@ store         where volumes lie, and the preset whose grid and labels they have;
 task          what a model learns: the tumours of some data sets of one store
 target        other volumes of a store, on which models of a task are only scored (out of domain)
 method        how a model is trained: nothing painted (baseline), or a synthesiser with or without generator, judge, unlabelled volumes
-external      a method that we cannot train: the paper's figures, or predictions that the user brings
+external      a method that we do not train: said so, or scored by predictions that the user brings
 ============  ==================================================================================================================
 """
 
@@ -158,7 +158,7 @@ class Method(_Model):
     paints: the synthesiser; ``nothing`` is a plain segmenter. judge: quality control by S. segmenter: the method whose model is S, which
     judges, which G must convince, and from which a model starts with ``init: segmenter`` (default: the plan's baseline). calibrate: also
     measure what S makes of the real tumours of the held-out fold, and of so many painted ones. tasks: where the method applies (default: everywhere). preset: configuration in place of
-    the task's, except for the region. set: configuration keys of the model, not of S and G. paper: row of the paper's table.
+    the task's, except for the region. set: configuration keys of the model, not of S and G.
     """
 
     title: str = ""
@@ -172,7 +172,6 @@ class Method(_Model):
     tasks: tuple[Name, ...] | None = None
     preset: str | None = None
     set: Keys = {}
-    paper: str | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -197,7 +196,7 @@ class Method(_Model):
 
 
 class External(_Model):
-    """A method that we do not train. note: why. paper: row of the paper's table, shown as printed there.
+    """A method that we do not train. note: why; the paper's figures stand in the paper's table.
 
     predictions, truth: folders of label files that the user brings, with ``{task}`` and ``{fold}`` in them where they differ; scored as
     ``ftengine evaluate`` does.
@@ -205,7 +204,6 @@ class External(_Model):
 
     title: str = ""
     note: str
-    paper: str | None = None
     predictions: str | None = None
     truth: str | None = None
     tasks: tuple[Name, ...] | None = None
@@ -327,12 +325,16 @@ def plan_names() -> list[str]:
     )
 
 
+def shipped_plan(name: str) -> str:
+    """The YAML of a shipped plan."""
+    return resources.files(_PACKAGE).joinpath("plans", f"{name}.yaml").read_text(encoding="utf-8")
+
+
 def load_plan(plan: str | Path) -> Plan:
     """A plan from its file, or a shipped one by name. Raises ConfigError naming file and field, one line a problem."""
     path = Path(plan)
     if str(plan) in plan_names():
-        text = resources.files(_PACKAGE).joinpath("plans", f"{plan}.yaml").read_text(encoding="utf-8")
-        return parse_plan(text, where=f"plan {plan}")
+        return parse_plan(shipped_plan(str(plan)), where=f"plan {plan}")
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
