@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +198,7 @@ def rows_of(store: Store, volumes: Volumes, where: str) -> NDArray[np.int64]:
     used = np.array(table.column("annotation").to_pylist(), dtype=str) == "tumor"
     if volumes.split is not None:
         used &= np.array(table.column("split").to_pylist(), dtype=str) == volumes.split
-    registry, own = load_registry(), set(names.tolist())
+    registry, own = _registry(), set(names.tolist())
     chosen = np.zeros(len(names), dtype=bool)
     for dataset in volumes.datasets:
         here = used & np.isin(names, _own_names(own, dataset, registry))
@@ -215,7 +216,7 @@ def unlabelled_rows(store: Store, task: Task, unlabelled: Unlabelled, where: str
     """Rows of the unlabelled volumes of a task. Raises ConfigError where a data set asked for by name is not there, or nothing is left."""
     table = store.select(["dataset", "annotation"])
     names = np.array(table.column("dataset").to_pylist(), dtype=str)
-    registry, own = load_registry(), set(names.tolist())
+    registry, own = _registry(), set(names.tolist())
     wanted = {name for scale in unlabelled.scales_of(store.region) for name in get_subset(scale).volumes}
     taken = {name for name in own if (entry := registry.find(name)) is not None and entry.name in wanted}
     for dataset in unlabelled.datasets:
@@ -309,7 +310,7 @@ def _leads_to(path: Path, store: Store) -> bool:
 
 def overlap_notes(plan: Plan, tasks: Sequence[str]) -> list[str]:
     """What the registry says of targets that share volumes with what a task is trained on."""
-    registry = load_registry()
+    registry = _registry()
     pairs = (
         (f"{name} to {target}", trained, scored)
         for name in tasks
@@ -322,7 +323,7 @@ def overlap_notes(plan: Plan, tasks: Sequence[str]) -> list[str]:
 
 def source_of(dataset: str) -> str:
     """Where a data set comes from, a sentence."""
-    entry = load_registry().find(dataset)
+    entry = _registry().find(dataset)
     if entry is None:
         return f"{dataset} is not in the registry ('ftengine datasets list')."
     link = f": {entry.link}" if entry.link else ""
@@ -349,11 +350,25 @@ def _missing(plan: Plan, name: str, need: StoreNeed, users: Sequence[str]) -> st
         if plan.targets[t].store == name
         for d in plan.targets[t].datasets
     ]
-    sources = "\n".join(f"  {d}: {source_of(d)}" for d in dict.fromkeys(datasets))
+    lines = [f"  {d}: {source_of(d)}" for d in dict.fromkeys(datasets)]
+    trained = [u for u in users if plan.tasks[u].store == name]
+    methods = [m for m in plan.methods.values() if m.tasks is None or set(m.tasks) & set(trained)]
+    scales = {s for m in methods if m.unlabelled is not None for s in m.unlabelled.scales_of(need.preset)}
+    if trained and scales:
+        lines.append(
+            f"  for methods that paint, unlabelled volumes of the scale {', '.join(sorted(scales))} (Table A11)"
+        )
+    sources = "\n".join(lines)
     return (
         f"store {name!r}: no path is known; the tasks {', '.join(users)} need it: a store of the region {need.preset} "
         f"('ftengine convert ... --region {need.preset}'). Give --store {name}=PATH, or run other tasks with --task. It holds at least\n{sources}"
     )
+
+
+@cache
+def _registry() -> Registry:
+    """The shipped registry, read once."""
+    return load_registry()
 
 
 def _own_names(own: set[str], dataset: str, registry: Registry) -> list[str]:

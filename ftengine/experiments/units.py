@@ -145,18 +145,18 @@ class _Cutter:
         return student
 
     def _segmenter(self, name: str, method: Method, place: "_Place") -> Unit:
-        config = self._config("segmenter", method.preset, method.set, place, paints=None)
-        return self._training("segmenter", f"S of {name}, {place}", config, self._rows(place, None), place)
+        settings = self._config("segmenter", method.preset, method.set, place, paints=None)
+        return self._training("segmenter", f"S of {name}, {place}", settings, self._rows(place, None), place)
 
     def _generator(self, name: str, generator: Generator, segmenter: Unit, place: "_Place") -> Unit:
-        config = self._config("generator", generator.preset, generator.set, place, paints="freetumor")
+        settings = self._config("generator", generator.preset, generator.set, place, paints="freetumor")
         rows = self._rows(place, generator.unlabelled)
-        return self._training("generator", f"G of {name}, {place}", config, rows, place, baseline=segmenter)
+        return self._training("generator", f"G of {name}, {place}", settings, rows, place, baseline=segmenter)
 
     def _student(
         self, name: str, method: Method, segmenter: Unit | None, generator: Unit | None, place: "_Place"
     ) -> Unit:
-        config = self._config("student", method.preset, method.set, place, paints=method.paints)
+        settings = self._config("student", method.preset, method.set, place, paints=method.paints)
         parents = {
             "generator": generator,
             "judge": segmenter if method.judge else None,
@@ -164,34 +164,34 @@ class _Cutter:
         }
         rows = self._rows(place, method.unlabelled)
         given = {role: unit for role, unit in parents.items() if unit is not None}
-        return self._training("student", f"{name}, {place}", config, rows, place, **given)
+        return self._training("student", f"{name}, {place}", settings, rows, place, **given)
 
     def _calibration(self, name: str, method: Method, judge: Unit, generator: Unit | None, place: "_Place") -> None:
-        config = self._config("calibration", method.preset, method.set, place, paints=method.paints)
+        settings = self._config("calibration", method.preset, method.set, place, paints=method.paints)
         rows = self._rows(place, method.unlabelled)
         given = {"judge": judge} | ({} if generator is None else {"generator": generator})
         more = {"num_painted": method.calibrate}
-        self._training("calibration", f"judge of {name}, {place}", config, rows, place, more, **given)
+        self._training("calibration", f"judge of {name}, {place}", settings, rows, place, more, **given)
 
     def _training(
         self,
         kind: Kind,
         title: str,
-        config: Config,
+        settings: "_Settings",
         rows: TrainingRows,
         place: "_Place",
         more: Mapping[str, Any] | None = None,
         **parents: Unit,
     ) -> Unit:
         spec = {
-            "config": config.model_dump(mode="json"),
+            "config": settings.config,
             "store": rows.key,
             "fold": place.fold,
             "processes": 1 if kind == "calibration" else self.plan.processes,
             **(more or {}),
             **{role: unit.key for role, unit in parents.items()},
         }
-        identity = {**spec, "config": _decides(config, kind)}
+        identity = {**spec, "config": settings.decides}
         self.work.rows[rows.key] = rows
         unit = _unit(kind, title, spec, identity, tuple(unit.key for unit in parents.values()))
         return self.work.add(unit)
@@ -207,7 +207,15 @@ class _Cutter:
 
     def _config(
         self, kind: Kind, preset: str | None, keys: Mapping[str, Any], place: "_Place", *, paints: str | None
-    ) -> Config:
+    ) -> "_Settings":
+        """The configuration of a stage of a method; the repeat alone decides its seed, and the fold nothing."""
+        name = f"settings {kind} {preset} {keys} {place.task} {paints}"
+        found: _Settings = self._once(name, lambda: self._settings(kind, preset, keys, place, paints))
+        return found.with_seed(100 * (self.plan.seed + place.repeat) + _SEED_OF_KIND[kind])
+
+    def _settings(
+        self, kind: Kind, preset: str | None, keys: Mapping[str, Any], place: "_Place", paints: str | None
+    ) -> "_Settings":
         region = Config.preset(place.preset).region
         base = Config.preset(preset or place.preset).model_copy(update={"region": region})
         given = self._keys(place, keys)
@@ -215,11 +223,11 @@ class _Cutter:
             given = {key: value for key, value in given.items() if not key.startswith(_PAINTING)}
         else:
             given["synthesis.synthesizer"] = paints
-        given["seed"] = 100 * (self.plan.seed + place.repeat) + _SEED_OF_KIND[kind]
         try:
-            return base.with_overrides(given)
+            config = base.with_overrides(given)
         except ConfigError as error:
             raise ConfigError(f"plan, {kind} of {place}: {error}") from error
+        return _Settings(config.model_dump(mode="json"), _decides(config, kind))
 
     def _keys(self, place: "_Place", keys: Mapping[str, Any]) -> dict[str, Any]:
         return {**self.plan.set, **place.spec.set, **keys}
@@ -259,6 +267,18 @@ class _Cutter:
         if name not in self._known:
             self._known[name] = find()
         return self._known[name]
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """A configuration as plain values, and those of its keys that decide a unit's result and are not at their defaults."""
+
+    config: dict[str, Any]
+    decides: dict[str, Any]
+
+    def with_seed(self, seed: int) -> "_Settings":
+        """The same with this seed."""
+        return _Settings({**self.config, "seed": seed}, {**self.decides, "seed": seed})
 
 
 @dataclass(frozen=True)
