@@ -4,6 +4,7 @@ A worker process (``experiments.worker.serve``) takes jobs as lines of JSON and 
 runs the schedule ends in any way, its workers see the end of their input, save and end, too.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -89,9 +90,11 @@ def run_jobs(
         raise
     finally:
         for worker in workers:
-            worker.close()
+            worker.stop()
         for runner in runners:
             runner.join()
+        for worker in workers:
+            worker.close()
     board.outcome.num_left = sum(not is_done(job.key) for job in todo)
     return board.outcome
 
@@ -178,10 +181,12 @@ class _Worker:
                 advanced(said["fraction"], said["text"])
         except BrokenPipeError:
             pass
-        return f"its process ended with code {process.wait()}; see {self._log}"
+        code = process.wait()
+        self.close()
+        return f"its process ended with code {code}; see {self._log}"
 
     def _running(self) -> "subprocess.Popen[str]":
-        if self._process is None or self._process.poll() is not None:
+        if self._process is None:
             self._log.parent.mkdir(parents=True, exist_ok=True)
             with self._log.open("a", encoding="utf-8") as log:
                 self._process = subprocess.Popen(  # noqa: S603 - a module of this package
@@ -195,16 +200,21 @@ class _Worker:
                 )
         return self._process
 
-    def close(self) -> None:
+    def stop(self) -> None:
         """Ask the process to stop: between jobs it ends at once, inside one it saves its run first."""
-        if self._process is None:
-            return
-        if self._process.poll() is None:
-            self._process.terminate()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                stream.close()
+        process = self._process
+        if process is not None and process.poll() is None:
+            process.terminate()
+            process.wait()
+
+    def close(self) -> None:
+        """Let go of a process that has ended; a further job gets a new one."""
+        process, self._process = self._process, None
+        if process is not None:
+            for stream in (process.stdin, process.stdout):
+                if stream is not None:
+                    with contextlib.suppress(BrokenPipeError):
+                        stream.close()
 
 
 def _serve(board: _Board, worker: _Worker) -> None:

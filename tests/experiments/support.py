@@ -48,7 +48,7 @@ def rows_of_many(folder: Path, preset: str, volumes: Mapping[str, tuple[int, str
 
 def plan_of(**changes: Any) -> Plan:
     """A plan of one task, ``home`` (data set a), with a baseline and FreeTumor; changes replace its top keys."""
-    return parse_plan(yaml.safe_dump(plan_values(**changes)), where="test")
+    return parse_plan(yaml.safe_dump(plan_values(**changes), sort_keys=False), where="test")
 
 
 def plan_values(**changes: Any) -> dict[str, Any]:
