@@ -156,6 +156,7 @@ def status(
         methods=method or (),
         folds=fold or (),
         writes=False,
+        known_only=True,
     ) as experiment:
         found = experiment.status()
     _show_status(found, jobs=1, every_unit=units, as_json=as_json)

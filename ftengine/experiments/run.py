@@ -125,20 +125,22 @@ def opened(
     methods: Sequence[str] = (),
     folds: Sequence[int] = (),
     writes: bool = True,
+    known_only: bool = False,
 ) -> Iterator[Experiment]:
     """An experiment whose stores are found and whose plan is cut. writes: false leaves the folder as it is; phantoms are drawn elsewhere.
+    known_only: without ``tasks``, only those whose stores are known, and only what these hold.
 
     Raises ConfigError where a store, data set or name is missing, or the folder holds something else; StoreError where a store is damaged.
     """
-    choice = choose(plan, tasks=tasks, methods=methods, folds=folds)
     folder = folder.resolve()
     _check_folder(folder)
-    find_stores(plan, choice.tasks, folder, given)
     known = tasks_with_stores(plan, known_stores(plan, folder, given))
+    choice = choose(plan, tasks=tasks or (known if known_only else ()), methods=methods, folds=folds)
+    find_stores(plan, choice.tasks, folder, given)
     paths = find_stores(plan, known, folder, given)
     with tempfile.TemporaryDirectory(prefix="ftengine-experiment-") as scratch:
         stores = open_stores(plan, draw_phantoms(plan, folder, paths, None if writes else Path(scratch)))
-        chosen = cut(plan, choice, stores)
+        chosen = cut(plan, choice, stores, leave_out=known_only)
         everything = cut(plan, replace(choose(plan), tasks=tuple(known)), stores, leave_out=True)
         yield Experiment(plan, folder, stores, paths, chosen, everything)
 

@@ -86,3 +86,10 @@ def test_every_table_that_was_promised_is_shipped() -> None:
         assert plan.paper == name.removeprefix("table-").upper()
         assert (plan.folds is None) == (name == "table-a8")
         assert plan.repeats == (1 if name in {"table-a5", "table-a6", "table-a10"} else 5)
+
+
+def test_the_plan_of_the_documentation_is_one() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "experiments.md").read_text(encoding="utf-8")
+    text = page.split("```yaml\n")[1].split("```")[0]
+    plan = parse_plan(text, where="docs")
+    assert set(plan.methods) == {"swinunetr", "copy-paste", "freetumor", "soft"}

@@ -9,6 +9,7 @@ import pytest
 
 from ftengine.errors import ConfigError
 from ftengine.experiments.plan import Plan, choose, load_plan, plan_names
+from ftengine.experiments.run import opened
 from ftengine.experiments.stores import find_stores, keep_paths, make_subset, overlap_notes, subset_path
 from ftengine.experiments.units import Work, cut
 from ftengine.store.reader import Store, open_store
@@ -216,6 +217,23 @@ def test_data_sets_that_share_volumes_are_told() -> None:
         "lits to ircad: the training volumes of LiTS hold those of 3D-IRCADb-01",
         "msd07 to panorama: 194 of its volumes come from MSD07-Pancreas",
     ]
+
+
+def test_what_a_store_lacks_is_left_out_of_a_status(store: Store, tmp_path: Path) -> None:
+    plan = plan_of(
+        stores={"liver": {"preset": "demo"}, "other": {"preset": "demo"}},
+        tasks={
+            "home": {"store": "liver", "datasets": ["a"]},
+            "lits": {"store": "liver", "datasets": ["lits"]},  # not in the store
+            "far": {"store": "other", "datasets": ["a"]},  # no store is known
+        },
+    )
+    given = {"liver": str(store.path)}
+    with opened(plan, tmp_path, given=given, writes=False, known_only=True) as experiment:
+        assert {s.task for s in experiment.chosen.scores} == {"home"}
+        assert len(experiment.status().missing) == 10
+    with pytest.raises(ConfigError, match="store 'other': no path"), opened(plan, tmp_path, given=given, writes=False):
+        pass
 
 
 @pytest.fixture(scope="module")
