@@ -14,6 +14,7 @@ from ftengine.cli import (
     demo,
     doctor,
     evaluate,
+    experiment,
     organs,
     predict,
     preview,
@@ -46,6 +47,7 @@ app.add_typer(train.app, name="train")
 app.command(name="predict")(predict.predict)
 app.command(name="evaluate")(evaluate.evaluate)
 app.command(name="compare")(evaluate.compare)
+app.add_typer(experiment.app, name="experiment")
 app.add_typer(qc.app, name="qc")
 app.command(name="preview")(preview.preview)
 app.command(name="replay")(replay.replay)

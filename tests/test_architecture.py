@@ -26,6 +26,7 @@ ALLOWED = {
     "training": BASE | {"loader", "synthesis", "quality"},
     "evaluation": BASE | {"volume", "store", "loader", "synthesis", "quality", "training"},
     "organs": BASE | {"store", "training", "evaluation"},
+    "experiments": BASE | {"volume", "datasets", "store", "quality", "training", "evaluation", "assemble"},
     "adapters": BASE | {"store", "loader", "synthesis", "quality", "training", "assemble"},
 }
 
@@ -75,3 +76,12 @@ def test_nothing_imports_the_adapters(folder: str) -> None:
     others = [p for p in (ROOT / folder).rglob("*.py") if "adapters" not in p.relative_to(ROOT).parts]
     assert others
     assert [p for p in others if "adapters" in _imported_parts(p)] == []
+
+
+@pytest.mark.parametrize("folder", ["ftengine", "kernels"])
+def test_only_commands_and_benches_import_experiments(folder: str) -> None:
+    """An experiment calls ``assemble`` as a user would; the few-labels experiment of bench shares its scheduler."""
+    links = {"experiments", "cli", "bench"}
+    others = [p for p in (ROOT / folder).rglob("*.py") if not links & set(p.relative_to(ROOT).parts)]
+    assert others
+    assert [p for p in others if "experiments" in _imported_parts(p)] == []

@@ -50,6 +50,7 @@ def test_kernel_sources_and_presets_are_package_data() -> None:
     assert "*.cu" in data["ftengine.kernels"]  # type: ignore[operator]  # a list
     assert "presets/*.yaml" in data["ftengine"]  # type: ignore[operator]  # a list
     assert "shapes.yaml" in data["ftengine"]  # type: ignore[operator]  # a list
+    assert {"plans/*.yaml", "paper/*.yaml"} <= set(data["ftengine.experiments"])  # type: ignore[call-overload]  # a list
 
 
 def test_every_direct_dependency_is_pinned() -> None:

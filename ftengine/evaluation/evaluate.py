@@ -118,13 +118,15 @@ def evaluate_checkpoint(
     cases: Sequence[str] | None = None,
     overlap: float | None = None,
     settings: Mapping[str, object] | None = None,
+    keys: Mapping[str, object] | None = None,
     workers: int = 1,
     on_start: OnStart = lambda _total: None,
     on_case: OnCase = lambda _score: None,
 ) -> Evaluation:
     """Predict the tumour-annotated volumes of a store (of a split, of a fold, or the named ones) on the store's grid and score them.
 
-    ``overlap`` replaces the checkpoint's ``inference.overlap``, ``settings`` keys of its ``evaluation``. workers: with more than one,
+    ``overlap`` replaces the checkpoint's ``inference.overlap``, ``settings`` keys of its ``evaluation``,
+    ``keys`` any others, dotted. workers: with more than one,
     volumes are scored in that many processes while the next one is predicted. Raises ConfigError where nothing is left to score.
     """
     # what scores files need not have what runs networks
@@ -133,7 +135,7 @@ def evaluate_checkpoint(
 
     network, config = load_segmenter(checkpoint)
     check_trained_for(store, config, checkpoint)
-    changed = {f"evaluation.{key}": value for key, value in (settings or {}).items()}
+    changed = {**(keys or {}), **{f"evaluation.{key}": value for key, value in (settings or {}).items()}}
     config = config.with_overrides(changed if overlap is None else changed | {"inference.overlap": overlap})
     wanted = list(cases) if cases is not None else cases_of_kind(store, "tumor", split, fold)
     if not wanted:

@@ -109,7 +109,7 @@ def make_subset(
     if num_folds:
         table = _with_folds(table, num_folds, seed)
     if not dry_run:
-        _write(store, place, table)
+        write_subset(store, place, table)
     folds = Counter(int(n) for n in table.column("fold").to_numpy() if n != NO_FOLD)
     keys = zip(*(table.column(name).to_pylist() for name in ("dataset", "annotation", "split")), strict=True)
     groups = dict(sorted(Counter((str(d), str(a), str(s)) for d, a, s in keys).items()))
@@ -180,8 +180,11 @@ def _expected(
     return {name: (found[name], count) for name, count in scale.volumes.items()}
 
 
-def _write(store: Store, place: Location, table: index.Table) -> None:
-    """The index first: a folder without zarr.json is no store, so one cut short is never opened with rows missing."""
+def write_subset(store: Store, place: Location, table: index.Table) -> None:
+    """Write a subset of these rows, of the columns of ``store``'s index.
+
+    The index first: a folder without zarr.json is no store, so one cut short is never opened with rows missing.
+    """
     index.write_index(place, table)
     document = json.loads(store.location.read_bytes("zarr.json"))
     document["attributes"]["ftengine"]["volumes_of"] = store.volumes.seen_from(place)

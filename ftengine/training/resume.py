@@ -23,6 +23,8 @@ STORE, PROCESSES = "store", "processes"  # names of what differs but has no key
 _FREE_KEYS = (
     "device",
     "tracking",
+    "inference",
+    "evaluation",
     *(f"loader.{name}" for name in LoaderConfig.SPEED_ONLY),
     "training.validate_every",
     "training.validate_unit",
@@ -124,13 +126,22 @@ def run_details(
     return {"given": given, "resumed": resumed, **({"init": before["init"]} if "init" in before else {})}
 
 
-def _config_changes(saved: Config, config: Config, kind: Kind) -> list[Change]:
-    was, now = _flat(saved.model_dump(mode="json")), _flat(config.model_dump(mode="json"))
+def deciding_keys(config: Config, kind: Kind) -> dict[str, Any]:
+    """The keys of a configuration that decide the losses of a stage: plain values by dotted key."""
     others = tuple(f"{section}." for other, section in SECTION.items() if other != kind)
+    return {
+        key: value
+        for key, value in _flat(config.model_dump(mode="json")).items()
+        if not key.startswith(others) and not _is_allowed(key, _FREE_KEYS)
+    }
+
+
+def _config_changes(saved: Config, config: Config, kind: Kind) -> list[Change]:
+    was, now = deciding_keys(saved, kind), deciding_keys(config, kind)
     return [
         Change(key, _text(was.get(key)), _text(now.get(key)))
         for key in sorted(was.keys() | now.keys())
-        if was.get(key) != now.get(key) and not key.startswith(others) and not _is_allowed(key, _FREE_KEYS)
+        if was.get(key) != now.get(key)
     ]
 
 

@@ -238,8 +238,8 @@ def test_nothing_begins_after_the_time_is_up(tmp_path: Path) -> None:
 
 def test_a_worker_that_dies_fails_its_unit_and_keeps_back_what_needs_it(tmp_path: Path) -> None:
     outcome = run_units(tmp_path, [Unit("data"), Unit("segmenter")], jobs=1)  # the folder holds no protocol
-    assert list(outcome.failed) == [Unit("data")]
-    assert "ended with code 1" in outcome.failed[Unit("data")]
+    assert list(outcome.failed) == ["data"]
+    assert "ended with code 1" in outcome.failed["data"]
     assert outcome.num_left == 2
 
 

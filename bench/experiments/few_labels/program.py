@@ -9,9 +9,10 @@ from pathlib import Path
 from ftengine.bench.experiments.few_labels.arms import ARMS, lacking_keys
 from ftengine.bench.experiments.few_labels.protocol import Protocol, load_protocol
 from ftengine.bench.experiments.few_labels.report import write_report
-from ftengine.bench.experiments.few_labels.schedule import Outcome, run_units
+from ftengine.bench.experiments.few_labels.schedule import run_units
 from ftengine.bench.experiments.few_labels.units import Unit, plan
 from ftengine.errors import ConfigError, FtengineError
+from ftengine.experiments.schedule import Outcome
 
 PROTOCOL = "protocol.yaml"
 
@@ -127,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if outcome.num_left:
         print(f"{outcome.num_left} units are left; the same command goes on", file=sys.stderr)
     if outcome.failed:
-        reasons = "\n".join(f"{unit.slug}: {reason}" for unit, reason in outcome.failed.items())
+        reasons = "\n".join(f"{slug}: {reason}" for slug, reason in outcome.failed.items())
         raise UnitsFailedError(f"{len(outcome.failed)} units failed, the others are done:\n{reasons}")
 
 

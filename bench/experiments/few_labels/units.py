@@ -1,7 +1,5 @@
 """The work cut into units: each has one result file, written whole, and units that must be done before it."""
 
-import json
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -10,6 +8,7 @@ from typing import Any, Literal
 
 from ftengine.bench.experiments.few_labels.arms import ARMS
 from ftengine.bench.experiments.few_labels.protocol import SeedCounts
+from ftengine.experiments.files import read_whole, write_whole
 
 Kind = Literal["data", "segmenter", "judge", "generator", "student"]
 
@@ -64,9 +63,9 @@ def _with_needs(unit: Unit) -> Iterable[Unit]:
     yield unit
 
 
-def result_file(folder: Path, unit: Unit) -> Path:
-    """Where a unit's result lies."""
-    return folder / "units" / f"{unit.slug}.json"
+def result_file(folder: Path, slug: str) -> Path:
+    """Where the result of the unit of this slug lies."""
+    return folder / "units" / f"{slug}.json"
 
 
 def run_folder(folder: Path, unit: Unit) -> Path:
@@ -76,23 +75,14 @@ def run_folder(folder: Path, unit: Unit) -> Path:
 
 def is_done(folder: Path, unit: Unit) -> bool:
     """Whether the unit's result is there."""
-    return result_file(folder, unit).is_file()
+    return result_file(folder, unit.slug).is_file()
 
 
 def write_result(folder: Path, unit: Unit, result: dict[str, Any]) -> None:
     """Write a unit's result beside its place and move it there: a file that exists is whole."""
-    file = result_file(folder, unit)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        json.dump({"unit": asdict(unit), **result}, stream, indent=1, allow_nan=False)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(file)
+    write_whole(result_file(folder, unit.slug), {"unit": asdict(unit), **result})
 
 
 def read_result(folder: Path, unit: Unit) -> dict[str, Any]:
     """The result of a unit that is done."""
-    document: dict[str, Any] = json.loads(result_file(folder, unit).read_text(encoding="utf-8"))
-    return document
+    return read_whole(result_file(folder, unit.slug))

@@ -26,8 +26,8 @@ from ftengine.bench.experiments.few_labels.protocol import Protocol
 from ftengine.bench.experiments.few_labels.scores import VolumeScore, count_tumors, score_volume, summarize
 from ftengine.bench.experiments.few_labels.units import Unit, run_folder
 from ftengine.config import Config
-from ftengine.errors import FtengineError
 from ftengine.evaluation.infer import predict_volume
+from ftengine.experiments.serve import InterruptedRunError
 from ftengine.quality.contrast import contrast_hu
 from ftengine.store.reader import open_store
 from ftengine.training.checkpoint import load_segmenter
@@ -38,10 +38,6 @@ THRESHOLDS = (0.5, 0.7, 0.9)
 PERCENTILES = (5, 25, 50, 75, 95)
 # a run's seed is 100 times the experiment's, plus this: no two kinds of run of a seed see the same sequence of patches
 _SEED_OF_KIND: Mapping[str, int] = {"segmenter": 1, "judge": 2, "generator": 3, "student": 4}
-
-
-class InterruptedRunError(FtengineError):
-    """The run was asked to stop; its state is saved."""
 
 
 def do(folder: Path, unit: Unit, protocol: Protocol, device: str) -> dict[str, Any]:

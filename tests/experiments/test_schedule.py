@@ -1,0 +1,104 @@
+"""The scheduler with small real processes: order, failures, a parent that is killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typing_extensions import override
+
+from ftengine.errors import ConfigError
+from ftengine.experiments.folder import only_one
+from ftengine.experiments.schedule import Crew, Job, Watcher, run_jobs
+
+# a worker that writes a file a job; "slow" waits for a signal as a training does, and leaves a file when it has "saved"
+WORKER = """
+import signal, sys, time
+from pathlib import Path
+from ftengine.errors import ConfigError
+from ftengine.experiments.serve import InterruptedRunError, serve
+folder = Path(sys.argv[1])
+def do(payload, advance):
+    key = payload["key"]
+    if key == "bad": raise ConfigError("it is bad")
+    if key == "bug": raise ZeroDivisionError("oops")
+    if key == "dies": sys.exit(7)
+    if key == "slow":
+        stop = []
+        signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+        (folder / "slow.begun").touch()
+        while not stop: time.sleep(0.02)
+        (folder / "slow.saved").touch()
+        raise InterruptedRunError("saved")
+    advance(0.5, "half")
+    (folder / key).touch()
+serve(do)
+"""
+
+
+def _job(key: str, *needs: str) -> Job:
+    return Job(key, "kind", key, needs, {"key": key})
+
+
+def _crew(folder: Path, workers: int = 1, keep_fds: tuple[int, ...] = ()) -> Crew:
+    file = folder / "worker.py"
+    file.write_text(WORKER)
+    return Crew([sys.executable, str(file), str(folder)], folder / "logs", workers, keep_fds=keep_fds)
+
+
+class _Told(Watcher):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    @override
+    def started(self, job: Job) -> None:
+        self.said.append(f"{job.key} started")
+
+    @override
+    def advanced(self, job: Job, fraction: float, text: str) -> None:
+        self.said.append(f"{job.key} {fraction} {text}")
+
+    @override
+    def ended(self, job: Job, seconds: float, error: str | None) -> None:
+        self.said.append(f"{job.key} ended {error or 'well'}")
+
+
+def test_jobs_follow_what_they_need_and_failures_keep_back_nothing_else(tmp_path: Path) -> None:
+    told = _Told()
+    jobs = [_job("b", "a"), _job("a"), _job("bad"), _job("after", "bad"), _job("bug"), _job("dies"), _job("last")]
+    outcome = run_jobs(jobs, _crew(tmp_path), is_done=lambda key: (tmp_path / key).exists(), watcher=told)
+    assert outcome.done == ["a", "b", "last"]
+    assert outcome.failed["bad"] == "it is bad"
+    assert outcome.failed["bug"] == "ZeroDivisionError: oops"
+    assert "ended with code 7" in outcome.failed["dies"]
+    assert outcome.num_left == 4
+    assert told.said[:3] == ["a started", "a 0.5 half", "a ended well"]
+    assert "ZeroDivisionError" in (tmp_path / "logs" / "worker-0.log").read_text()
+    again = run_jobs(jobs[:2], _crew(tmp_path), is_done=lambda key: (tmp_path / key).exists())
+    assert (again.done, again.num_left) == ([], 0)
+
+
+def test_workers_of_a_killed_parent_save_and_the_lock_is_held_until_then(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from tests.experiments.test_schedule import _crew, _job\n"
+        "from ftengine.experiments.folder import only_one\n"
+        "from ftengine.experiments.schedule import run_jobs\n"
+        "folder = Path(sys.argv[1])\n"
+        "with only_one(folder) as lock:\n"
+        "    run_jobs([_job('slow')], _crew(folder, keep_fds=(lock,)), is_done=lambda key: False)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parents[2])
+    for _ in range(600):
+        if (tmp_path / "slow.begun").exists():
+            break
+        time.sleep(0.05)
+    with pytest.raises(ConfigError, match="another process runs this experiment"), only_one(tmp_path, wait_s=0.0):
+        pass
+    os.kill(process.pid, signal.SIGKILL)  # it alone: its worker is told by the end of its input
+    process.wait()
+    with only_one(tmp_path, wait_s=30.0):
+        assert (tmp_path / "slow.saved").exists()
