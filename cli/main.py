@@ -14,6 +14,7 @@ from ftengine.cli import (
     demo,
     doctor,
     evaluate,
+    fid,
     organs,
     predict,
     preview,
@@ -45,6 +46,7 @@ app.command(name="organs")(organs.organs)
 app.add_typer(train.app, name="train")
 app.command(name="predict")(predict.predict)
 app.command(name="evaluate")(evaluate.evaluate)
+app.command(name="fid")(fid.fid)
 app.add_typer(qc.app, name="qc")
 app.command(name="preview")(preview.preview)
 app.command(name="replay")(replay.replay)
