@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -17,6 +17,9 @@ from ftengine.cli.console import (
     progress,
     stdout,
 )
+
+if TYPE_CHECKING:
+    from ftengine.evaluation.tables import ResultTable
 
 METRICS: tuple[Literal["fid", "kid"], ...] = ("fid", "kid")
 TABLES = {".md": "to_markdown", ".tex": "to_latex", ".csv": "to_csv"}
@@ -111,4 +114,16 @@ def fid(
     for file in (f for f in files if f.suffix in TABLES):
         file.write_text(getattr(table, TABLES[file.suffix])(), encoding="utf-8")
     if not as_json:
-        stdout().print(table.to_rich(), kid.to_rich())
+        for shown in (table, kid):
+            _print_table(shown)
+
+
+def _print_table(table: "ResultTable") -> None:
+    """Title and notes as lines of their own: rich breaks them at the width of the table, which is narrow."""
+    shown = table.to_rich()
+    shown.title = shown.caption = None
+    console = stdout()
+    console.print(table.title, highlight=False, markup=False, soft_wrap=True)
+    console.print(shown)
+    for note in table.notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
