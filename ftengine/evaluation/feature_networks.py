@@ -67,7 +67,7 @@ class FeatureNetwork(Protocol):
 
 
 class SliceNetwork:
-    """A two-dimensional network on axial slices through the tumour, each cut to the tumour and resized to the network's input.
+    """A two-dimensional network on axial slices through the tumour, in radiological view, each cut to the tumour and resized to the input.
 
     network: float32 [B, 3, side, side] -> [B, D] in eval mode on ``device``. prepare: grey values in [0, 1], [B, 3, side, side], to what
     the network was trained on. The same grey value goes into all three channels.
@@ -95,7 +95,8 @@ class SliceNetwork:
 
     def features(self, tumor: TumorImage) -> NDArray[np.float64]:
         """One row a slice."""
-        slices = torch.from_numpy(tumor.image[tumor.slices(self._rule.slices)]).unsqueeze(1)
+        slices = torch.from_numpy(tumor.image[tumor.slices(self._rule.slices)])
+        slices = slices.flip(1, 2).unsqueeze(1)  # from RAS+ to the radiological view that such networks were trained on
         rows = [self._of(part) for part in slices.split(self._batch_size)]
         return np.concatenate(rows)
 

@@ -39,8 +39,9 @@ def tumor_image(image: np.ndarray, mask: np.ndarray | None = None) -> TumorImage
 
 
 def two_pictures() -> TumorImage:
-    """The pictures of the golden values: two slices of 37 x 37 grey values."""
-    return tumor_image(np.random.default_rng(0).uniform(0, 1, (2, 1, 37, 37)).astype(np.float32)[:, 0])
+    """The pictures of the golden values, 37 x 37 grey values each, as slices of a volume: RAS+ has them upside down and mirrored."""
+    pictures = np.random.default_rng(0).uniform(0, 1, (2, 37, 37))
+    return tumor_image(pictures[:, ::-1, ::-1].copy())
 
 
 @pytest.fixture(scope="module")
