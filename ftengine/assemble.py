@@ -341,6 +341,7 @@ def train_segmentation(
     held_out_fold: int | None = None,
     val_split: str | None = None,
     resume: bool = False,
+    rehearsal: bool = False,
     allow: Collection[str] = (),
     on_step: Progress = lambda _step, _values: None,
     on_estimate: Callable[[Estimate], None] | None = None,
@@ -350,7 +351,8 @@ def train_segmentation(
 
     ``synthesis.synthesizer: freetumor`` paints with ``generator_path``; the others paint without one.
     val_split: validate on the tumour-annotated volumes of this split, which ``split`` must leave out; without it, on those of the
-    held-out fold where ``training.validate_every`` is set. Under torchrun this is one of the processes of a run.
+    held-out fold where ``training.validate_every`` is set. rehearsal: what is validated on is checked, and nothing is validated. Under
+    torchrun this is one of the processes of a run.
     """
     store = open_store(store_path)
     paints = generator_path is not None or not config.synthesis.needs_generator
@@ -413,7 +415,7 @@ def train_segmentation(
                     judge_sha256="" if judge_path is None else sha256_of(judge_path),
                 ),
                 notes=() if told is None else (told,),
-                validation=validation,
+                validation=None if rehearsal else validation,
                 world=world,
             )
 
@@ -453,6 +455,7 @@ def train_synthesis(
     held_out_fold: int | None = None,
     val_split: str | None = None,
     resume: bool = False,
+    rehearsal: bool = False,
     allow: Collection[str] = (),
     on_step: Progress = lambda _step, _values: None,
     on_estimate: Callable[[Estimate], None] | None = None,
@@ -460,9 +463,12 @@ def train_synthesis(
 ) -> TrainingResult:
     """``ftengine train synth``: the generator against a frozen baseline segmenter.
 
-    val_split: pictures show patches of this split (None: of ``split``). Under torchrun this is one of the processes of a run.
+    val_split: pictures show patches of this split (None: of ``split``). rehearsal: nothing is drawn. Under torchrun this is one of the
+    processes of a run.
     """
     store = open_store(store_path)
+    if val_split is not None:
+        Plan(config, store, mix="mixed", split=val_split)  # refuses a split without volumes now, and not at the first picture
     segmenter, trained = load_segmenter(baseline)
     _same_region(config, trained, baseline)
     with joined() as world:
@@ -495,7 +501,7 @@ def train_synthesis(
                 identity={"--baseline": _fingerprint(baseline), "--split": split or "", "--fold": _text(held_out_fold)},
                 allow=allow,
                 sources=Sources(_whole_store(store_path)),
-                pictures=_pictures(here, store, segmenter, val_split or split),
+                pictures=None if rehearsal else _pictures(here, store, segmenter, val_split or split),
                 world=world,
             )
 
