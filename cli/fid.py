@@ -81,6 +81,7 @@ def fid(
     from ftengine.errors import ConfigError
     from ftengine.evaluation.fid import compared, read_result
     from ftengine.evaluation.tumor_images import CropRule
+    from ftengine.files import write_text_whole
     from ftengine.store.reader import open_store
 
     unknown = [file for file in out or [] if file.suffix not in {".json", *TABLES}]
@@ -107,12 +108,12 @@ def fid(
         )
     files = out or []
     for file in (f for f in files if f.suffix == ".json"):  # first: a table may be refused
-        file.write_text(json.dumps(result.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_text_whole(file, json.dumps(result.to_json(), indent=1, allow_nan=False) + "\n")
     if as_json:
         print_json(result.to_json())
     table, kid = (compared([*others, result], metric) for metric in METRICS)
     for file in (f for f in files if f.suffix in TABLES):
-        file.write_text(getattr(table, TABLES[file.suffix])(), encoding="utf-8")
+        write_text_whole(file, getattr(table, TABLES[file.suffix])())
     if not as_json:
         for shown in (table, kid):
             _print_table(shown)

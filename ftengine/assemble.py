@@ -468,7 +468,9 @@ def train_synthesis(
     """
     store = open_store(store_path)
     if val_split is not None:
-        Plan(config, store, mix="mixed", split=val_split)  # refuses a split without volumes now, and not at the first picture
+        Plan(
+            config, store, mix="mixed", split=val_split
+        )  # refuses a split without volumes now, and not at the first picture
     segmenter, trained = load_segmenter(baseline)
     _same_region(config, trained, baseline)
     with joined() as world:

@@ -1,7 +1,6 @@
 """The work cut into units: each has one result file, written whole, and units that must be done before it."""
 
 import json
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -10,6 +9,7 @@ from typing import Any, Literal
 
 from ftengine.bench.experiments.few_labels.arms import ARMS
 from ftengine.bench.experiments.few_labels.protocol import SeedCounts
+from ftengine.files import write_text_whole
 
 Kind = Literal["data", "segmenter", "judge", "generator", "student"]
 
@@ -83,13 +83,7 @@ def write_result(folder: Path, unit: Unit, result: dict[str, Any]) -> None:
     """Write a unit's result beside its place and move it there: a file that exists is whole."""
     file = result_file(folder, unit)
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        json.dump({"unit": asdict(unit), **result}, stream, indent=1, allow_nan=False)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(file)
+    write_text_whole(file, json.dumps({"unit": asdict(unit), **result}, indent=1, allow_nan=False) + "\n")
 
 
 def read_result(folder: Path, unit: Unit) -> dict[str, Any]:
