@@ -162,7 +162,7 @@ def test_pasted_tumors_come_from_other_folds(store: Store, monkeypatch: pytest.M
         asked.append(which)
         return build_bank(config, opened, **which)
 
-    monkeypatch.setattr("ftengine.assemble.build_bank", noting)
+    monkeypatch.setattr("ftengine.assemble.fid.build_bank", noting)
     keys = {"synthesis.synthesizer": "copy-paste", "synthesis.contrast_factor": (1.0, 1.0)}
     given: dict[str, Any] = {"repeats": 1, "num": 2, "warn": told.append}
     held_out = measure_fid(CONFIG.with_overrides(keys), store, features=_network(), fold=1, **given)
