@@ -21,7 +21,7 @@ from ftengine.config import RegionConfig
 from ftengine.errors import ConfigError
 from ftengine.evaluation.inception import NUM_CLASSES, SIDE, FidInception
 from ftengine.evaluation.tumor_images import CropRule, TumorImage, patch_around, square_around
-from ftengine.geometry import Box, FloatZYX, IntZYX
+from ftengine.geometry import Box, FloatZYX, IntZYX, int_zyx
 from ftengine.training.checkpoint import load_segmenter
 from ftengine.training.networks import ReversedAxes
 from ftengine.training.weight_files import read_weights, sha256_of
@@ -148,14 +148,13 @@ class SegmenterNetwork:
         covered = torch.from_numpy(tumor.covered(self._rule.margin_mm, self._spacing)).to(self._device)
         return _rows(self._pooled(found[0], covered), 1, self.info.name)
 
-    def _pooled(self, maps: torch.Tensor | tuple[torch.Tensor, ...], covered: torch.Tensor) -> torch.Tensor:
+    def _pooled(self, found: torch.Tensor | tuple[torch.Tensor, ...], covered: torch.Tensor) -> torch.Tensor:
         """[1, C, z, y, x], or tokens [1, N, C] of a grid of 16 voxels, and float32 [z, y, x] in [0, 1] -> [1, C]."""
-        if isinstance(maps, tuple):  # MONAI's ViT: tokens, then those of its layers
-            maps = maps[0]
+        maps = found[0] if isinstance(found, tuple) else found  # MONAI's ViT: tokens, then those of its layers
         if maps.ndim == 3:
             maps = maps.transpose(1, 2).unflatten(2, [n // 16 for n in covered.shape])
         weights = covered.permute(2, 1, 0) if self._reversed else covered
-        shares = nnf.adaptive_avg_pool3d(weights[None, None], maps.shape[2:])
+        shares = nnf.adaptive_avg_pool3d(weights[None, None], int_zyx(maps.shape[2:]))
         return (maps * shares).sum(dim=(2, 3, 4)) / shares.sum()
 
 

@@ -63,7 +63,9 @@ def sample_advice(num_real: int, num_painted: int, num_features: int) -> str | N
 def _root(centred: NDArray[np.float64]) -> NDArray[np.float64]:
     """R [min(N, D), D] with ``R^T R`` the covariance of centred samples [N, D]."""
     scaled = centred / np.sqrt(len(centred) - 1)
-    return np.linalg.qr(scaled, mode="r") if len(scaled) > scaled.shape[1] else scaled
+    if len(scaled) <= scaled.shape[1]:
+        return scaled
+    return np.asarray(np.linalg.qr(scaled, mode="r"), dtype=np.float64)
 
 
 def _kernel(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -79,9 +79,9 @@ def test_inception_equals_pytorch_fid(inception_weights: dict[str, torch.Tensor]
 
 def test_resnet_equals_torchvision_in_both_layouts(resnet_weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
     numbered = {
-        f"module.backbone.{RADIMAGENET[part]}.{rest}": tensor
-        for part, rest, tensor in ((*name.split(".", 1), tensor) for name, tensor in resnet_weights.items())
-        if part in RADIMAGENET
+        f"module.backbone.{RADIMAGENET[part]}.{name.removeprefix(f'{part}.')}": tensor
+        for name, tensor in resnet_weights.items()
+        if (part := name.split(".")[0]) in RADIMAGENET
     }
     save_file(numbered, tmp_path / "rad.safetensors")
     rad = _load(tmp_path / "rad.safetensors")

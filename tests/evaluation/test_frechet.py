@@ -88,10 +88,10 @@ def test_symmetric_and_blind_to_rotation_and_shift(seed: int, sizes: tuple[int, 
     rotation = np.linalg.qr(rng.normal(size=(size, size)))[0]
     shift = rng.normal(size=size)
     value = frechet_distance(a, b)
-    near = {"rel": 1e-8, "abs": 1e-10 * float(np.square(a).sum() + np.square(b).sum())}
-    assert frechet_distance(b, a) == pytest.approx(value, **near)
-    assert frechet_distance(a @ rotation + shift, b @ rotation + shift) == pytest.approx(value, **near)
-    assert frechet_distance(3 * a, 3 * b) == pytest.approx(9 * value, **{**near, "abs": 9 * near["abs"]})
+    least = 1e-10 * float(np.square(a).sum() + np.square(b).sum())
+    assert frechet_distance(b, a) == pytest.approx(value, rel=1e-8, abs=least)
+    assert frechet_distance(a @ rotation + shift, b @ rotation + shift) == pytest.approx(value, rel=1e-8, abs=least)
+    assert frechet_distance(3 * a, 3 * b) == pytest.approx(9 * value, rel=1e-8, abs=9 * least)
     assert kernel_distance(b, a) == pytest.approx(kernel_distance(a, b), rel=1e-9, abs=1e-9)
     assert kernel_distance(a @ rotation, b @ rotation) == pytest.approx(kernel_distance(a, b), rel=1e-8, abs=1e-8)
 

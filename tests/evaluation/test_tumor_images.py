@@ -12,6 +12,7 @@ from ftengine.config import Config
 from ftengine.errors import ConfigError
 from ftengine.evaluation.tumor_images import (
     CropRule,
+    PaintedTumors,
     TumorImage,
     painted_tumors,
     patch_around,
@@ -164,6 +165,6 @@ def test_only_what_is_wanted_is_read(store: Store) -> None:
 
     for before, after in _painted(CONFIG, store):
         painted = painted_tumors(store, before, after, CONFIG.region, _square, wants=wants)
-        assert painted.tumors == painted.cut == ()
+        assert painted == PaintedTumors((), ())
     assert {organ for organ, _ in asked} == {"liver"}
     assert all(d > 0 for _, d in asked)

@@ -243,7 +243,7 @@ def test_a_rehearsal_refuses_what_the_run_would(
     config = CONFIG.with_overrides({"training.validate_every": 1})
     train = partial(train_segmentation, store_path=store.path, **held_out)  # type: ignore[arg-type]  # texts alone
     with pytest.raises(ConfigError, match=text):
-        train(config, out=tmp_path / "run")
+        train_segmentation(config, store.path, tmp_path / "run", **held_out)  # type: ignore[arg-type]  # texts alone
     with pytest.raises(ConfigError, match=text):
         rehearse("segmenter", config, train)
 
