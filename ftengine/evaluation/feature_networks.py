@@ -7,7 +7,7 @@ says: a TorchScript or a ``torch.export`` file holds a program, and torch runs w
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -139,7 +139,7 @@ class SegmenterNetwork:
     @torch.inference_mode()
     def features(self, tumor: TumorImage) -> NDArray[np.float64]:
         """One row."""
-        found: list[torch.Tensor] = []
+        found: list[Any] = []
         hook = self._deepest.register_forward_hook(lambda _module, _given, result: found.append(result))
         try:
             self._network(torch.from_numpy(tumor.image)[None, None].to(self._device))
