@@ -15,6 +15,7 @@ from ftengine.cli import (
     doctor,
     evaluate,
     experiment,
+    fid,
     organs,
     predict,
     preview,
@@ -48,6 +49,7 @@ app.command(name="predict")(predict.predict)
 app.command(name="evaluate")(evaluate.evaluate)
 app.command(name="compare")(evaluate.compare)
 app.add_typer(experiment.app, name="experiment")
+app.command(name="fid")(fid.fid)
 app.add_typer(qc.app, name="qc")
 app.command(name="preview")(preview.preview)
 app.command(name="replay")(replay.replay)

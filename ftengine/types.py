@@ -47,6 +47,7 @@ class TumorCrop:
     """A connected component of a tumour class, cut out of a volume with a margin; outside the volume -1024 HU and label 0.
 
     value: its label value. image_hu: int16, label: uint8 in the region's values, mask: uint8, 1 on the component; all [z, y, x].
+    origin_zyx: first voxel of the crop in its volume, margin included; negative where the margin reaches out of it.
     """
 
     case: str
@@ -54,6 +55,7 @@ class TumorCrop:
     image_hu: NDArray[np.int16]
     label: NDArray[np.uint8]
     mask: NDArray[np.uint8]
+    origin_zyx: IntZYX
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BASE = {"errors", "geometry", "rng", "types", "config", "vml"}
+BASE = {"errors", "files", "geometry", "rng", "types", "config", "vml"}
 
 # what each part may import of ftengine, besides itself
 ALLOWED = {
     "errors": set[str](),
+    "files": set[str](),
     "geometry": {"errors"},
     "rng": set[str](),
     "vml": set[str](),
@@ -67,7 +68,19 @@ def test_imports_point_left(module: Path) -> None:
 def test_only_the_top_level_knows_all_stages() -> None:
     """Everything else beside the stages is known: nobody adds a second ``assemble``."""
     files = {p.stem for p in (ROOT / "ftengine").glob("*.py")}
-    assert files == BASE | {"__init__", "assemble", "demo", "doctor"}
+    assert files == BASE | {"__init__", "demo", "doctor"}
+
+
+@pytest.mark.parametrize("module", sorted((ROOT / "ftengine" / "assemble").glob("[a-z]*.py")), ids=lambda p: p.stem)
+def test_what_is_assembled_is_built_in_one_place(module: Path) -> None:
+    """``assemble.build`` knows no sibling, the others only it; the package's own file hands all of it out."""
+    siblings = {
+        node.module.split(".")[2]
+        for node in ast.walk(ast.parse(module.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("ftengine.assemble.")
+    }
+    assert siblings <= ({"build"} - {module.stem})
+    assert not _imported_parts(module) & {"demo", "doctor", "adapters", "cli", "bench"}
 
 
 @pytest.mark.parametrize("folder", ["ftengine", "kernels", "cli", "bench"])

@@ -18,11 +18,11 @@ from ftengine.evaluation.metrics import ClassScore, is_small
 from ftengine.evaluation.statistics import PairedTests, paired_tests
 from ftengine.evaluation.tables import Cell, ResultTable, csv_document
 from ftengine.experiments.figures import as_printed
-from ftengine.experiments.files import read_whole, write_text_whole, write_whole
 from ftengine.experiments.folder import PLAN, is_done, read_result, result_file
 from ftengine.experiments.plan import Measure, Plan, parse_plan
 from ftengine.experiments.stores import overlap_notes
 from ftengine.experiments.units import Score
+from ftengine.files import read_json, write_json_whole, write_text_whole
 
 SCORES = "scores.json"
 _TITLES: Mapping[Measure, str] = {
@@ -69,7 +69,7 @@ class Results:
 
 def keep_scores(folder: Path, scores: Sequence[Score]) -> None:
     """Write down where each figure comes from, so that tables can be made without the stores."""
-    write_whole(folder / SCORES, {"scores": [asdict(score) for score in scores]})
+    write_json_whole(folder / SCORES, {"scores": [asdict(score) for score in scores]})
 
 
 def collect(folder: Path) -> Results:
@@ -77,7 +77,7 @@ def collect(folder: Path) -> Results:
     if not (folder / PLAN).is_file() or not (folder / SCORES).is_file():
         raise ConfigError(f"{folder}: holds no experiment; want the --out of 'ftengine experiment run'.")
     plan = parse_plan((folder / PLAN).read_text(encoding="utf-8"), where=str(folder / PLAN))
-    scores = [Score(**document) for document in read_whole(folder / SCORES)["scores"]]
+    scores = [Score(**document) for document in read_json(folder / SCORES)["scores"]]
     return tables_of(plan, scores, _Evaluations(folder))
 
 
@@ -87,7 +87,7 @@ def write_results(folder: Path, results: Results) -> None:
     write_text_whole(folder / "table.md", "\n".join(table.to_markdown() for table in tables))
     write_text_whole(folder / "table.tex", "\n".join(table.to_latex() for table in tables))
     write_text_whole(folder / "table.csv", csv_document(tables))
-    write_whole(folder / "table.json", results.to_json())
+    write_json_whole(folder / "table.json", results.to_json())
 
 
 def columns_of(plan: Plan) -> list[Column]:

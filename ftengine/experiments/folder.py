@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ftengine.errors import ConfigError
-from ftengine.experiments.files import read_whole, write_whole
+from ftengine.files import read_json, write_json_whole
 
 PLAN, LOCK = "plan.yaml", ".lock"
 _WAIT_FOR_WORKERS_S = 60.0
@@ -53,13 +53,13 @@ def is_done(folder: Path, key: str) -> bool:
 
 def read_result(folder: Path, key: str) -> dict[str, Any]:
     """The result of a unit that is done."""
-    return read_whole(result_file(folder, key))
+    return read_json(result_file(folder, key))
 
 
 def failure_of(folder: Path, key: str) -> str | None:
     """Why a unit failed the last time; None where it did not."""
     file = failure_file(folder, key)
-    return str(read_whole(file)["error"]) if file.is_file() else None
+    return str(read_json(file)["error"]) if file.is_file() else None
 
 
 def note_failure(folder: Path, key: str, error: str | None) -> None:
@@ -67,17 +67,17 @@ def note_failure(folder: Path, key: str, error: str | None) -> None:
     if error is None:
         failure_file(folder, key).unlink(missing_ok=True)
     else:
-        write_whole(failure_file(folder, key), {"error": error})
+        write_json_whole(failure_file(folder, key), {"error": error})
 
 
 def write_unit(folder: Path, unit: Mapping[str, Any]) -> None:
     """Write what a unit is, for its worker and for readers."""
-    write_whole(unit_folder(folder, unit["key"]) / "unit.json", unit)
+    write_json_whole(unit_folder(folder, unit["key"]) / "unit.json", unit)
 
 
 def read_unit(folder: Path, key: str) -> dict[str, Any]:
     """What ``write_unit`` wrote."""
-    return read_whole(unit_folder(folder, key) / "unit.json")
+    return read_json(unit_folder(folder, key) / "unit.json")
 
 
 @contextmanager

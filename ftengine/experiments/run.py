@@ -15,7 +15,6 @@ from typing_extensions import override
 
 from ftengine.errors import ConfigError
 from ftengine.experiments import collect
-from ftengine.experiments.files import write_text_whole
 from ftengine.experiments.folder import LOCK, PLAN, failure_of, is_done, note_failure, only_one, read_result, write_unit
 from ftengine.experiments.plan import Plan, choose
 from ftengine.experiments.schedule import Crew, Job, Outcome, Watcher, run_jobs
@@ -29,6 +28,7 @@ from ftengine.experiments.stores import (
     tasks_with_stores,
 )
 from ftengine.experiments.units import Unit, Work, cut
+from ftengine.files import write_text_whole
 from ftengine.store.reader import Store
 
 _WORKER = "ftengine.experiments.worker"

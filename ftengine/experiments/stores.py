@@ -23,8 +23,8 @@ from ftengine.config import Config
 from ftengine.datasets.registry import Registry, load_registry, plain_name
 from ftengine.datasets.subsets import get_subset
 from ftengine.errors import ConfigError, StoreError
-from ftengine.experiments.files import write_text_whole
 from ftengine.experiments.plan import Phantoms, Plan, StoreNeed, Task, Unlabelled, Volumes
+from ftengine.files import write_text_whole
 from ftengine.store.case import ConvertOptions
 from ftengine.store.convert import convert_cases
 from ftengine.store.folds import NO_FOLD, assign_folds

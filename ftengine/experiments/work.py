@@ -14,10 +14,10 @@ from ftengine.assemble import calibrate_judge, resolve_device, train_segmentatio
 from ftengine.config import Config
 from ftengine.errors import ConfigError, FtengineError
 from ftengine.evaluation.evaluate import Evaluation, evaluate_checkpoint, evaluate_folders
-from ftengine.experiments.files import write_whole
 from ftengine.experiments.folder import log_file, read_unit, result_file, unit_folder
 from ftengine.experiments.serve import Advance, InterruptedRunError
 from ftengine.experiments.stores import PATHS, read_paths, subset_path
+from ftengine.files import write_json_whole
 from ftengine.store.reader import open_store
 from ftengine.training.distributed import world_of_environment
 from ftengine.training.run import CHECKPOINT, TrainingResult, versions
@@ -55,7 +55,7 @@ def do(folder: Path, key: str, device: str, advance: Advance) -> None:
         "device": _device_name(device),
         "versions": versions(),
     }
-    write_whole(result_file(folder, key), {**unit, **result, **about})
+    write_json_whole(result_file(folder, key), {**unit, **result, **about})
 
 
 def checkpoint(folder: Path, key: str) -> Path:

@@ -20,6 +20,7 @@ import yaml
 from numpy.typing import NDArray
 
 from ftengine.errors import ConfigError
+from ftengine.files import sha256_of_files
 from ftengine.geometry import FloatZYX
 from ftengine.store.reader import Store
 
@@ -70,8 +71,7 @@ def describe(
 def weights_hash(top: Path, files: Iterable[Path] | None = None) -> str:
     """SHA-256 of a weights file, or of ``files`` below a folder with their relative names."""
     if files is None:
-        with top.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return sha256_of_files(top)
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(f"{file.relative_to(top).as_posix()}\0{weights_hash(file)}\0".encode())

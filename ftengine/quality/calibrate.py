@@ -5,7 +5,6 @@ that passes a third of the real tumours at T removes mostly what it finds hard. 
 own, in a patch of the region's size around it, and is judged exactly as a painted patch is. ``docs/calibration.md`` says how to read it.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 
 from ftengine.config import RegionConfig
 from ftengine.errors import ConfigError
+from ftengine.files import sha256_of_files, write_text_whole
 from ftengine.geometry import FloatZYX
 from ftengine.quality.contrast import contrast_hu
 
@@ -254,9 +254,7 @@ def calibration_file(judge: str | Path) -> Path:
 
 def write_calibration(calibration: Calibration, path: Path) -> None:
     """Write it beside ``path`` and move it there."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(calibration.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text_whole(path, json.dumps(calibration.to_json(), indent=1, allow_nan=False) + "\n", durable=False)
 
 
 def read_calibration(path: Path) -> Calibration:
@@ -284,9 +282,7 @@ def judge_warning(judge: str | Path, threshold: float | None) -> str | None:
         known = read_calibration(file)
     except ConfigError as error:
         return f"{error} Until then nothing is known of this judge; {how}"
-    with Path(judge).open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if known.judge_sha256 != digest:
+    if known.judge_sha256 != sha256_of_files(Path(judge)):
         return f"{file}: is of another judge than {judge} now holds; {how}"
     rate = known.pass_rate("real", threshold)
     if rate is None:

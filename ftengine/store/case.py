@@ -12,7 +12,7 @@ import errno
 import hashlib
 import json
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, cast
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from ftengine.config import RegionConfig
 from ftengine.errors import CaseError, FailureCode, FtengineError, StoreError
+from ftengine.files import sha256_of_files
 from ftengine.geometry import FloatZYX
 from ftengine.store.location import Location, locate
 from ftengine.store.writer import Provenance, write_volume
@@ -268,9 +269,9 @@ def unwritable(location: Location, error: OSError) -> StoreError:
 def source_hashes(source: Source) -> tuple[str, str, str]:
     """SHA-256 of the image's files, of the label's and of the organ label's; "" for a file that is not there."""
     return (
-        _sha256(source.files),
-        _sha256(source.label_files) if source.label is not None else "",
-        _sha256(source.organ_label_files) if source.organ_label is not None else "",
+        sha256_of_files(*source.files),
+        sha256_of_files(*source.label_files) if source.label is not None else "",
+        sha256_of_files(*source.organ_label_files) if source.organ_label is not None else "",
     )
 
 
@@ -291,12 +292,3 @@ def _size_bytes(source: Source) -> int:
         except OSError:
             continue  # a missing file has no bytes; why the case failed says the rest
     return total
-
-
-def _sha256(files: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()

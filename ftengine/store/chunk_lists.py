@@ -14,18 +14,18 @@ import contextlib
 import os
 import stat
 import tempfile
-import uuid
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from ftengine.errors import StoreError
+from ftengine.files import write_whole
 
 LIST_COLUMNS = ("class_chunks", "body_chunks")
 
@@ -64,12 +64,7 @@ class ChunkLists:
         file = _cache_folder() / f"index-{digest}.arrow"
         with contextlib.suppress(OSError, pa.ArrowException):  # not there, or cut short by a full disk: made again
             return cls(_map(file), order)
-        partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}.partial")
-        try:
-            _write(partial, batches)
-            partial.replace(file)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(file, lambda stream: _write(stream, batches), durable=False)
         return cls(_map(file), order)
 
     def labelled(self, row: int) -> Labelled | None:
@@ -131,12 +126,11 @@ def _map(file: Path) -> list[Any]:
         return [reader.get_batch(i) for i in range(reader.num_record_batches)]
 
 
-def _write(file: Path, batches: Iterable[Any]) -> None:
-    with pa.OSFile(str(file), "wb") as sink:
-        writer = None
-        for batch in batches:
-            part = pa.record_batch({name: batch.column(name) for name in LIST_COLUMNS})
-            writer = writer or pa.ipc.new_file(sink, part.schema)
-            writer.write_batch(part)
-        if writer is not None:
-            writer.close()
+def _write(stream: IO[bytes], batches: Iterable[Any]) -> None:
+    writer = None
+    for batch in batches:
+        part = pa.record_batch({name: batch.column(name) for name in LIST_COLUMNS})
+        writer = writer or pa.ipc.new_file(stream, part.schema)
+        writer.write_batch(part)
+    if writer is not None:
+        writer.close()

@@ -29,6 +29,7 @@ from typing import Any
 from typing_extensions import override
 
 from ftengine.errors import ConfigError, FtengineError, StoreError
+from ftengine.files import sync, write_whole
 
 SCRATCH = ".incoming"  # below a local store: volumes being built, moved to their place by a rename
 LOCK = ".writer.lock"
@@ -159,16 +160,7 @@ class LocalLocation(Location):
     def write_bytes(self, key: str, data: bytes) -> None:
         path = self.path / key
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-        try:
-            with partial.open("wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-        _sync(path.parent)
+        write_whole(path, lambda stream: stream.write(data))
 
     @override
     def exists(self, key: str) -> bool:
@@ -179,7 +171,7 @@ class LocalLocation(Location):
         path = self.path / key
         if path.exists():
             path.unlink(missing_ok=True)
-            _sync(path.parent)
+            sync(path.parent)
 
     @override
     def delete_tree(self, key: str) -> None:
@@ -192,7 +184,7 @@ class LocalLocation(Location):
         except OSError:  # a full disk has no room for another name
             doomed = path
         shutil.rmtree(doomed)
-        _sync(path.parent)
+        sync(path.parent)
 
     @override
     def keys(self, key: str, *, recursive: bool = False) -> list[str]:
@@ -212,7 +204,7 @@ class LocalLocation(Location):
         target.parent.mkdir(parents=True, exist_ok=True)
         folder.replace(target)
         for parent in (p for p in target.parents if p.is_relative_to(self.path)):
-            _sync(parent)
+            sync(parent)
 
     @override
     def scratch(self) -> Path:
@@ -430,17 +422,8 @@ class RemoteLocation(Location):
         return RemoteLocation(self._scheme, os.path.normpath(f"{self._place}/{relative}"))
 
 
-def _sync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _sync_tree(top: Path) -> None:
     """Make a whole tree durable: every file, then every folder from the leaves up."""
     for entry in sorted(top.rglob("*"), key=lambda p: -len(p.parts)):
-        _sync(entry)
-    _sync(top)
+        sync(entry)
+    sync(top)

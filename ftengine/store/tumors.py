@@ -64,10 +64,16 @@ def tumors_of_row(store: Store, row: int, value: int, margin_vox_zyx: IntZYX) ->
                 continue  # of another group, whose window holds all of it
             box = _grown(
                 Box(int_zyx(s.start for s in extent), int_zyx(s.stop - s.start for s in extent)), margin_vox_zyx
-            ).slices()
+            )
+            cut = box.slices()
             found.append(
                 TumorCrop(
-                    case, value, patch.image[box].copy(), patch.label[box].copy(), (parts[box] == part).view(np.uint8)
+                    case,
+                    value,
+                    patch.image[cut].copy(),
+                    patch.label[cut].copy(),
+                    (parts[cut] == part).view(np.uint8),
+                    int_zyx(o + w for o, w in zip(box.origin_zyx, window.origin_zyx, strict=True)),
                 )
             )
     return found

@@ -4,13 +4,11 @@ Two kinds of file. ``checkpoint.pt`` is a run's own state (torch's zip format, l
 holds the weights alone, for others. Both carry the configuration and the versions that made them. ``load_checkpoint`` reads either.
 """
 
-import hashlib
 import json
 import os
 import pickle
 import re
 import shutil
-import uuid
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,6 +23,7 @@ from torch import nn
 from ftengine import __version__
 from ftengine.config import Config
 from ftengine.errors import ConfigError, SaveError
+from ftengine.files import sha256_of_stream, write_whole
 from ftengine.training.networks import SynthesisUNet, build_generator, build_segmenter
 from ftengine.training.weight_files import HEADER_ENTRY, check_archive
 
@@ -103,8 +102,7 @@ def load_checkpoint(path: str | Path, kind: Kind | None = None) -> dict[str, Any
     _check_exists(path)
     try:
         with path.open("rb") as stream:  # opened once: what is hashed is what is read
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            stream.seek(0)
+            digest = sha256_of_stream(stream)
             document = _weights_document(stream) if path.suffix == ".safetensors" else _state_document(stream)
     except _UNREADABLE as error:
         why = " ".join(str(error).split())[:160] or type(error).__name__
@@ -178,15 +176,8 @@ def publish(path: Path, write: Callable[[IO[bytes]], object], *, before: Callabl
     """
     for stale in path.parent.glob(f".{path.name}.*.partial"):  # of a run that was killed while it saved
         stale.unlink(missing_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        with partial.open("wb") as stream:
-            write(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        before()
-        partial.replace(path)
-        _sync_folder(path.parent)
+        write_whole(path, write, before=before)
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else error.__context__  # torch wraps what a stream raises
         if not isinstance(cause, OSError):
@@ -199,8 +190,6 @@ def publish(path: Path, write: Callable[[IO[bytes]], object], *, before: Callabl
         raise SaveError(
             f"{path}: could not be written ({cause.strerror or cause}; {_free(path.parent)}). Nothing was lost; {kept}."
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _free(folder: Path) -> str:
@@ -208,15 +197,6 @@ def _free(folder: Path) -> str:
         return f"{shutil.disk_usage(folder).free / 1e9:.1f} GB are free"
     except OSError:
         return "free space unknown"
-
-
-def _sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk, so that a moved file is there after a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _keep_previous(path: Path) -> None:

@@ -66,7 +66,7 @@ def train_segmenter(
     elif init is not None:
         initial = load_initial_weights(network, init, config)
     settings = config.training
-    with explaining_memory("segmenter", config, frame.out):
+    with explaining_memory("segmenter", config, frame.out, frame.device):
         procedure = Segmentation(config, network.to(device), device, world)
     trainer = Trainer(
         config,

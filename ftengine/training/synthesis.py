@@ -61,7 +61,7 @@ def train_generator(
         load_weights(generator, resumed.path, resumed.document)
         load_weights(classifier, resumed.path, {"model": resumed.document["classifier"]})
     settings = config.generator_training
-    with explaining_memory("generator", config, frame.out):
+    with explaining_memory("generator", config, frame.out, frame.device):
         networks = (generator.to(device), classifier.to(device), segmenter.to(device))
         procedure = Adversarial(config, *networks, device, world)
     trainer = Trainer(

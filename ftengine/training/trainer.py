@@ -203,7 +203,7 @@ class Trainer:
 
         Raises DivergedError where a loss is no number, RejectionError, MemoryLimitError and SaveError.
         """
-        with explaining_memory(self._procedure.kind, self._config, self._frame.out):
+        with explaining_memory(self._procedure.kind, self._config, self._frame.out, self._frame.device):
             return self._train()
 
     def _train(self) -> TrainingResult:

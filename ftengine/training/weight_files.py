@@ -5,7 +5,6 @@ the released segmenters hold (``best_acc``). Objects, records and texts of NumPy
 checked, as that of a checkpoint is.
 """
 
-import hashlib
 import json
 import pickle
 import re
@@ -22,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ftengine.errors import ConfigError
+from ftengine.files import sha256_of_files, sha256_of_stream
 
 HEADER_ENTRY = "ftengine"  # the one entry of a safetensors file's header that is ours: a JSON document
 # what torch's reader raises on bytes that are no file of its own: an opcode may find any stack
@@ -82,7 +82,7 @@ def read_pickle(path: Path) -> tuple[Any, str]:
     """
     try:
         with path.open("rb") as stream:  # opened once: what is hashed is what is read
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            digest = sha256_of_stream(stream)
             _refuse_old_format(path, stream)
             check_archive(stream)
             with torch.serialization.safe_globals(_PLAIN_NUMBERS), warnings.catch_warnings():
@@ -131,8 +131,7 @@ def sha256_of(path: str | Path) -> str:
         raise ConfigError(
             f"{path}: no such checkpoint or file of weights; want checkpoint.pt, weights.safetensors or the like."
         )
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return sha256_of_files(path)
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:

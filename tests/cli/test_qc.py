@@ -122,7 +122,7 @@ def test_painted_tumors_are_of_the_fold_too(
         return bank
 
     monkeypatch.setattr(SynthesisStage, "__call__", noting)
-    monkeypatch.setattr("ftengine.assemble.build_bank", noting_bank)
+    monkeypatch.setattr("ftengine.assemble.calibrate.build_bank", noting_bank)
     config = CONFIG.with_overrides(keys)
     calibrate_judge(config, folded, judge_path=judge, out=tmp_path, fold=1, num_painted=4)
     folds = dict(zip(folded.cases, folded.index.column("fold").to_pylist(), strict=True))

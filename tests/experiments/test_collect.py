@@ -12,9 +12,9 @@ from ftengine.errors import ConfigError
 from ftengine.evaluation.evaluate import Evaluation
 from ftengine.evaluation.metrics import CaseScore, FullScoring, score_case, summarize
 from ftengine.experiments.collect import Results, collect, keep_scores, write_results
-from ftengine.experiments.files import write_text_whole, write_whole
 from ftengine.experiments.folder import PLAN, result_file
 from ftengine.experiments.units import Score
+from ftengine.files import write_json_whole, write_text_whole
 from tests.experiments.support import plan_values
 
 FULL = FullScoring((3.0, 3.0, 3.0), (2,))
@@ -45,7 +45,7 @@ def _experiment(
     for number, ((method, column, fold, repeat), cases) in enumerate(evaluations.items()):
         scores.append(Score(method, column, column.split("/")[0], fold, repeat, f"evaluation-{number}"))
         if cases:
-            write_whole(result_file(folder, f"evaluation-{number}"), {"evaluation": Evaluation(cases).to_json()})
+            write_json_whole(result_file(folder, f"evaluation-{number}"), {"evaluation": Evaluation(cases).to_json()})
     keep_scores(folder, scores)
     return collect(folder)
 

@@ -115,7 +115,7 @@ def test_outside_tumor_and_organ_the_nearest_tumor_voxel_is_held() -> None:
     label = np.where(mask, 2, 0).astype(np.uint8)
     label[:, :, :3] = 1
     image = np.arange(729, dtype=np.int16).reshape(9, 9, 9)
-    tumor = BankTumor.of(TumorCrop("c", 2, image, label, mask), 1, SPACING, (0, 1, 1))
+    tumor = BankTumor.of(TumorCrop("c", 2, image, label, mask, (0, 0, 0)), 1, SPACING, (0, 1, 1))
     part = image[2:7, 1:8, 1:8]  # cut with the two voxels of the ring's 6 mm, of which the edge needs one along y and x
     assert tumor.mask.shape == (5, 7, 7)
     assert (tumor.image_hu[:, :, :2] == part[:, :, :2]).all()  # organ

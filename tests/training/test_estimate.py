@@ -1,12 +1,19 @@
 """The estimate against what really happens, and what becomes of memory that runs out."""
 
+import dataclasses
+import math
+import re
+import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from ftengine.assemble import build_loader, train_segmentation, train_synthesis
@@ -14,12 +21,14 @@ from ftengine.config import Config
 from ftengine.errors import MemoryLimitError
 from ftengine.store.reader import Store
 from ftengine.training import estimate as module
+from ftengine.training import step_memory as memory_module
 from ftengine.training.checkpoint import Kind
-from ftengine.training.estimate import REHEARSED_STEPS, Estimate, StepMemory, duration, estimate, rehearse, step_memory
+from ftengine.training.estimate import REHEARSED_STEPS, Estimate, duration, estimate, rehearse
 from ftengine.training.losses import segmentation_loss
 from ftengine.training.memory import is_out_of_memory, memory_advice
 from ftengine.training.networks import build_classifier, build_generator, build_segmenter, count_parameters
 from ftengine.training.run import read_metrics
+from ftengine.training.step_memory import StepMemory, free_bytes, step_memory
 from tests.support import make_store, small_config
 
 CONFIG = small_config(training__steps=500, generator_training__steps=300, device="cpu")
@@ -96,7 +105,7 @@ def test_a_network_that_looks_at_values_is_trained_all_the_same(
         def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the name in torch
             return super().forward(input) * (2.0 if float(input.mean()) > 0 else 1.0)
 
-    monkeypatch.setattr(module, "build_segmenter", lambda _config: Looks(1, 3, 3, padding=1))
+    monkeypatch.setattr(memory_module, "build_segmenter", lambda _config: Looks(1, 3, 3, padding=1))
     told: list[Estimate] = []
     config = CONFIG.with_overrides({"training.steps": 1})
     train_segmentation(config, store.path, tmp_path / "run", on_estimate=told.append)
@@ -107,15 +116,16 @@ def test_a_network_that_looks_at_values_is_trained_all_the_same(
 def test_a_batch_that_does_not_fit_gets_the_one_that_would(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     config = CONFIG.with_overrides({"training.batch_size": 16, "network.channels": (16, 32)})
     needed = step_memory("segmenter", config, device=CPU)
-    monkeypatch.setattr(module, "free_bytes", lambda _device: int(needed.total * 0.5))
+    monkeypatch.setattr(memory_module, "free_bytes", lambda _device: int(needed.total * 0.5))
     with build_loader(config, store, mix="annotated") as loader:
         found = estimate("segmenter", config, loader, device=CPU)
     assert not found.memory.fits
     largest = found.memory.largest_batch
     assert 5 <= largest <= 7  # less than half: a tenth is spared, and the weights stay
     advised = "training.batch_size=4 (now 16) with training.accumulate=4 (now 1), as many patches a step"
-    assert found.advice[0] == advised  # the largest that divides 16
-    assert f"this does not fit. Try, in this order: {advised}" in found.lines()[-1]
+    assert found.advice[0].startswith(f"Set {advised}: about ")  # the largest that divides 16
+    assert found.lines()[-len(found.advice) - 1] == "this does not fit. Try, in this order:"
+    assert found.lines()[-len(found.advice) :] == found.advice
     smaller = config.with_overrides({"training.batch_size": largest})
     assert step_memory("segmenter", smaller, device=CPU).fits
     assert not step_memory("segmenter", config.with_overrides({"training.batch_size": largest + 1}), device=CPU).fits
@@ -165,9 +175,21 @@ def test_advice_keeps_the_patches_of_a_step(
     config = CONFIG.with_overrides({"training.batch_size": batch_size, "training.accumulate": accumulate})
     size, batches = want
     assert size * batches == batch_size * accumulate
-    assert memory_advice("segmenter", config, fitting=fitting)[0] == (
-        f"training.batch_size={size} (now {batch_size}) with training.accumulate={batches} (now {accumulate}), as many patches a step"
+    told = memory_advice("segmenter", config, _measure(fitting))[0]
+    assert told.startswith(
+        f"Set training.batch_size={size} (now {batch_size}) with training.accumulate={batches} (now {accumulate}), as many patches a step: about "
     )
+    assert ("alone is not enough" in told) == (fitting < size)
+
+
+def _measure(fitting: int) -> Callable[[Config], StepMemory]:
+    """As many patches of 100 MB fit, of patches of 16^3 voxels."""
+
+    def measure(config: Config) -> StepMemory:
+        a_patch = 10**8 * math.prod(config.region.patch_zyx) // 16**3
+        return StepMemory(0, 0, 0, config.training.batch_size * a_patch, a_patch, round(10**8 * (fitting + 0.5) / 0.9))
+
+    return measure
 
 
 @pytest.mark.parametrize("kind", ["segmenter", "generator"])
@@ -179,7 +201,8 @@ def test_a_rehearsal_measures_real_steps_and_leaves_nothing(
     (tmp_path / "tmp").mkdir()
     steps: list[int] = []
 
-    def train(config: Config, *, out: Path, val_split: None, on_estimate: object) -> object:
+    def train(config: Config, *, out: Path, rehearsal: bool, on_estimate: object) -> object:
+        assert rehearsal
         counted = {"on_estimate": on_estimate, "on_step": lambda step, _values: steps.append(step)}
         if kind == "segmenter":
             return train_segmentation(config, store.path, out, **counted)  # type: ignore[arg-type]  # as the command line does
@@ -218,16 +241,16 @@ def test_durations_have_two_units(seconds: float, text: str) -> None:
 
 
 def test_the_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = module._lines
+    real = memory_module._lines
 
     def lines(path: Path) -> list[str]:
         shown = {"/sys/fs/cgroup/memory.max": ["1000000", ""], "/sys/fs/cgroup/memory.current": ["400000", ""]}
         return shown.get(str(path)) or real(path)
 
-    monkeypatch.setattr(module, "_lines", lines)
-    assert module.free_bytes(CPU) == 600_000
-    monkeypatch.setattr(module, "_lines", lambda _path: [])
-    assert module.free_bytes(CPU) is None
+    monkeypatch.setattr(memory_module, "_lines", lines)
+    assert free_bytes(CPU) == 600_000
+    monkeypatch.setattr(memory_module, "_lines", lambda _path: [])
+    assert free_bytes(CPU) is None
     assert StepMemory(1, 1, 2, 3, 3, None).fits
 
 
@@ -331,23 +354,83 @@ def test_a_real_allocation_that_fails_is_one_line_with_advice(store: Store, tmp_
     assert len(errors) == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert "does not fit the memory of this machine" in errors[0]
-    assert "training.batch_size=8 (now 16)" in errors[0]
+    assert "Set training.batch_size=1 (now 16) with training.accumulate=16 (now 1)" in errors[0]
+    assert "region.patch_zyx=" in errors[0]
 
 
 def test_advice_names_what_is_not_done_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     config = Config.preset("abdomen").with_overrides({"network.checkpointing": False})
-    proposals = memory_advice("segmenter", config, fitting=2)
+    proposals = memory_advice("segmenter", config, None)
     assert [p.split("=")[0] for p in proposals[:3]] == [
-        "network.checkpointing",
-        "training.batch_size",
-        "training.precision",
+        "Set network.checkpointing",
+        "Set training.batch_size",
+        "Set training.precision",
     ]
+    assert "training.batch_size=2 (now 4)" in proposals[1]  # nothing is known: half
+    assert not any("about" in p for p in proposals)
     done = config.with_overrides(
         {"network.checkpointing": True, "training.precision": "bf16", "training.batch_size": 1}
     )
-    assert [p.split("=")[0] for p in memory_advice("segmenter", done, fitting=1)] == [
-        "where it paints, synthesis.box",
-        "a smaller region.patch_zyx (now (96, 96, 96))",
+    assert [p.split("=")[0] for p in memory_advice("segmenter", done, None)] == [
+        "Where it paints, set synthesis.box",
+        "Make region.patch_zyx smaller (now [96, 96, 96]).",
     ]
-    assert any("generator.width" in p for p in memory_advice("generator", config, fitting=1))
+    halved = f"Set generator.width={config.generator.width // 2} (now {config.generator.width})"
+    assert any(p.startswith(halved) for p in memory_advice("generator", config, None))
+
+
+def test_advice_names_the_largest_patch_that_fits() -> None:
+    config = CONFIG.with_overrides({"region.patch_zyx": (32, 64, 64), "training.batch_size": 1})
+    *_, told = memory_advice("segmenter", config, _measure(20))  # of 32
+    assert told == "Set region.patch_zyx=[16, 48, 48] (now [32, 64, 64]): about 0.90 GB of 2.28 GB."
+    *_, told = memory_advice("segmenter", config, _measure(0))
+    assert told == "Make region.patch_zyx smaller (now [32, 64, 64])."
+    swin = config.with_overrides(
+        {"network.name": "swinunetr", "network.feature_size": 12, "region.patch_zyx": (96, 96, 96)}
+    )
+    now = step_memory("segmenter", swin, device=CPU)
+
+    def measure(changed: Config) -> StepMemory:
+        return dataclasses.replace(step_memory("segmenter", changed, device=CPU), free=round(now.total * 0.95))
+
+    *_, told = memory_advice("segmenter", swin, measure)
+    assert told.startswith("Set region.patch_zyx=[64, 64, 64] (now [96, 96, 96])")  # 80 is no multiple of 32
+
+
+def test_a_batch_of_one_has_no_partner_for_cutmix() -> None:
+    keys = {"training.cutmix_probability": 0.5, "training.batch_size": 4}
+    assert "training.batch_size=2 (now 4)" in memory_advice("segmenter", CONFIG.with_overrides(keys), _measure(1))[0]
+    least = CONFIG.with_overrides(keys | {"training.batch_size": 2})
+    assert not any("batch_size" in p for p in memory_advice("segmenter", least, _measure(1)))
+
+
+def test_what_a_step_took_beyond_the_estimate_counts(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of 8 patches fails though the estimate says that 20 fit: what is not counted took the rest, and grows with the batch."""
+    config = CONFIG.with_overrides({"training.batch_size": 8, "network.channels": (16, 32)})
+    needed = step_memory("segmenter", config, device=CPU)
+    budget = needed.total - needed.activations + 20 * needed.activations_a_patch
+    monkeypatch.setattr("ftengine.training.memory.free_bytes", lambda _device: budget)
+    real = torch.nn.functional.conv3d
+
+    def forward(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        if isinstance(x, FakeTensor):
+            return real(x, *arguments)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("torch.nn.functional.conv3d", forward)
+    with pytest.raises(MemoryLimitError) as caught:
+        train_segmentation(config, store.path, tmp_path / "run")
+    sentence = re.search(
+        r"Set training\.batch_size=4 \(now 8\) .*?: about ([0-9.]+) (GB|MB) of ([0-9.]+) (GB|MB)\.", str(caught.value)
+    )
+    assert sentence is not None
+    assert float(sentence[1]) < 0.65 * float(sentence[3])
+
+
+def test_an_address_space_is_a_limit_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda _which: (10**9, 10**9))
+    monkeypatch.setattr(memory_module, "_lines", lambda path: ["1000 1"] if path.name == "statm" else [])
+    assert free_bytes(CPU) == 10**9 - 1000 * resource.getpagesize()

@@ -213,9 +213,13 @@ def test_pictures_show_the_same_patches_every_few_steps(whole: Path, store: Stor
 
 
 @pytest.mark.parametrize(
-    "held_out", [{"split": "train", "val_split": "val"}, {"split": "train"}], ids=["split", "none"]
+    ("held_out", "validate_every"),
+    [
+        ({"split": "train", "val_split": "val"}, 1),
+        ({"split": "train", "val_split": "val"}, None),
+        ({"split": "train"}, None),
+    ],
 )
-@pytest.mark.parametrize("validate_every", [1, None])
 def test_a_rehearsal_does_not_validate(
     store: Store, monkeypatch: pytest.MonkeyPatch, held_out: dict[str, str], validate_every: int | None
 ) -> None:
@@ -225,11 +229,32 @@ def test_a_rehearsal_does_not_validate(
     assert found.step_s is not None
 
 
+@pytest.mark.parametrize(
+    ("held_out", "text"),
+    [
+        ({"split": "train", "val_split": "nowhere"}, "split 'nowhere' holds no tumour-annotated volume"),
+        ({"split": "train", "val_split": "train"}, "training would see these volumes too"),
+        ({"split": "train"}, "no volumes to validate on"),
+    ],
+)
+def test_a_rehearsal_refuses_what_the_run_would(
+    store: Store, tmp_path: Path, held_out: dict[str, str], text: str
+) -> None:
+    config = CONFIG.with_overrides({"training.validate_every": 1})
+    train = partial(train_segmentation, store_path=store.path, **held_out)  # type: ignore[arg-type]  # texts alone
+    with pytest.raises(ConfigError, match=text):
+        train_segmentation(config, store.path, tmp_path / "run", **held_out)  # type: ignore[arg-type]  # texts alone
+    with pytest.raises(ConfigError, match=text):
+        rehearse("segmenter", config, train)
+
+
 def test_a_rehearsal_does_not_draw(store: Store, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ftengine.evaluation.preview.preview", _refuse)
     config = CONFIG.with_overrides({"generator_training.pictures_every": 1})
-    train = partial(train_synthesis, store_path=store.path, baseline=whole / "best.pt", split="train", val_split="val")
-    assert rehearse("generator", config, train).step_s is not None
+    train = partial(train_synthesis, store_path=store.path, baseline=whole / "best.pt", split="train")
+    assert rehearse("generator", config, partial(train, val_split="val")).step_s is not None
+    with pytest.raises(ConfigError, match="no volume in split 'nowhere'"):  # not at the first picture of a run
+        rehearse("generator", config, partial(train, val_split="nowhere"))
 
 
 def _refuse(*_: object, **__: object) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ftengine.bench.experiments.few_labels.arms import ARMS
 from ftengine.bench.experiments.few_labels.protocol import SeedCounts
-from ftengine.experiments.files import read_whole, write_whole
+from ftengine.files import read_json, write_json_whole
 
 Kind = Literal["data", "segmenter", "judge", "generator", "student"]
 
@@ -80,9 +80,9 @@ def is_done(folder: Path, unit: Unit) -> bool:
 
 def write_result(folder: Path, unit: Unit, result: dict[str, Any]) -> None:
     """Write a unit's result beside its place and move it there: a file that exists is whole."""
-    write_whole(result_file(folder, unit.slug), {"unit": asdict(unit), **result})
+    write_json_whole(result_file(folder, unit.slug), {"unit": asdict(unit), **result})
 
 
 def read_result(folder: Path, unit: Unit) -> dict[str, Any]:
     """The result of a unit that is done."""
-    return read_whole(result_file(folder, unit.slug))
+    return read_json(result_file(folder, unit.slug))
