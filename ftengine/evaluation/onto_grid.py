@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ftengine.evaluation.windows import Slab
+from ftengine.evaluation.windows import Slab, best_class
 from ftengine.geometry import Grid
 from ftengine.volume.resample import AxisPositions, axis_positions
 
@@ -83,7 +83,7 @@ class _Source:
     @cached_property
     def corner_labels(self) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         """Of each pixel of the other grid the class of one neighbour in this slice, and whether all four have it."""
-        label = self.probabilities.argmax(0).to(torch.uint8).cpu().numpy()
+        label = best_class(self.probabilities)
         (top, bottom), (left, right) = self.plane.rows, self.plane.columns
         upper, lower = label.take(top, axis=0), label.take(bottom, axis=0)
         first = upper.take(left, axis=1)
@@ -130,7 +130,7 @@ def _between(
     mixed = below.at(rows, columns)
     if weight > 0:
         mixed = mixed.lerp(above.at(rows, columns), weight)
-    label[rows, columns] = mixed.argmax(0).to(torch.uint8).cpu().numpy()
+    label[rows, columns] = best_class(mixed)
     label[outside] = 0
     probabilities = None
     if with_probabilities:

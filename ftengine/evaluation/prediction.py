@@ -10,7 +10,7 @@ raises   ConfigError before anything is predicted; errors of single cases become
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,7 +37,7 @@ from ftengine.evaluation.prediction_outputs import (
     places_of,
     read_record,
 )
-from ftengine.evaluation.windows import OnWindows, chosen_precision, slabs_of
+from ftengine.evaluation.windows import OnWindows, Slab, chosen_precision, slabs_of
 from ftengine.geometry import Grid, from_ras, ras_grid
 from ftengine.training.distributed import ALONE, World
 from ftengine.volume.nifti import write_nifti
@@ -235,7 +235,9 @@ def _label_on(
 ) -> NDArray[np.uint8]:
     """The label map uint8 [z, y, x] in the axis order of ``target``; probabilities are written on the way where they are asked for."""
     ras = ras_grid(target)
-    slabs = slabs_of(scan.image_hu, model.network, model.config, model.device, on_windows=on_windows)
+    slabs = _finite(
+        slabs_of(scan.image_hu, model.network, model.config, model.device, on_windows=on_windows), places.label.name
+    )
     label = np.empty(ras.shape_zyx, dtype=np.uint8)
     if places.probabilities is None:
         for found in onto_grid(slabs, scan.grid, ras):
@@ -248,6 +250,18 @@ def _label_on(
             files.add(found.probabilities)
         files.finish(target)
     return from_ras(label, target)
+
+
+def _finite(slabs: Iterable[Slab], name: str) -> Iterator[Slab]:
+    """The slabs; CaseError where a score is no number: its voxels would become background without a word."""
+    for slab in slabs:
+        if not math.isfinite(float(slab.scores.sum())):
+            raise CaseError(
+                f"{name}: the network gives NaN or infinity.",
+                "With --precision fp16 use bf16 or fp32; else the weights are damaged, or their training diverged.",
+                code=FailureCode.NOT_FINITE,
+            )
+        yield slab
 
 
 def _count(label: NDArray[np.uint8], num_classes: int) -> list[int]:

@@ -47,13 +47,26 @@ class Slab:
     @property
     def labels(self) -> NDArray[np.uint8]:
         """The class of the highest score, uint8 [slices, y, x] on the host; of equal ones the lowest class."""
-        labels: NDArray[np.uint8] = self.scores.argmax(0).to(torch.uint8).cpu().numpy()
-        return labels
+        return best_class(self.scores)
 
     @property
     def probabilities(self) -> torch.Tensor:
         """float32 [classes, slices, y, x], sums to 1 over the classes."""
         return self.scores if self.is_probability else self.scores.softmax(0)
+
+
+def best_class(scores: torch.Tensor) -> NDArray[np.uint8]:
+    """The class of the highest score, uint8 on the host, of scores [classes, ...]; of equal ones the lowest: ``argmax(0)``.
+
+    On a CPU ``argmax`` over the first of several axes takes 3.5 times as long.
+    """
+    best = scores[0].clone()
+    label = torch.zeros(best.shape, dtype=torch.uint8, device=scores.device)
+    for value, of_class in enumerate(scores[1:], start=1):
+        label.masked_fill_(of_class > best, value)
+        torch.maximum(best, of_class, out=best)
+    found: NDArray[np.uint8] = label.cpu().numpy()
+    return found
 
 
 def chosen_precision(config: Config, device: torch.device) -> Precision:
