@@ -7,6 +7,7 @@ Segments are named as the classes and coded with SNOMED CT (CID 7150 and the org
 a tumour a Morphologically Abnormal Structure of type Neoplasm in its organ, a COVID-19 lesion of type Lesion.
 """
 
+import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +24,11 @@ from ftengine.geometry import Grid, grid_from_lps, grid_offset_vox
 MAX_OFFSET_VOX = 0.1  # of a slice from its place on the grid of the prediction; the tolerance that reading has
 _ORGANS = {"liver": "Liver", "pancreas": "Pancreas", "kidney": "Kidney", "lung": "Lung"}  # keyword in pydicom's SCT
 _LABEL_CHARACTERS = 64  # of DICOM's long strings
+# what the standard wants in every object but lets be empty (type 2); anonymised series often lack it
+_MAY_BE_EMPTY = (
+    "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate", "StudyTime",
+)  # fmt: skip
+_WANTED = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")
 
 
 def check_installed() -> None:
@@ -31,51 +37,75 @@ def check_installed() -> None:
         raise ConfigError("--format dicom-seg: needs highdicom; pip install 'ftengine[dicom-seg]'.")
 
 
+def read_series(files: Sequence[Path], case: str) -> list[Any]:
+    """The headers of a series' slices; CaseError where a segmentation could not refer to them. files: one a slice."""
+    import pydicom
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pydicom quotes header values in its warnings
+        return [_completed(pydicom.dcmread(file, stop_before_pixels=True), case) for file in files]
+
+
 def write_dicom_seg(
     path: Path,
     label: NDArray[np.uint8],
     grid: Grid,
-    series: Sequence[Path],
+    slices: Sequence[Any],
     region: RegionConfig,
     checkpoint_sha256: str,
 ) -> None:
     """Write a binary segmentation, one segment a class of ``region`` but the background, frames without a voxel left out.
 
-    label: uint8 [z, y, x] on ``grid``, the native grid of the series. series: its files, one a slice, in the order of the slices. Raises
-    CaseError where the files do not lie where the slices of the grid are, or where their headers lack what the standard wants.
+    label: uint8 [z, y, x] on ``grid``, the native grid of the series. slices: what ``read_series`` gave, in the order of the grid. Raises
+    CaseError where they do not lie where the slices of the grid are, or where highdicom refuses their headers.
     """
     import highdicom
-    import pydicom
     from pydicom.uid import generate_uid
 
-    slices = [pydicom.dcmread(file, stop_before_pixels=True) for file in series]
     _check_places(slices, grid, path)
-    try:
-        segmentation = highdicom.seg.Segmentation(
-            source_images=slices,
-            pixel_array=label,
-            segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
-            segment_descriptions=_segments(region, checkpoint_sha256),
-            series_instance_uid=generate_uid(),
-            series_number=1000,
-            sop_instance_uid=generate_uid(),
-            instance_number=1,
-            manufacturer="ftengine",
-            manufacturer_model_name="ftengine",
-            software_versions=__version__,
-            device_serial_number=checkpoint_sha256[:16],
-            content_description="Predicted, not reviewed",
-            content_label="PREDICTION",
-            series_description=f"ftengine {region.name}"[:_LABEL_CHARACTERS],
-            omit_empty_frames=True,
-        )
-    except (AttributeError, ValueError, TypeError, KeyError) as error:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as above
+        try:
+            segmentation = highdicom.seg.Segmentation(
+                source_images=slices,
+                pixel_array=label,
+                segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
+                segment_descriptions=_segments(region, checkpoint_sha256),
+                series_instance_uid=generate_uid(),
+                series_number=1000,
+                sop_instance_uid=generate_uid(),
+                instance_number=1,
+                manufacturer="ftengine",
+                manufacturer_model_name="ftengine",
+                software_versions=__version__,
+                device_serial_number=checkpoint_sha256[:16],
+                content_description="Predicted, not reviewed",
+                content_label="PREDICTION",
+                series_description=f"ftengine {region.name}"[:_LABEL_CHARACTERS],
+                omit_empty_frames=bool(label.any()),  # without any segmented voxel all frames stay: there must be one
+            )
+            segmentation.save_as(path)
+        except (AttributeError, ValueError, TypeError, KeyError) as error:
+            raise CaseError(
+                f"{path.name}: the series' headers do not make a DICOM segmentation ({type(error).__name__}).",
+                "Use --format nifti for it.",
+                code=FailureCode.DAMAGED_HEADER,
+            ) from error  # its text may quote header values: only its kind is shown
+
+
+def _completed(header: Any, case: str) -> Any:
+    """A slice's header with what may be empty but must be there; CaseError where it lacks what must have a value."""
+    missing = [keyword for keyword in _WANTED if not header.get(keyword)]
+    if missing:
         raise CaseError(
-            f"{path.name}: the series' headers lack what a DICOM segmentation needs ({type(error).__name__}).",
+            f"{case}: a slice has no {', '.join(missing)}, to which a DICOM segmentation refers.",
             "Use --format nifti for it.",
             code=FailureCode.DAMAGED_HEADER,
-        ) from error  # its text may quote header values: only its kind is shown
-    segmentation.save_as(path)
+        )
+    for keyword in _MAY_BE_EMPTY:
+        if keyword not in header:
+            setattr(header, keyword, "")
+    return header
 
 
 def _check_places(slices: Sequence[Any], grid: Grid, path: Path) -> None:

@@ -190,7 +190,7 @@ def _predict(
 ) -> dict[str, Any]:
     """Predict one case and commit it; what its outcome and its record say of it."""
     region = model.config.region
-    series = one.series() if options.file_format == "dicom-seg" else ()
+    slices = _slices(one) if options.file_format == "dicom-seg" else []
     with partial_folder(places) as folder:
         try:
             scan = one.read(region.spacing_mm_zyx)
@@ -199,10 +199,10 @@ def _predict(
             label = _label_on(target, scan, model, folder, places, on_windows)
             del scan  # its voxels are not needed to write the result
             counts = _count(label, region.num_classes)
-            if series:
+            if slices:
                 from ftengine.evaluation.dicom_seg import write_dicom_seg
 
-                write_dicom_seg(folder / places.label.name, label, target, series, region, model.sha256)
+                write_dicom_seg(folder / places.label.name, label, target, slices, region, model.sha256)
             else:
                 write_nifti(folder / places.label.name, label, target)
         except MemoryError as error:
@@ -228,6 +228,12 @@ def _predict(
             },
         )
     return {"class_voxels": class_voxels, "warnings": warnings, "notes": notes}
+
+
+def _slices(one: Input) -> list[Any]:
+    from ftengine.evaluation.dicom_seg import read_series
+
+    return read_series(one.series(), one.case)
 
 
 def _label_on(

@@ -30,7 +30,7 @@ from ftengine.training.learner import Precision, autocast
 OnWindows = Callable[[int, int], None]  # windows done, windows in all
 _SLICES = 8  # that are divided and handed on at a time
 _AXES = {"z": -3, "y": -2, "x": -1}
-_AIR_LOGIT = 100.0  # of background, where no window was evaluated: its softmax is 1 in float32
+_AIR_LOGIT = 200.0  # of background, where no window was evaluated: its softmax is 1 in float32, that of the others 0
 
 
 @dataclass(frozen=True)
