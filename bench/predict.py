@@ -50,19 +50,16 @@ def write_scan(path: Path, shape_zyx: IntZYX, spacing_mm_zyx: FloatZYX) -> None:
     from ftengine.volume.phantom import TumorSpec, make_phantom
 
     depth, height, width = shape_zyx
+    spacing_z, spacing_y, spacing_x = spacing_mm_zyx
     block = min(depth, 100)
     phantom = make_phantom(
         "abdomen",
         seed=4,
         shape_zyx=(block, height, width),
-        spacing_mm_zyx=(
-            250 / block,
-            *(max(s, 400 / n) for s, n in zip(spacing_mm_zyx[1:], shape_zyx[1:], strict=True)),
-        ),
+        spacing_mm_zyx=(250 / block, max(spacing_y, 400 / height), max(spacing_x, 400 / width)),
         tumors=TumorSpec(),
     )
     image = np.tile(phantom.image_hu, (math.ceil(depth / block), 1, 1))[:depth]
-    spacing_z, spacing_y, spacing_x = spacing_mm_zyx
     write_nifti(path, image, grid_from_matrix(shape_zyx, np.diag([-spacing_x, -spacing_y, spacing_z, 1.0])))
 
 
@@ -333,7 +330,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--files", nargs=2, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.part is not None:
-        print(json.dumps(measure_part(options.part, *options.files, torch.device(options.device))))
+        checkpoint, scan = options.files
+        print(json.dumps(measure_part(options.part, checkpoint, scan, torch.device(options.device))))
         return
     run(
         device=options.device,

@@ -146,7 +146,7 @@ class StoreInput:
     def digest(self) -> str:
         """SHA-256 of the stored voxels and their place."""
         digest = hashlib.sha256(repr((self.store.grid(self.case), self.store.native_grid(self.case))).encode())
-        digest.update(self.store.read_volume(self.case).image)
+        digest.update(self.store.read_volume(self.case).image.data)
         return digest.hexdigest()
 
     def read(self, spacing_mm_zyx: FloatZYX) -> Scan:
