@@ -18,6 +18,7 @@ PROGRAMS = {
     "train": "our training loop against a bare PyTorch loop; one step of each stage at real size",
     "shapes": "our tumour shapes against real ones",
     "shape_fit": "fit the laws of synthesis.shape realistic to real tumours",
+    "predict": "a scan from file to file against MONAI's own chain with the same network; the memory of a 512 x 512 x 1000 scan",
     "convert": "conversion against the usual MONAI chain, workers, memory, size",
     "evaluation": "Dice, HD95 and surface Dice of label files against the same by MONAI, in as many workers",
     "scale": "an index of 161,310 rows; the whole conversion simulated",

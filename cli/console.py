@@ -75,6 +75,7 @@ class Reporter:
     def __init__(self, bar: Progress | None, task: TaskID | None, total: int, *, quiet: bool) -> None:
         self._bar, self._task, self._total, self._quiet = bar, task, total, quiet
         self._done = 0
+        self._parts: TaskID | None = None
 
     def begin(self, total: int) -> None:
         """The number of items, where it is known only after the display began."""
@@ -108,6 +109,13 @@ class Reporter:
             self._bar.console.print(text, markup=False, highlight=False)
         elif not self._quiet:
             typer.echo(text, err=True)
+
+    def parts(self, what: str, done: int, total: int) -> None:
+        """How far the item that has begun is, as a second bar; only on a terminal."""
+        if self._bar is not None:
+            if self._parts is None:
+                self._parts = self._bar.add_task(what, total=total, figures="")
+            self._bar.update(self._parts, description=what, completed=done, total=total)
 
     def figures(self, text: str) -> None:
         """Show figures beside the bar."""

@@ -541,11 +541,25 @@ class TrackingConfig(_Section):
 
 
 class InferenceConfig(_Section):
-    """Sliding-window prediction."""
+    """Sliding-window prediction: of validation while training, of ``ftengine predict`` and ``evaluate``."""
 
     overlap: float = Field(default=0.75, ge=0.0, lt=1.0)  # released validation
     windows_per_call: int = Field(default=4, ge=1)  # released validation
     weighting: Literal["constant", "gaussian"] = "constant"  # released validation
+    mirror_axes: tuple[Literal["z", "y", "x"], ...] = ()  # mean over all flips of them; paper and released code: none
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = (
+        "auto"  # training.precision on a GPU: what the weights were fitted in; fp32 on a CPU, where narrow products are slow
+    )
+    skip_air: bool = (
+        False  # leave out windows without a voxel above the HU window's low end; MONAI and nnU-Net: none is
+    )
+
+    @field_validator("mirror_axes")
+    @classmethod
+    def _axes_differ(cls, axes: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(axes)) < len(axes):
+            raise ValueError(f"mirror_axes={axes}: want each axis at most once")
+        return axes
 
 
 class Config(_Section):

@@ -13,7 +13,8 @@ import torch
 from ftengine.assemble import build_loader, build_synthesis_stage, train_segmentation
 from ftengine.config import Config
 from ftengine.evaluation.evaluate import evaluate_checkpoint
-from ftengine.evaluation.infer import predict_file
+from ftengine.evaluation.prediction import Model, PredictOptions, predict_cases
+from ftengine.evaluation.prediction_inputs import FileInput
 from ftengine.evaluation.preview import preview
 from ftengine.store.convert import ConversionReport, convert_cases
 from ftengine.store.export import export_case
@@ -192,7 +193,9 @@ def test_training_prediction_and_evaluation_on_real_lung_tumors(chest: Store, da
     assert sum(result.losses[-5:]) < sum(result.losses[:5])
     network, config = load_segmenter(result.checkpoint)
     source = discover([data_dir / "lung4d_113"], dataset="p")[0]
-    prediction = predict_file(network, source, tmp_path / "out", config, torch.device("cpu"))
+    model = Model(network, config, "a test's", torch.device("cpu"))
+    (prediction,) = predict_cases([FileInput(source)], model, tmp_path / "out", PredictOptions())
+    assert prediction.status == "predicted", prediction.reason
     written: Any = nibabel.load(prediction.path)
     image: Any = nibabel.load(source.image)
     assert written.shape == image.shape

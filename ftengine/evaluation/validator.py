@@ -15,7 +15,7 @@ from ftengine.training.validation import Validation
 def build_validation(
     config: Config, store: Store, *, device: torch.device, split: str | None = None, fold: int | None = None
 ) -> Validation:
-    """Validation on the tumour-annotated volumes of a split or a fold: sliding windows with ``config.inference``, in float32.
+    """Validation on the tumour-annotated volumes of a split or a fold: sliding windows with ``config.inference``, as ``ftengine predict``.
 
     A volume's score is the Dice of each tumour class that its truth holds. Raises ConfigError where no volume is left.
     """

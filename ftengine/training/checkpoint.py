@@ -157,7 +157,14 @@ def load_generator(path: str | Path) -> tuple[SynthesisUNet, Config]:
 
 
 def config_inside(path: str | Path, document: Mapping[str, Any]) -> Config:
-    """The configuration in a checkpoint; ConfigError where this version does not know it, naming the version that does."""
+    """The configuration in a checkpoint; ConfigError where it lacks the label map, and where this version does not know it, naming the version
+    that does."""
+    region = document["config"].get("region") if isinstance(document["config"], dict) else None
+    if not isinstance(region, dict) or not region.get("labels"):
+        raise ConfigError(
+            f"{path}: has lost its label map (region.labels in the configuration inside): nobody can say what its outputs mean. Use the file "
+            "as 'ftengine train' or 'ftengine weights' wrote it."
+        )
     try:
         return Config.from_dict(document["config"], where=f"{path} (configuration inside)")
     except ConfigError as error:

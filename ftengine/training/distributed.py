@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -113,10 +114,11 @@ def device_name_for(name: str, world: World) -> str:
 
 
 @contextmanager
-def joined() -> Iterator[World]:
+def joined(*, patience: timedelta | None = None) -> Iterator[World]:
     """Inside the block, the processes that torchrun started can talk to each other: nccl between GPUs, gloo between hosts.
 
-    A group that the caller has made is used and left as it is.
+    patience: how long one waits for another; None is torch's own (10 to 30 minutes). A group that the caller has made is used and left as it
+    is.
     """
     world = world_of_environment()
     if world.size == 1 or dist.is_initialized():
@@ -125,7 +127,9 @@ def joined() -> Iterator[World]:
     on_gpus = torch.cuda.is_available() and dist.is_nccl_available()
     if on_gpus:
         torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", rank=world.rank, world_size=world.size)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpus else "gloo", rank=world.rank, world_size=world.size, timeout=patience
+    )
     try:
         yield world
     finally:

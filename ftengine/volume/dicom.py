@@ -91,6 +91,13 @@ def probe_dicom(image: Path, files: Collection[Path] = (), *, allow_gaps: bool =
     return _checked_stack(image, files, allow_gaps=allow_gaps, compare_duplicates=False).grid
 
 
+def ordered_slices(image: Path, files: Collection[Path] = ()) -> tuple[Path, ...]:
+    """The files of a series in the order of the grid that ``load_dicom`` gives it, one a slice; raises CaseError as it does for headers."""
+    return tuple(
+        header.path for header in _checked_stack(image, files, allow_gaps=False, compare_duplicates=False).slices
+    )
+
+
 def _checked_stack(
     image: Path, files: Collection[Path], *, allow_gaps: bool, compare_duplicates: bool = True
 ) -> _Stack:

@@ -246,6 +246,11 @@ def _load_label(label: Path, options: ReadOptions) -> RawImage:
     return load_itk(label, assume_orientation=options.assume_orientation)
 
 
+def is_dicom(image: Path) -> bool:
+    """Whether ``read_volume`` takes the image for a DICOM series; CaseError where it is no image."""
+    return _kind(image) == "dicom"
+
+
 def _kind(path: Path) -> str:
     """``dicom``, ``nifti`` or ``itk`` by what is there, not by the name; CaseError for anything else."""
     where = shown(path)

@@ -12,7 +12,7 @@ float copy of the volume is ever made. The tests hold both against each other.
 There is no low-pass before thinning out: the released FreeTumor weights were trained on plain bilinear resampling (reference: MONAI).
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -60,10 +60,37 @@ def resample_to(
     scale, first = _relation(from_grid, to_grid)
     moved = _rounded(_resampled(array_zyx, to_grid, scale, first, nearest=nearest), array_zyx.dtype)
     for axis in range(3):
-        index = first[axis] + scale[axis] * np.arange(to_grid.shape_zyx[axis])
-        off = (index < -0.5 - EDGE_VOX) | (index > from_grid.shape_zyx[axis] - 0.5 + EDGE_VOX)
+        off = _outside(from_grid.shape_zyx[axis], to_grid.shape_zyx[axis], scale[axis], first[axis])
         np.moveaxis(moved, axis, 0)[off] = outside
     return moved
+
+
+@dataclass(frozen=True)
+class AxisPositions:
+    """Where the voxels of one axis of a grid lie on another grid's axis, for linear interpolation.
+
+    below, above: int64, the voxels on both sides (the same one where a voxel is met exactly); weight: float64, of ``above``. outside: bool,
+    more than half a voxel outside the other grid, where there is nothing to interpolate; nearer ones replicate its edge.
+    """
+
+    below: NDArray[np.int64]
+    above: NDArray[np.int64]
+    weight: NDArray[np.float64]
+    outside: NDArray[np.bool_]
+
+
+def axis_positions(from_grid: Grid, to_grid: Grid) -> tuple[AxisPositions, AxisPositions, AxisPositions]:
+    """Where the voxels of ``to_grid`` lie on ``from_grid``, by axis (z, y, x); the grids and ValueError as in ``resample_to``."""
+    found = []
+    for length, count, step, start in zip(
+        from_grid.shape_zyx, to_grid.shape_zyx, *_relation(from_grid, to_grid), strict=True
+    ):
+        below, above, weight = _neighbours(length, count, step, start)
+        found.append(
+            AxisPositions(below, np.where(weight > 0, above, below), weight, _outside(length, count, step, start))
+        )
+    z, y, x = found
+    return z, y, x
 
 
 def resample_label_onto(label: NDArray[np.uint8], label_grid: Grid, grid: Grid) -> NDArray[np.uint8]:
@@ -134,6 +161,12 @@ def _neighbours(
     position = np.clip(start + step * np.arange(count), 0.0, length - 1.0)
     below = np.floor(position).astype(np.int64)
     return below, np.minimum(below + 1, length - 1), np.asarray(position - below, dtype=np.float64)
+
+
+def _outside(length: int, count: int, step: float, start: float) -> NDArray[np.bool_]:
+    """Along one axis: which positions lie more than ``EDGE_VOX`` outside the voxels."""
+    index = start + step * np.arange(count)
+    return np.asarray((index < -0.5 - EDGE_VOX) | (index > length - 0.5 + EDGE_VOX))
 
 
 def _between(low: NDArray[Any], high: NDArray[Any], weight: NDArray[np.float64] | float) -> NDArray[np.float64]:

@@ -131,7 +131,14 @@ def test_provenance_says_what_made_the_label_and_nothing_of_the_day(store: Path,
         "version": __version__,
         "weights_sha256": weights_hash(weights),
         "label_map": {"liver": ORGAN, "liver_tumor": ORGAN},
-        "settings": {"overlap": 0.0, "windows_per_call": 4, "weighting": "constant"},
+        "settings": {
+            "overlap": 0.0,
+            "windows_per_call": 4,
+            "weighting": "constant",
+            "mirror_axes": [],
+            "precision": "auto",
+            "skip_air": False,
+        },
     }
     elsewhere = Path(shutil.copy(weights, tmp_path / "other_name.pt"))
     assert run(store, elsewhere).count("labelled") == 0
