@@ -19,6 +19,7 @@ from ftengine.cli import (
     preview,
     qc,
     replay,
+    report,
     store,
     train,
     view,
@@ -47,6 +48,7 @@ app.command(name="predict")(predict.predict)
 app.command(name="evaluate")(evaluate.evaluate)
 app.add_typer(qc.app, name="qc")
 app.command(name="preview")(preview.preview)
+app.command(name="report")(report.report)
 app.command(name="replay")(replay.replay)
 app.command(name="view")(view.view)
 app.add_typer(weights.app, name="weights")

@@ -183,7 +183,7 @@ def test_fewer_sheets_come_back_where_the_tries_run_out(
 
 
 def test_wrong_requests_are_refused(config: Config, store: Store, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="num_sheets=0"):
+    with pytest.raises(ConfigError, match="num_patches=0"):
         preview(config, store, tmp_path, num_sheets=0)
     with pytest.raises(ConfigError, match="the configuration is for"):
         preview(Config.preset("abdomen"), store, tmp_path, num_sheets=1)
