@@ -13,19 +13,24 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-WIDTH, HEIGHT = 380.0, 210.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 12.0, 8.0, 34.0
+WIDTH, HEIGHT = 320.0, 190.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 50.0, 10.0, 8.0, 34.0
 _MAX_POINTS = 300  # of a line; more than its pixels
 _STYLES = 4
 
 
 @dataclass(frozen=True)
 class Line:
-    """Values over x, both finite, in the order of x."""
+    """Values over x, both finite, in the order of x. style: 1 to 4; None: by its place in the chart."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
+    style: int | None = None
+
+    def style_at(self, place: int) -> int:
+        """The style of a line at a place in its chart, from 0."""
+        return 1 + place % _STYLES if self.style is None else self.style
 
 
 @dataclass(frozen=True)
@@ -41,21 +46,24 @@ def line_chart(
     lines: Sequence[Line],
     *,
     x_label: str,
-    y_label: str,
     alt: str,
     y_range: tuple[float, float] | None = None,
+    x_range: tuple[float, float] | None = None,
     limit: tuple[float, str] | None = None,
+    x_limit: tuple[float, str] | None = None,
 ) -> str:
-    """Lines over a common axis, with a legend where there are several. limit: a value of y with its name, drawn across."""
+    """Lines over a common axis, with a legend where there are several. limit, x_limit: a value of y or of x with its name, drawn dotted."""
     xs = np.concatenate([np.asarray(line.x, dtype=float) for line in lines])
     ys = np.concatenate([np.asarray(line.y, dtype=float) for line in lines])
-    plot = _Plot(_span(xs), y_range or _span(ys))
-    parts = [plot.axes(x_label, y_label)]
+    plot = _Plot(x_range or _span(xs), y_range or _span(ys), whole_x=bool((xs == np.rint(xs)).all()))
+    parts = [plot.axes(x_label)]
     if limit is not None:
         parts.append(plot.across(*limit))
+    if x_limit is not None:
+        parts.append(plot.down(*x_limit))
     for number, line in enumerate(lines):
         points = thinned(line.x, line.y)
-        style = 1 + number % _STYLES
+        style = line.style_at(number)
         way = " ".join(f"{plot.x(x):.1f},{plot.y(y):.1f}" for x, y in points)
         parts.append(f'<polyline class="l{style}" points="{way}"/>')
         if len(points) <= 12:
@@ -63,7 +71,28 @@ def line_chart(
                 f'<circle class="d{style}" cx="{plot.x(x):.1f}" cy="{plot.y(y):.1f}" r="2.6"/>' for x, y in points
             ]
     svg = _svg(HEIGHT, alt, "".join(parts))
-    return svg + legend([line.name for line in lines]) if len(lines) > 1 else svg
+    return svg + _legend(lines) if len(lines) > 1 else svg
+
+
+def scatter_chart(groups: Sequence[Line], *, x_label: str, y_label: str, alt: str, y_range: tuple[float, float]) -> str:
+    """Points of several groups: style 1 as dots, the others as crosses, with a legend."""
+    plot = _Plot(_span(np.concatenate([np.asarray(group.x, dtype=float) for group in groups])), y_range)
+    parts = [plot.axes(x_label, y_label)]
+    for number, group in enumerate(groups):
+        style = group.style_at(number)
+        for x, y in zip(group.x, group.y, strict=True):
+            parts.append(_mark(style, plot.x(x), plot.y(y)))
+    items = "".join(
+        f'<li><svg viewBox="0 0 30 10" aria-hidden="true">{_mark(group.style_at(n), 15, 5)}</svg>{escape(group.name)}</li>'
+        for n, group in enumerate(groups)
+    )
+    return f'{_svg(HEIGHT, alt, "".join(parts))}<ul class="legend">{items}</ul>'
+
+
+def _mark(style: int, x: float, y: float) -> str:
+    if style == 1:
+        return f'<circle class="d1 dot" cx="{x:.1f}" cy="{y:.1f}" r="3"/>'
+    return f'<path class="cross c{style}" d="M{x - 2.6:.1f} {y - 2.6:.1f}l5.2 5.2m0 -5.2l-5.2 5.2"/>'
 
 
 def heat_chart(
@@ -100,7 +129,7 @@ def strip_chart(strips: Sequence[Strip], *, x_label: str, alt: str) -> str:
     row, left = 58.0, 14.0
     height = _TOP + row * len(strips) + _BOTTOM
     plot = _Plot((0.0, 1.0), (0.0, float(len(strips))), height=height, left=left)
-    parts = [plot.axes(x_label, "", y_ticks=[])]
+    parts = [plot.axes(x_label, y_ticks=[])]
     for number, strip in enumerate(strips):
         middle = _TOP + row * number + 0.64 * row
         values = np.asarray(strip.values, dtype=float)
@@ -121,11 +150,11 @@ def strip_chart(strips: Sequence[Strip], *, x_label: str, alt: str) -> str:
     return _svg(height, alt, "".join(parts))
 
 
-def legend(names: Sequence[str]) -> str:
+def _legend(lines: Sequence[Line]) -> str:
     """Samples of the lines' styles and what they stand for."""
     items = "".join(
-        f'<li><svg viewBox="0 0 30 10" aria-hidden="true"><path class="l{1 + n % _STYLES}" d="M1 5h28"/></svg>{escape(name)}</li>'
-        for n, name in enumerate(names)
+        f'<li><svg viewBox="0 0 30 10" aria-hidden="true"><path class="l{line.style_at(n)}" d="M1 5h28"/></svg>{escape(line.name)}</li>'
+        for n, line in enumerate(lines)
     )
     return f'<ul class="legend">{items}</ul>'
 
@@ -146,8 +175,16 @@ class _Plot:
     """From values to places in the picture, and the axes."""
 
     def __init__(
-        self, x_range: tuple[float, float], y_range: tuple[float, float], *, height: float = HEIGHT, left: float = _LEFT
+        self,
+        x_range: tuple[float, float],
+        y_range: tuple[float, float],
+        *,
+        height: float = HEIGHT,
+        left: float = _LEFT,
+        whole_x: bool = False,
     ) -> None:
+        """whole_x: only whole numbers stand on the x axis."""
+        self._whole_x = whole_x
         self._x_range, self._y_range = x_range, y_range
         self._left, self._right, self._bottom = left, WIDTH - _RIGHT, height - _BOTTOM
 
@@ -170,10 +207,18 @@ class _Plot:
             f'<text class="name" x="{self._right - 2:.1f}" y="{y - 4:.1f}" text-anchor="end">{escape(name)}</text>'
         )
 
+    def down(self, value: float, name: str) -> str:
+        """A dotted line at a value of x."""
+        x = self.x(value)
+        return (
+            f'<path class="limit" d="M{x:.1f} {_TOP:.1f}V{self._bottom:.1f}"/>'
+            f'<text class="name" x="{x + 4:.1f}" y="{_TOP + 9:.1f}">{escape(name)}</text>'
+        )
+
     def axes(
         self,
         x_label: str,
-        y_label: str,
+        y_label: str = "",
         *,
         x_ticks: Sequence[tuple[float, str]] | None = None,
         y_ticks: Sequence[tuple[float, str]] | None = None,
@@ -185,7 +230,7 @@ class _Plot:
                 f'<path class="grid" d="M{self._left:.1f} {y:.1f}H{self._right:.1f}"/>'
                 f'<text x="{self._left - 6:.1f}" y="{y + 3.8:.1f}" text-anchor="end">{text}</text>'
             )
-        for value, text in _ticks(self._x_range, 5) if x_ticks is None else x_ticks:
+        for value, text in _ticks(self._x_range, 5, whole=self._whole_x) if x_ticks is None else x_ticks:
             x = self.x(value)
             anchor = "end" if x > self._right - 8 else "start" if x < self._left + 4 else "middle"
             parts.append(
@@ -199,9 +244,7 @@ class _Plot:
         )
         if y_label:
             y = (_TOP + self._bottom) / 2
-            parts.append(
-                f'<text x="10" y="{y:.1f}" text-anchor="middle" transform="rotate(-90 10 {y:.1f})">{escape(y_label)}</text>'
-            )
+            parts.append(f'<text x="0" y="{y + 3.8:.1f}">{escape(y_label)}</text>')
         return "".join(parts)
 
 
@@ -218,9 +261,11 @@ def _span(values: NDArray[np.float64]) -> tuple[float, float]:
     return low, high
 
 
-def _ticks(span: tuple[float, float], count: int) -> list[tuple[float, str]]:
+def _ticks(span: tuple[float, float], count: int, *, whole: bool = False) -> list[tuple[float, str]]:
     low, high = span
-    values = [float(v) for v in MaxNLocator(count).tick_values(low, high) if low - 1e-9 <= v <= high + 1e-9]
+    values = [
+        float(v) for v in MaxNLocator(count, integer=whole).tick_values(low, high) if low - 1e-9 <= v <= high + 1e-9
+    ]
     step = values[1] - values[0] if len(values) > 1 else abs(high - low)
     return [(v, _tick_text(v, step)) for v in values]
 

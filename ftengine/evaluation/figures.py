@@ -207,7 +207,7 @@ def _facts(info: SheetInfo, config: Config, window: Window) -> str:
     which = f"tumour {info.number} of {info.num_tumors}, " if info.num_tumors > 1 else ""
     return (
         f"Synthetic {info.organ} tumour, {which}size class {info.size_class}: {info.measures} (sphere of its volume; mean change inside it). "
-        f"{window}; voxels of {_by(config.region.spacing_mm_zyx)} mm (z, y, x). Address: seed {info.seed}, epoch {info.epoch}, index {info.index}."
+        f"Shown: {window}; voxels of {_by(config.region.spacing_mm_zyx)} mm (z, y, x). Address: seed {info.seed}, epoch {info.epoch}, index {info.index}."
     )
 
 
@@ -217,7 +217,7 @@ def _color_scale(limit_hu: float) -> str:
     low, high = f"\N{MINUS SIGN}{limit_hu:g} HU", f"+{limit_hu:g} HU"
     return (
         f'<div class="scale"><span>Difference, synthetic minus original: {low}</span>'
-        f'<svg viewBox="0 0 128 10" preserveAspectRatio="none" role="img" aria-label="Colours from blue, {low}, over black, 0, to red, {high}">'
+        f'<svg viewBox="0 0 128 10" preserveAspectRatio="none" role="img" aria-label="Colours from blue, {low}, over black, 0, to orange, {high}">'
         f'<image width="128" height="10" preserveAspectRatio="none" href="{data_uri(png_of(ramp))}"/></svg><span>{high}</span></div>'
     )
 

@@ -20,6 +20,7 @@ import scipy.ndimage as ndi
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
+from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.image import AxesImage
@@ -51,7 +52,10 @@ _FONT = "DejaVu Sans"  # comes with matplotlib
 # Okabe and Ito's colours, distinct on grey and with the common colour vision deficiencies; prediction lines are dashed besides
 MASK_COLOR: Color = (230 / 255, 159 / 255, 0.0)
 PREDICTION_COLOR: Color = (86 / 255, 180 / 255, 233 / 255)
-DIFFERENCE_COLORS = "berlin"  # matplotlib's: blue, black, red; also for the common colour vision deficiencies
+# of differences in HU, from below 0 over none to above: light and dark blue, black, dark and light orange, after Okabe and Ito
+DIFFERENCE_COLORS = LinearSegmentedColormap.from_list(
+    "difference", ["#d5edfb", "#56b4e9", "#0d5f91", "#000000", "#96480a", "#f0883a", "#ffe3c8"]
+)
 PASSED_COLOR: Color = (0.0, 114 / 255, 178 / 255)
 FAILED_COLOR: Color = (213 / 255, 94 / 255, 0.0)
 INK: Color = (0.1, 0.1, 0.12)
@@ -242,7 +246,7 @@ class Panel:
         self._show(windowed(self._view.picture(image_hu), window_hu), cmap="gray", low=0.0, high=255.0)
 
     def signed(self, difference_hu: NDArray[np.generic], limit_hu: float) -> AxesImage:
-        """Show the slice of a volume of differences: blue below 0, black at 0, red above, full colour at ``limit_hu``."""
+        """Show the slice of a volume of differences: blue below 0, black at 0, orange above, full colour at ``limit_hu``."""
         picture = self._view.picture(difference_hu)
         return self._show(picture, cmap=DIFFERENCE_COLORS, low=-limit_hu, high=limit_hu)
 
@@ -302,7 +306,7 @@ class Panel:
         width_in, height_in = self._axes.get_position().size * figure.get_size_inches()
         return length_in / float(width_in), length_in / float(height_in)
 
-    def _show(self, picture: NDArray[np.generic], *, cmap: str, low: float, high: float) -> AxesImage:
+    def _show(self, picture: NDArray[np.generic], *, cmap: str | Colormap, low: float, high: float) -> AxesImage:
         height, width = self._view.extent_mm
         limits = self._axes.get_xlim(), self._axes.get_ylim()
         shown = self._axes.imshow(

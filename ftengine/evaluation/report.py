@@ -14,7 +14,7 @@ import numpy as np
 
 from ftengine.errors import ConfigError
 from ftengine.evaluation import calibration as shown_calibration
-from ftengine.evaluation.charts import Line, Strip, heat_chart, line_chart, strip_chart
+from ftengine.evaluation.charts import Line, Strip, heat_chart, line_chart, scatter_chart, strip_chart
 from ftengine.evaluation.figures import PaintedFigure, glance, key_of_lines
 from ftengine.evaluation.page import (
     NONE,
@@ -198,10 +198,7 @@ def _results(data: ReportData) -> str:
         _comparison(data.evaluations[0], other, name) for other in data.evaluations[1:] for name in data.classes
     ]
     parts += [f"<p>{sentence}</p>" for sentence in sentences if sentence]
-    charts = [_strips(data.evaluations, name) for name in data.classes]
-    if any(charts):
-        parts.append(f'<h3>Distribution of Dice</h3><div class="charts">{"".join(charts)}</div>')
-    parts += [_case_table(data.evaluations, name) for name in data.classes]
+    parts += [_volume_by_volume(data.evaluations, name) for name in data.classes]
     for scores in data.evaluations:
         if scores.num_left_out:
             parts.append(
@@ -244,6 +241,12 @@ def _comparison(first: Scores, second: Scores, name: str) -> str:
     )
 
 
+def _volume_by_volume(evaluations: Sequence[Scores], name: str) -> str:
+    """Dice of a class in every volume: the distribution, and the numbers."""
+    chart, numbers = _strips(evaluations, name), _case_table(evaluations, name)
+    return f'<h3>{escape(name)}, volume by volume</h3><div class="side">{chart}{numbers}</div>' if chart else ""
+
+
 def _strips(evaluations: Sequence[Scores], name: str) -> str:
     strips = [
         Strip(scores.name, list(dice.values()), list(dice)) for scores in evaluations if (dice := scores.of_class(name))
@@ -256,7 +259,7 @@ def _strips(evaluations: Sequence[Scores], name: str) -> str:
     )
     chart = strip_chart(strips, x_label=f"Dice of {name}", alt=alt)
     caption = "A dot is a volume that holds the class; the box is the middle half, the bar the mean."
-    return f'<figure class="broad"><h4>{escape(name)}</h4>{chart}<figcaption>{caption}</figcaption></figure>'
+    return f'<figure class="card">{chart}<figcaption>{caption}</figcaption></figure>'
 
 
 def _case_table(evaluations: Sequence[Scores], name: str) -> str:
@@ -271,11 +274,7 @@ def _case_table(evaluations: Sequence[Scores], name: str) -> str:
         rows.append([escape(case), *(number(v) for v in values), *(number(d, "{:+.3f}") for d in differences)])
     header = ["Volume", *(s.name for s in evaluations), *_difference_headings([s.name for s in evaluations])]
     made = table(f"Dice of {name} in each volume that holds it.", header, rows)
-    return (
-        details(f"{name}, volume by volume ({len(cases)})", made)
-        if len(cases) > _MANY_CASES
-        else f"<h3>{escape(name)}, volume by volume</h3>{made}"
-    )
+    return details(f"Numbers of all {len(cases)} volumes", made) if len(cases) > _MANY_CASES else made
 
 
 def _difference_headings(names: Sequence[str]) -> list[str]:
@@ -353,7 +352,6 @@ def _run_quality(run: RunLog) -> str:
     chart = line_chart(
         lines,
         x_label="step",
-        y_label="share that passed",
         alt=f"{run.name}: share of painted tumours that passed, {ends} over {steps[-1]:.0f} steps.",
         y_range=(0.0, 1.0),
         limit=None if not least else (least, "least allowed"),
@@ -361,8 +359,21 @@ def _run_quality(run: RunLog) -> str:
     charts = [
         f"<figure><h4>Pass rate</h4>{chart}<figcaption>{escape(ends[0].upper() + ends[1:])}.</figcaption></figure>",
         _p_over_time(run, threshold),
+        _by_size(run) or _curve(run, run.keys("generator/contrast"), "tanh(G) inside M, mean and deviation"),
     ]
     return f'<h3>{escape(run.name)}</h3><div class="charts">{"".join(charts)}</div>{_quality_tables(run)}'
+
+
+def _by_size(run: RunLog) -> str:
+    """Pass rate of each size class since the start of the run."""
+    prefix = "qc/pass_rate/size/"
+    lines = [Line(key.removeprefix(prefix), *run.series(key)) for key in run.keys(prefix)]
+    if not lines:
+        return ""
+    ends = "; ".join(f"{line.name} {line.y[-1]:.1%}" for line in lines)
+    alt = f"{run.name}: share of painted tumours that passed since the start, by size class; at the end {ends}."
+    chart = line_chart(lines, x_label="step", alt=alt, y_range=(0.0, 1.0))
+    return f"<figure><h4>Pass rate by size class</h4>{chart}<figcaption>{escape(ends)}.</figcaption></figure>"
 
 
 def _p_over_time(run: RunLog, threshold: float | None) -> str:
@@ -423,19 +434,66 @@ def _counts(row: Any) -> list[str]:
 
 def _calibration(given: Calibration) -> str:
     """What the judge sees of real tumours beside painted ones: table, pictures for light and dark pages, what follows."""
-    rows = [[escape(cell) for cell in row] for row in shown_calibration.table(given)]
+    rows = [
+        [escape(row[0]), *(NONE if cell == "-" else escape(cell).replace("-", "&minus;") for cell in row[1:])]
+        for row in shown_calibration.table(given)
+    ]
     made = table(shown_calibration.heading(given), shown_calibration.HEADER, rows)
-    alt = f"Share of real and of painted tumours over P. {given.advice()}"
-    dark = data_uri(shown_calibration.draw_calibration(given, dark=True))
-    light = data_uri(shown_calibration.draw_calibration(given))
-    picture = (
-        f'<figure><div class="scroll" tabindex="0" role="region" aria-label="Curves of P"><picture>'
-        f'<source media="(prefers-color-scheme: dark)" srcset="{dark}"><img src="{light}" alt="{escape(alt)}"></picture></div>'
-        "<figcaption>Each curve falls from 1: the share of tumours of which the judge sees at least P. Where the painted curve lies far above "
-        "the real one, painted tumours are easier for the judge than real ones. The last panel shows P over contrast.</figcaption></figure>"
-    )
+    charts = [_shares(given, size) for size in (None, *given.sizes)]
+    charts.append(_contrast(given))
     sentences = "".join(f"<p>{escape(line)}</p>" for line in shown_calibration.sentences(given))
-    return f"<h3>What the judge sees of real tumours</h3>{sentences}{made}{picture}"
+    how = (
+        "<p>Each curve falls from 1: the share of tumours of which the judge sees at least P. Where the painted curve lies far above the real one, "
+        "painted tumours are easier for the judge than real ones.</p>"
+    )
+    return (
+        f'<h3>What the judge sees of real tumours</h3>{sentences}{made}{how}<div class="charts">{"".join(charts)}</div>'
+    )
+
+
+def _shares(given: Calibration, size: str | None) -> str:
+    """The share of tumours with at least P, over P, of a size class or of all."""
+    limits = np.linspace(0.0, 1.0, 101)
+    lines = [
+        Line(
+            f"{origin} (n = {len(values)})",
+            limits.tolist(),
+            shown_calibration.shares_over(values, limits).tolist(),
+            style,
+        )
+        for style, origin in enumerate(shown_calibration.ORIGINS, start=1)
+        if len(values := given.proportions(origin, size))
+    ]
+    if not lines:
+        return ""
+    title = "All tumours" if size is None else f"Size class {size}"
+    threshold = shown_calibration.shown_threshold(given)
+    middle = "; ".join(f"{line.name}: {line.y[50]:.0%} with P of at least 0.5" for line in lines)
+    chart = line_chart(
+        lines,
+        x_label="P",
+        alt=f"{title}, {middle}.",
+        x_range=(0.0, 1.0),
+        y_range=(0.0, 1.05),
+        x_limit=None if threshold is None else (threshold, f"T = {threshold:g}"),
+    )
+    return f"<figure><h4>{escape(title)}</h4>{chart}</figure>"
+
+
+def _contrast(given: Calibration) -> str:
+    """P over the contrast of each tumour."""
+    groups = []
+    for style, origin in enumerate(shown_calibration.ORIGINS, start=1):
+        points = shown_calibration.contrast_points(given, origin)
+        if points:
+            groups.append(Line(origin, [x for x, _ in points], [y for _, y in points], style))
+    if not groups:
+        return ""
+    alt = "P of each tumour over its contrast, tumour minus the ring around it, in HU. " + " ".join(
+        f"{group.name}: {len(group.x)} tumours, from {min(group.x):.0f} to {max(group.x):.0f} HU." for group in groups
+    )
+    chart = scatter_chart(groups, x_label="tumour minus ring, HU", y_label="P", alt=alt, y_range=(-0.05, 1.05))
+    return f"<figure><h4>P over contrast</h4>{chart}</figure>"
 
 
 # ---- training and speed ----
@@ -452,21 +510,21 @@ def _run_training(run: RunLog) -> str:
     wanted = "" if run.steps_wanted is None else f" of {run.steps_wanted:,}"
     heading = f"<h3>{escape(run.name)}</h3><p>{kind}, {run.steps_done:,}{wanted} steps.</p>"
     charts = [
-        _curve(run, run.keys("loss"), "Loss", "loss"),
-        _curve(run, run.keys("learning_rate"), "Learning rate", "learning rate"),
+        _curve(run, run.keys("loss"), "Loss"),
+        _curve(run, run.keys("learning_rate"), "Learning rate"),
         _validation(run),
     ]
     figures = "".join(charts) or missing("No loss was logged.")
     return f'{heading}<div class="charts">{figures}</div>{_pictures(run)}'
 
 
-def _curve(run: RunLog, keys: Sequence[str], title: str, label: str) -> str:
+def _curve(run: RunLog, keys: Sequence[str], title: str) -> str:
     lines = [Line(key, *run.series(key)) for key in keys]
     if not lines:
         return ""
     ends = "; ".join(f"{line.name} from {line.y[0]:.3g} to {line.y[-1]:.3g}" for line in lines)
     alt = f"{title} of {run.name} over {run.steps_done:,} steps: {ends}."
-    chart = line_chart(lines, x_label="step", y_label=label, alt=alt)
+    chart = line_chart(lines, x_label="step", alt=alt)
     return f"<figure><h4>{escape(title)}</h4>{chart}<figcaption>{escape(ends)}</figcaption></figure>"
 
 
@@ -475,7 +533,8 @@ def _validation(run: RunLog) -> str:
     lines = [
         Line(
             key.removeprefix("dice/"),
-            *zip(*[(line["step"], line[key]) for line in run.validations if key in line], strict=True),
+            [line["step"] for line in run.validations if key in line],
+            [line[key] for line in run.validations if key in line],
         )
         for key in keys
     ]
@@ -490,9 +549,7 @@ def _validation(run: RunLog) -> str:
         return f"<figure><h4>Validation Dice</h4>{why}</figure>" if why else ""
     best = max(run.validations, key=lambda line: line.get("dice", 0.0))
     ends = f"best mean {best.get('dice', 0.0):.3f} after {best['step']:.0f} steps"
-    chart = line_chart(
-        lines, x_label="step", y_label="Dice", alt=f"Validation Dice of {run.name}: {ends}.", y_range=(0.0, 1.0)
-    )
+    chart = line_chart(lines, x_label="step", alt=f"Validation Dice of {run.name}: {ends}.", y_range=(0.0, 1.0))
     return f"<figure><h4>Validation Dice</h4>{chart}<figcaption>{escape(ends[0].upper() + ends[1:])}.</figcaption></figure>"
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Literal
 
-import matplotlib as mpl
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -44,7 +43,7 @@ class SvgPanel:
         self._show(lambda part: windowed(part, window_hu), image_hu)
 
     def signed(self, difference_hu: NDArray[np.generic], limit_hu: float) -> None:
-        """Show the slice of a volume of differences: blue below 0, black at 0, red above, full colour at ``limit_hu``."""
+        """Show the slice of a volume of differences: blue below 0, black at 0, orange above, full colour at ``limit_hu``."""
         self._show(lambda part: difference_rgb(part, limit_hu), difference_hu)
 
     def outline(self, mask: NDArray[np.generic], role: Role) -> None:
@@ -125,7 +124,7 @@ class SvgPanel:
 def difference_rgb(difference_hu: NDArray[np.generic], limit_hu: float) -> NDArray[np.uint8]:
     """Differences [rows, columns] in HU as colours uint8 [rows, columns, 3]: full colour at plus and minus ``limit_hu``."""
     unit = np.clip((difference_hu.astype(np.float32) + limit_hu) / (2.0 * limit_hu), 0.0, 1.0)
-    colored: NDArray[np.uint8] = mpl.colormaps[DIFFERENCE_COLORS](unit, bytes=True)[..., :3]
+    colored: NDArray[np.uint8] = DIFFERENCE_COLORS(unit, bytes=True)[..., :3]
     return colored
 
 
