@@ -76,6 +76,12 @@ class Reporter:
         self._bar, self._task, self._total, self._quiet = bar, task, total, quiet
         self._done = 0
 
+    def begin(self, total: int) -> None:
+        """The number of items, where it is known only after the display began."""
+        self._total = total
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, total=total)
+
     def working_on(self, text: str) -> None:
         """Name the item that has begun."""
         if self._bar is not None and self._task is not None:

@@ -520,6 +520,19 @@ class GeneratorTrainingConfig(_Section):
     keep_checkpoints: int = Field(default=1, ge=1)  # the newest of them; each has the weights three times (AdamW)
 
 
+class EvaluationConfig(_Section):
+    """How predictions are scored; every definition: docs/evaluation.md."""
+
+    surface: Literal["elements", "voxels"] = "elements"  # as surface-distance (areas count); voxels: as MONAI
+    tolerance_mm: float = Field(default=2.0, ge=0.0)  # of the normalised surface Dice; the paper has none: ours
+    connectivity: Literal[6, 18, 26] = 26  # of single lesions, as in the store's index
+    match: Literal["any", "overlap", "iou"] = "any"  # which lesions are found; paper: any overlap
+    match_fraction: float = Field(default=0.5, gt=0.0, le=1.0)  # least overlap or IoU of the other two rules: ours
+    diameter: Literal["axial", "3d", "equivalent"] = "axial"  # WHO; the paper does not say which
+    small_mm: Positive = 20.0  # paper: small tumours are those of less than 2 cm
+    confidence: float = Field(default=0.95, gt=0.0, lt=1.0)  # of all intervals
+
+
 class TrackingConfig(_Section):
     """Where a run shows its figures, beside ``metrics.jsonl`` (docs/checkpoints.md)."""
 
@@ -551,6 +564,7 @@ class Config(_Section):
     generator_training: GeneratorTrainingConfig = GeneratorTrainingConfig()
     inference: InferenceConfig = InferenceConfig()
     tracking: TrackingConfig = TrackingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
     def _patch_fits_the_augmentation(self) -> Self:

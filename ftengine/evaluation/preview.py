@@ -755,7 +755,7 @@ def _dice_line(
     predicted: NDArray[np.uint8], truth: NDArray[np.uint8], classes: Sequence[tuple[str, int]], tumors: Sequence[int]
 ) -> str:
     scores = score_case("", predicted, truth, {n: v for n, v in classes if v in tumors}).classes
-    shown = [f"{name} Dice {score.dice:.2f}" for name, score in scores.items() if not isnan(score.dice)]
+    shown = [f"{name} Dice {score.dice:.2f}" for name, score in scores.items() if score.dice is not None]
     return ", ".join(shown[:2]) or "no tumour in truth or prediction"
 
 

@@ -196,11 +196,19 @@ def _lay_over(organs: NDArray[np.uint8], tumors: NDArray[np.uint8], tumor_values
 
 
 def read_label(
-    label: Path, *, label_values: Collection[int] | None = None, label_map: Mapping[int, int] | None = None
+    label: Path,
+    *,
+    label_values: Collection[int] | None = None,
+    label_map: Mapping[int, int] | None = None,
+    map_option: str = "--label-map",
 ) -> tuple[NDArray[np.uint8], Grid]:
-    """A label file alone, turned to RAS+: uint8 [z, y, x] and its grid. Values and errors as in ``read_volume``."""
+    """A label file alone, turned to RAS+: uint8 [z, y, x] and its grid. Values and errors as in ``read_volume``.
+
+    map_option: the option that sets ``label_map``, for the error.
+    """
     raw = _load_label(label, STRICT)
-    return to_ras(to_label(raw, shown(label), label_values=label_values, label_map=label_map), raw.grid)
+    values = to_label(raw, shown(label), label_values=label_values, label_map=label_map, map_option=map_option)
+    return to_ras(values, raw.grid)
 
 
 def probe(image: Path, *, series_files: Collection[Path] = (), options: ReadOptions = STRICT) -> Probe:
