@@ -74,10 +74,10 @@ def line_chart(
     return svg + _legend(lines) if len(lines) > 1 else svg
 
 
-def scatter_chart(groups: Sequence[Line], *, x_label: str, y_label: str, alt: str, y_range: tuple[float, float]) -> str:
+def scatter_chart(groups: Sequence[Line], *, x_label: str, alt: str, y_range: tuple[float, float]) -> str:
     """Points of several groups: style 1 as dots, the others as crosses, with a legend."""
     plot = _Plot(_span(np.concatenate([np.asarray(group.x, dtype=float) for group in groups])), y_range)
-    parts = [plot.axes(x_label, y_label)]
+    parts = [plot.axes(x_label)]
     for number, group in enumerate(groups):
         style = group.style_at(number)
         for x, y in zip(group.x, group.y, strict=True):

@@ -1,4 +1,4 @@
-"""Pictures of what training sees and of what it leads to: painted patches, volumes with their labels, predictions beside the truth."""
+"""Pictures of what training sees: painted patches, many of them at a glance, volumes with their labels."""
 
 import re
 from collections import Counter
@@ -16,7 +16,6 @@ from torch import nn
 
 from ftengine.config import Config
 from ftengine.errors import ConfigError
-from ftengine.evaluation.metrics import score_case
 from ftengine.evaluation.pictures import (
     DEFAULT_WIDTH_PX,
     FAILED_COLOR,
@@ -552,7 +551,7 @@ class Tile:
 def write_contact_sheet(path: Path, tiles: Sequence[Tile], *, width_px: int = DEFAULT_WIDTH_PX) -> None:
     """Write one PNG with all tumours side by side: axial slice of the painted image with the border of M, size, contrast, verdict."""
     num_columns = 6
-    margin, gap, text_height, top = 0.5, 0.16, 0.72, 1.2
+    margin, gap, text_height, top = 0.5, 0.16, 0.9, 1.2
     side = (SHEET_WIDTH_IN - 2 * margin - gap * (num_columns - 1)) / num_columns
     num_rows = ceil(len(tiles) / num_columns)
     sheet = Sheet(_whole_pixels(top + num_rows * (side + text_height) + 0.3), width_px=width_px)
@@ -567,14 +566,15 @@ def write_contact_sheet(path: Path, tiles: Sequence[Tile], *, width_px: int = DE
         left, upper = margin + column * (side + gap), top + row * (side + text_height)
         panel = Panel(sheet.axes(left, upper, side, side), tile.view, tile.shown_mm)
         panel.grey(tile.image_hu, tile.window.hu)
-        panel.outline(tile.mask, MASK_COLOR, width_pt=1.2)
+        panel.outline(tile.mask, MASK_COLOR, width_pt=1.6)
         panel.marks()
         panel.scale_bar()
         info = tile.info
         color = PASSED_COLOR if info.passed else FAILED_COLOR
         sheet.text(left, upper + side + 0.05, info.verdict, points=10.5, weight="bold", color=color)
         sheet.text(left, upper + side + 0.24, f"{info.size_class} {info.organ}, {info.measures}", points=9.5)
-        sheet.text(left, upper + side + 0.42, shortened(f"{info.path.stem}: {info.case}", 36), points=9.0)
+        sheet.text(left, upper + side + 0.42, shortened(info.path.stem, 30), points=9.0)
+        sheet.text(left, upper + side + 0.58, shortened(info.case, 30), points=9.0)
     sheet.save(path)
 
 
@@ -650,94 +650,6 @@ def _what_center(center_zyx: IntZYX | None, *, labelled: bool) -> str:
     return "the centre of the largest labelled part" if labelled else "the volume's middle, as no voxel is labelled"
 
 
-def write_prediction_sheet(
-    path: Path,
-    image_hu: NDArray[np.generic],
-    truth: NDArray[np.uint8],
-    predictions: Mapping[str, NDArray[np.uint8]],
-    *,
-    spacing_mm_zyx: FloatZYX,
-    window_hu: tuple[float, float],
-    labels: Mapping[str, int],
-    tumor_values: Sequence[int] | None = None,
-    title: str = "",
-    width_px: int = DEFAULT_WIDTH_PX,
-) -> None:
-    """Write one PNG: the axial slice with the most tumour, as CT, with the truth, and with each model's prediction, side by side.
-
-    Below, where there is a tumour, the part around it enlarged. In the models' pictures the true tumour is dashed white. The Dice
-    under a model's name is that of the whole volume. image_hu: HU [z, y, x], RAS+; truth and predictions: uint8 of the same shape.
-    tumor_values: which classes are tumours; None: those whose name says tumor or lesion. Without a tumour in the truth, the slice with
-    most predicted tumour is shown, else the one with most labelled voxels. Raises ConfigError where shapes differ or nothing is predicted.
-    """
-    if not predictions:
-        raise ConfigError(f"{path}: no prediction to show; want at least one model's label map.")
-    _same_shapes(path, image_hu, {"truth": truth, **predictions})
-    classes = classes_of(labels)
-    tumors = [v for n, v in classes if v in tumor_values] if tumor_values is not None else _tumor_classes(classes)
-    shape = int_zyx(image_hu.shape)
-    true_tumor = np.isin(truth, tumors)
-    tumor = true_tumor if true_tumor.any() else np.any([np.isin(p, tumors) for p in predictions.values()], axis=0)
-    slice_z = _fullest_slice(tumor if tumor.any() else truth > 0)
-    view = View("axial", slice_z, shape, spacing_mm_zyx)
-    columns: dict[str, NDArray[np.uint8] | None] = {"CT": None, "truth": truth, **predictions}
-    grid = PanelGrid([view], len(columns), top=1.75, max_row_height=6.0)
-    zoom = zoom_mm(view, tumor) if tumor.any() else None
-    zoom_side = min(grid.column_width, 4.2)
-    zoom_top = grid.bottom + 0.14
-    bottom = grid.bottom if zoom is None else zoom_top + zoom_side
-    sheet = Sheet(_whole_pixels(bottom + 0.75 + 0.28 * ceil(len(classes) / 4)), width_px=width_px)
-    sheet.text(0.5, 0.14, shortened(title or "Truth and predictions", 90), points=17.0, weight="bold")
-    sheet.text(
-        0.5,
-        0.53,
-        f"axial slice z = {slice_z} of {shape[0]}, {_which_slice(true_tumor, tumor)};  voxels of {_by(spacing_mm_zyx)} mm (z, y, x);  "
-        f"{_window(window_hu)}",
-        points=12.0,
-    )
-    for number, (name, shown) in enumerate(columns.items()):
-        middle = grid.middle_of_column(number)
-        sheet.text(middle, 1.0, shortened(name, 110 // len(columns)), points=13.0, weight="bold", ha="center")
-        is_model = number >= 2
-        if is_model and shown is not None:
-            sheet.text(middle, 1.34, _dice_line(shown, truth, classes, tumors), points=11.0, ha="center")
-        panels = [grid.panel(sheet, 0, number)]
-        if zoom is not None:
-            panels[0].frame(zoom)
-            panels.append(Panel(sheet.axes(middle - zoom_side / 2, zoom_top, zoom_side, zoom_side), view, zoom))
-        for panel in panels:
-            panel.grey(image_hu, window_hu)
-            if is_model:  # below the model's own lines: where both agree, only those are seen
-                panel.outline(true_tumor, (1.0, 1.0, 1.0), dashed=True, width_pt=1.3)
-            if shown is not None:
-                for _, value in classes:
-                    panel.outline(shown == value, class_color(value), width_pt=1.5)
-            panel.marks()
-            if number == 0:
-                panel.scale_bar()
-    end = legend_rows(sheet, bottom + 0.2, [(name, class_color(value)) for name, value in classes], per_row=4)
-    sheet.legend_entry(0.5, end + 0.02, "true tumour, where a model differs from it", (1.0, 1.0, 1.0), dashed=True)
-    sheet.text(5.5, end + 0.02, _VIEW_NOTE, points=10.0)
-    sheet.save(path)
-
-
-def _tumor_classes(classes: Sequence[tuple[str, int]]) -> list[int]:
-    return [value for name, value in classes if "tumor" in name.lower() or "lesion" in name.lower()]
-
-
-def _fullest_slice(mask: NDArray[np.bool_]) -> int:
-    area = mask.sum(axis=(1, 2))
-    return int(np.argmax(area)) if area.any() else mask.shape[0] // 2
-
-
-def _which_slice(true_tumor: NDArray[np.bool_], tumor: NDArray[np.bool_]) -> str:
-    if true_tumor.any():
-        return "the one with the most true tumour"
-    if tumor.any():
-        return "the one with the most predicted tumour (the truth holds none)"
-    return "the one with the most labelled voxels (no tumour in truth or predictions)"
-
-
 def zoom_mm(view: View, tumor: NDArray[np.bool_]) -> Rectangle:
     """A square around the largest part of the tumour on the slice, at least 50 mm wide, inside the picture: left, right, top, bottom."""
     picture = view.picture(tumor)
@@ -749,14 +661,6 @@ def zoom_mm(view: View, tumor: NDArray[np.bool_]) -> Rectangle:
     left = min(max((column + 0.5) * width - side / 2, 0.0), view.extent_mm[1] - side)
     top = min(max((row + 0.5) * height - side / 2, 0.0), view.extent_mm[0] - side)
     return left, left + side, top, top + side
-
-
-def _dice_line(
-    predicted: NDArray[np.uint8], truth: NDArray[np.uint8], classes: Sequence[tuple[str, int]], tumors: Sequence[int]
-) -> str:
-    scores = score_case("", predicted, truth, {n: v for n, v in classes if v in tumors}).classes
-    shown = [f"{name} Dice {score.dice:.2f}" for name, score in scores.items() if score.dice is not None]
-    return ", ".join(shown[:2]) or "no tumour in truth or prediction"
 
 
 def _same_shapes(path: Path, image_hu: NDArray[np.generic], others: Mapping[str, NDArray[np.uint8]]) -> None:

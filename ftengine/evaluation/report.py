@@ -32,6 +32,7 @@ from ftengine.evaluation.page import (
 from ftengine.evaluation.preview import Tile
 from ftengine.evaluation.run_folder import RunLog, figure, mapping
 from ftengine.evaluation.scores import Scores, tumor_classes
+from ftengine.evaluation.statistics import paired_tests
 from ftengine.evaluation.svg_panels import data_uri
 from ftengine.quality.calibrate import Calibration
 
@@ -43,7 +44,7 @@ _TENTHS = range(1, 11)
 _SUMMARY: tuple[tuple[str, str, str], ...] = (
     ("dice", "Dice", "{:.3f}"),
     ("hd95_mm", "HD95, mm", "{:.1f}"),
-    ("nsd", "surface Dice", "{:.3f}"),
+    ("surface_dice", "surface Dice", "{:.3f}"),
     ("num_volumes_with_truth", "volumes", "{:.0f}"),
     ("sensitivity", "sensitivity", "{:.3f}"),
     ("specificity", "specificity", "{:.3f}"),
@@ -156,9 +157,12 @@ def _key_figures(data: ReportData) -> Iterator[tuple[str, str, str]]:
         dice, before = last.figure(name, "dice"), first.figure(name, "dice")
         if dice is None:
             continue
-        remark = f"mean of {len(last.of_class(name))} volumes, {last.name}"
+        bounds = last.interval(name, "dice")
+        remark = f"mean of {len(last.of_class(name))} volumes" + (
+            f", {bounds[0]:.2f} to {bounds[1]:.2f}" if bounds else ""
+        )
         if last is not first and before is not None:
-            remark = f"{first.name}: {before:.3f}"
+            remark += f"; {first.name}: {before:.3f}"
         yield f"Dice, {name}", number(dice), remark
         sensitivity, specificity = (last.figure(name, key) for key in ("sensitivity", "specificity"))
         if sensitivity is not None:
@@ -193,7 +197,7 @@ def _results(data: ReportData) -> str:
             "No evaluation was given, so there are no scores. Make one and name it:",
             "ftengine evaluate CKPT STORE --json > scores.json; ftengine report RUN --evaluation scores.json",
         )
-    parts = [_summary_table(data.evaluations)]
+    parts = [_summary_table(data.evaluations), _lesion_table(data.evaluations)]
     sentences = [
         _comparison(data.evaluations[0], other, name) for other in data.evaluations[1:] for name in data.classes
     ]
@@ -216,13 +220,64 @@ def _summary_table(evaluations: Sequence[Scores]) -> str:
     classes = list(dict.fromkeys(name for scores in evaluations for name in scores.classes))
     shown = [c for c in _SUMMARY if any(s.figure(name, c[0]) is not None for s in evaluations for name in classes)]
     rows = [
-        [escape(name), escape(scores.name), *(number(scores.figure(name, key), style) for key, _, style in shown)]
+        [escape(name), escape(scores.name), *(_with_interval(scores, name, key, style) for key, _, style in shown)]
         for name in classes
         for scores in evaluations
         if name in scores.classes
     ]
-    caption = "Mean over the volumes that hold the class; sensitivity, specificity, precision and F1 count volumes, not voxels, and any overlap is a hit."
+    caption = (
+        "Mean over the volumes that hold the class; sensitivity, specificity, precision and F1 count volumes, not voxels, and any overlap is a hit. "
+        f"Small: {evaluations[0].confidence:.0%} confidence interval, where there is one."
+    )
     return table(caption, ["Class", "Evaluation", *(heading for _, heading, _ in shown)], rows, texts=2)
+
+
+def _with_interval(scores: Scores, name: str, key: str, style: str) -> str:
+    """A number as HTML, and below it its confidence interval."""
+    bounds = scores.interval(name, key)
+    shown = number(scores.figure(name, key), style)
+    if bounds is None:
+        return shown
+    return f'{shown}<span class="interval">{number(bounds[0], style)} to {number(bounds[1], style)}</span>'
+
+
+def _lesion_table(evaluations: Sequence[Scores]) -> str:
+    """Detection of single lesions, where the evaluations counted them."""
+    rows = []
+    for scores in evaluations:
+        for name in scores.classes:
+            lesions = mapping(mapping(scores.summary.get(name)).get("lesions"))
+            if not lesions:
+                continue
+            sizes = mapping(lesions.get("by_size"))
+            rows.append(
+                [
+                    escape(name),
+                    escape(scores.name),
+                    *(_found(mapping(row)) for row in (lesions, sizes.get("small"), sizes.get("large"))),
+                    number(figure(lesions.get("precision"))),
+                    number(figure(lesions.get("f1"))),
+                    number(figure(lesions.get("false_positives_per_volume")), "{:.2f}"),
+                ]
+            )
+    header = [
+        "Class",
+        "Evaluation",
+        "found",
+        "small, found",
+        "large, found",
+        "precision",
+        "F1",
+        "false alarms a volume",
+    ]
+    return table("Single lesions: connected parts, whatever volume they lie in.", header, rows, texts=2) if rows else ""
+
+
+def _found(row: Mapping[str, Any]) -> str:
+    found, total = (figure(row.get(key)) for key in ("num_found", "num_truth"))
+    if found is None or not total:
+        return NONE
+    return f'{percent(found / total)}<span class="interval">{found:,.0f} of {total:,.0f}</span>'
 
 
 def _comparison(first: Scores, second: Scores, name: str) -> str:
@@ -233,18 +288,48 @@ def _comparison(first: Scores, second: Scores, name: str) -> str:
         return ""
     better = sum(after[case] > before[case] for case in both)
     worse = sum(after[case] < before[case] for case in both)
-    change = fmean(after[case] - before[case] for case in both)
+    tests = paired_tests([after[case] for case in both], [before[case] for case in both])
+    said = [
+        f"{test} p = {value:.3g}"
+        for test, value in (("paired t-test", tests.t_pvalue), ("Wilcoxon", tests.wilcoxon_pvalue))
+        if value is not None
+    ]
+    bounds = tests.interval
+    if bounds is not None and bounds.low is not None and bounds.high is not None:
+        said.insert(0, f"95% interval {number(bounds.low, '{:+.3f}')} to {number(bounds.high, '{:+.3f}')}")
+    in_brackets = f" ({'; '.join(said)})" if said else ""
     return (
         f"On the {len(both)} volume{'s' if len(both) > 1 else ''} with {escape(name)}, the Dice of <q>{escape(second.name)}</q> is higher than that of "
-        f"<q>{escape(first.name)}</q> on {better} and lower on {worse}; the mean difference is {number(change, '{:+.3f}')}. One training run each "
-        "is no measure of a method: another seed can give another difference."
+        f"<q>{escape(first.name)}</q> on {better} and lower on {worse}; the mean difference is {number(tests.mean_difference, '{:+.3f}')}"
+        f"{in_brackets}. This compares two trained networks, not two methods: another seed can give another difference."
     )
 
 
 def _volume_by_volume(evaluations: Sequence[Scores], name: str) -> str:
     """Dice of a class in every volume: the distribution, and the numbers."""
     chart, numbers = _strips(evaluations, name), _case_table(evaluations, name)
-    return f'<h3>{escape(name)}, volume by volume</h3><div class="side">{chart}{numbers}</div>' if chart else ""
+    if not chart:
+        return ""
+    charts = f"<div>{chart}{_over_size(evaluations, name)}</div>"
+    return f'<h3>{escape(name)}, volume by volume</h3><div class="side">{charts}{numbers}</div>'
+
+
+def _over_size(evaluations: Sequence[Scores], name: str) -> str:
+    """Dice over the diameter of the volume's largest true lesion, where the evaluations measured it."""
+    groups = []
+    for style, scores in enumerate(evaluations, start=1):
+        dice = scores.of_class(name)
+        points = [(mm, dice[case]) for case in dice if (mm := scores.diameter_mm.get(case, {}).get(name)) is not None]
+        if points:
+            groups.append(Line(scores.name, [x for x, _ in points], [y for _, y in points], 1 + (style - 1) % 4))
+    if not groups:
+        return ""
+    alt = f"Dice of {name} of each volume over the diameter of its largest true lesion. " + " ".join(
+        f"{group.name}: {len(group.x)} volumes, lesions of {min(group.x):.0f} to {max(group.x):.0f} mm."
+        for group in groups
+    )
+    chart = scatter_chart(groups, x_label="largest true lesion, mm", alt=alt, y_range=(-0.03, 1.03))
+    return f'<figure class="card"><h4>Dice over size</h4>{chart}</figure>'
 
 
 def _strips(evaluations: Sequence[Scores], name: str) -> str:
@@ -492,7 +577,7 @@ def _contrast(given: Calibration) -> str:
     alt = "P of each tumour over its contrast, tumour minus the ring around it, in HU. " + " ".join(
         f"{group.name}: {len(group.x)} tumours, from {min(group.x):.0f} to {max(group.x):.0f} HU." for group in groups
     )
-    chart = scatter_chart(groups, x_label="tumour minus ring, HU", y_label="P", alt=alt, y_range=(-0.05, 1.05))
+    chart = scatter_chart(groups, x_label="tumour minus ring, HU", alt=alt, y_range=(-0.05, 1.05))
     return f"<figure><h4>P over contrast</h4>{chart}</figure>"
 
 

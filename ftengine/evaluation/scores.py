@@ -13,6 +13,7 @@ from ftengine.evaluation.run_folder import figure, mapping
 @dataclass(frozen=True)
 class Scores:
     """summary: figures by class. dice: by case, of the classes that its truth holds. outcomes: tp, fp, tn, fn by case and class.
+    diameter_mm: of the largest true lesion, by case and class. confidence: of the summary's intervals.
 
     failed: why files could not be scored. num_left_out: volumes whose tumours nobody annotated.
     """
@@ -23,6 +24,8 @@ class Scores:
     outcomes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     failed: Mapping[str, str] = field(default_factory=dict)
     num_left_out: int = 0
+    diameter_mm: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    confidence: float = 0.95
 
     @property
     def classes(self) -> list[str]:
@@ -38,6 +41,14 @@ class Scores:
         values = [value for name, value in self.dice.get(case, {}).items() if name in classes]
         return sum(values) / len(values) if values else None
 
+    def interval(self, class_name: str, key: str) -> tuple[float, float] | None:
+        """The confidence interval of a number of the summary; None where it has none."""
+        bounds = mapping(self.summary.get(class_name)).get(f"{key}_interval")
+        ends = (
+            [figure(bound) for bound in bounds] if isinstance(bounds, Sequence) and not isinstance(bounds, str) else []
+        )
+        return (ends[0], ends[1]) if len(ends) == 2 and ends[0] is not None and ends[1] is not None else None
+
     def figure(self, class_name: str, key: str) -> float | None:
         """A number of the summary; None where it is not there."""
         return figure(mapping(self.summary.get(class_name)).get(key))
@@ -52,14 +63,21 @@ def scores_of(name: str, document: Mapping[str, Any]) -> Scores:
         )
     dice: dict[str, dict[str, float]] = {}
     outcomes: dict[str, dict[str, str]] = {}
+    diameters: dict[str, dict[str, float]] = {}
     for entry in map(mapping, cases):
         case, classes = str(entry.get("case", "")), mapping(entry.get("classes"))
-        dice[case], outcomes[case] = {}, {}
+        dice[case], outcomes[case], diameters[case] = {}, {}, {}
         for label, row in classes.items():
             value = figure(mapping(row).get("dice"))
             if value is not None and figure(mapping(row).get("truth_voxels")):
                 dice[case][str(label)] = value
             outcomes[case][str(label)] = str(mapping(row).get("outcome", ""))
+            lesions = mapping(mapping(row).get("lesions")).get("truth")
+            found = (
+                [figure(mapping(lesion).get("diameter_mm")) for lesion in lesions] if isinstance(lesions, list) else []
+            )
+            if sizes := [size for size in found if size is not None]:
+                diameters[case][str(label)] = max(sizes)
     return Scores(
         name=name,
         summary={str(label): mapping(row) for label, row in summary.items()},
@@ -67,6 +85,8 @@ def scores_of(name: str, document: Mapping[str, Any]) -> Scores:
         outcomes=outcomes,
         failed={str(case): str(reason) for case, reason in mapping(document.get("failed")).items()},
         num_left_out=int(figure(document.get("num_left_out")) or 0),
+        diameter_mm=diameters,
+        confidence=figure(mapping(document.get("settings")).get("confidence")) or 0.95,
     )
 
 
