@@ -13,6 +13,8 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from ftengine.evaluation.pictures import shortened
+
 WIDTH, HEIGHT = 320.0, 190.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50.0, 10.0, 8.0, 34.0
 _MAX_POINTS = 300  # of a line; more than its pixels
@@ -134,7 +136,7 @@ def strip_chart(strips: Sequence[Strip], *, x_label: str, alt: str) -> str:
         middle = _TOP + row * number + 0.64 * row
         values = np.asarray(strip.values, dtype=float)
         parts.append(
-            f'<text class="name" x="{left + 4}" y="{_TOP + row * number + 13:.1f}">{escape(strip.name)} (n = {len(values)})</text>'
+            f'<text class="name" x="{left + 4}" y="{_TOP + row * number + 13:.1f}">{escape(shortened(strip.name, 40))} (n = {len(values)})</text>'
         )
         for value, case, up in zip(values.tolist(), strip.cases, _swarm(values, plot.x), strict=True):
             parts.append(

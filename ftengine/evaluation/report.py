@@ -594,13 +594,14 @@ def _run_training(run: RunLog) -> str:
     kind = {"segmenter": "Segmenter", "generator": "Generator"}.get(run.kind, "Run")
     wanted = "" if run.steps_wanted is None else f" of {run.steps_wanted:,}"
     heading = f"<h3>{escape(run.name)}</h3><p>{kind}, {run.steps_done:,}{wanted} steps.</p>"
+    if not run.keys("loss"):
+        return heading + missing("No loss was logged.") + _pictures(run)
     charts = [
         _curve(run, run.keys("loss"), "Loss"),
         _curve(run, run.keys("learning_rate"), "Learning rate"),
         _validation(run),
     ]
-    figures = "".join(charts) or missing("No loss was logged.")
-    return f'{heading}<div class="charts">{figures}</div>{_pictures(run)}'
+    return f'{heading}<div class="charts">{"".join(charts)}</div>{_pictures(run)}'
 
 
 def _curve(run: RunLog, keys: Sequence[str], title: str) -> str:
