@@ -68,7 +68,8 @@ class SurfaceDistances:
         order = np.lexsort((directed.weight, directed.distance_mm))
         weight = directed.weight[order]
         share = np.cumsum(weight) / weight.sum()
-        return float(directed.distance_mm[order[min(np.searchsorted(share, percent / 100.0), len(order) - 1)]])
+        reached = int(np.searchsorted(share, percent / 100.0))
+        return float(directed.distance_mm[order[min(reached, len(order) - 1)]])
 
 
 def surface_distances(

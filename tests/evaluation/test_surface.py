@@ -23,7 +23,6 @@ from tests.evaluation.masks import SPACINGS, Mask, edge_cases, mask_pairs, real_
 PERCENTS = (50.0, 95.0, 100.0)
 PERCENTS_OF_MONAI = (95.0, 100.0)  # it is slow
 TOLERANCES_MM = (0.0, 2.3456)  # no distance of a test equals one but 0: MONAI compares them in float32
-CLOSE = {"rel": 1e-6, "abs": 1e-6}
 
 
 @pytest.fixture(autouse=True)
@@ -42,11 +41,11 @@ def _compare_with_surface_distance(predicted: Mask, truth: Mask, spacing: FloatZ
     theirs = surface_distance.compute_surface_distances(truth, predicted, spacing)
     for percent in PERCENTS:
         assert ours.hausdorff_mm(percent) == pytest.approx(
-            surface_distance.compute_robust_hausdorff(theirs, percent), **CLOSE
+            surface_distance.compute_robust_hausdorff(theirs, percent), rel=1e-6, abs=1e-6
         )
     for tolerance in TOLERANCES_MM:
         expected = surface_distance.compute_surface_dice_at_tolerance(theirs, tolerance)
-        assert ours.surface_dice(tolerance) == pytest.approx(expected, **CLOSE)
+        assert ours.surface_dice(tolerance) == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
 def _monai(mask: Mask) -> torch.Tensor:
@@ -58,15 +57,15 @@ def _compare_with_monai(predicted: Mask, truth: Mask, spacing: FloatZYX) -> None
     p, t = _monai(predicted), _monai(truth)
     for percent in PERCENTS_OF_MONAI:
         theirs = compute_hausdorff_distance(p, t, include_background=True, percentile=percent, spacing=spacing)
-        assert ours.hausdorff_mm(percent) == pytest.approx(float(theirs), **CLOSE)
+        assert ours.hausdorff_mm(percent) == pytest.approx(float(theirs), rel=1e-6, abs=1e-6)
     elements = surface_distances(predicted, truth, spacing)
     for tolerance in TOLERANCES_MM:
         of_voxels = compute_surface_dice(p, t, [tolerance], include_background=True, spacing=spacing)
-        assert ours.surface_dice(tolerance) == pytest.approx(float(of_voxels), **CLOSE)
+        assert ours.surface_dice(tolerance) == pytest.approx(float(of_voxels), rel=1e-6, abs=1e-6)
         of_elements = compute_surface_dice(
             p, t, [tolerance], include_background=True, spacing=spacing, use_subvoxels=True
         )
-        assert elements.surface_dice(tolerance) == pytest.approx(float(of_elements), **CLOSE)
+        assert elements.surface_dice(tolerance) == pytest.approx(float(of_elements), rel=1e-6, abs=1e-6)
 
 
 def _compare_with_scipy(predicted: Mask, truth: Mask, spacing: FloatZYX) -> None:
@@ -77,7 +76,7 @@ def _compare_with_scipy(predicted: Mask, truth: Mask, spacing: FloatZYX) -> None
     directed = [maps[1][borders[0]], maps[0][borders[1]]]
     for percent in PERCENTS:
         expected = max(np.percentile(d, percent) for d in directed)
-        assert ours.hausdorff_mm(percent) == pytest.approx(expected, **CLOSE)
+        assert ours.hausdorff_mm(percent) == pytest.approx(expected, rel=1e-6, abs=1e-6)
     # to the last bits: of two points at the same distance either may be taken, and their squares are summed in another order
     np.testing.assert_allclose(ours.predicted_to_truth.distance_mm, directed[0], rtol=1e-14)
     np.testing.assert_allclose(ours.truth_to_predicted.distance_mm, directed[1], rtol=1e-14)
@@ -158,7 +157,8 @@ def test_what_lies_around_the_masks_changes_nothing(masks: tuple[Mask, Mask], sp
     """The crop to the box of the union, which all scoring goes through, is exact."""
     predicted, truth = (m.astype(np.uint8) for m in masks)
     labels = {"background": 0, "a": 1}
-    wide = [np.pad(m, ((3, 1), (0, 4), (2, 2))) for m in (predicted, truth)]
+    wide_predicted, wide_truth = (np.pad(m, ((3, 1), (0, 4), (2, 2))) for m in (predicted, truth))
     for surface in ("elements", "voxels"):
         full = FullScoring(spacing, (1,), EvaluationConfig.model_validate({"surface": surface}))
-        assert score_case("c", *wide, labels, full) == score_case("c", predicted, truth, labels, full)
+        cropped = score_case("c", predicted, truth, labels, full)
+        assert score_case("c", wide_predicted, wide_truth, labels, full) == cropped
