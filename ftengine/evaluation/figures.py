@@ -190,8 +190,15 @@ def _columns(sample: PaintedSample, window: Window, limit_hu: float) -> dict[str
         if sample.predicted is not None:
             panel.outline(sample.predicted, "prediction")
 
-    columns = {"original": original, "mask outline": masked, "synthetic": synthetic, "difference": difference}
-    return columns if sample.predicted is None else {**columns, "judge's prediction": predicted}
+    columns: dict[str, Callable[[SvgPanel], None]] = {
+        "original": original,
+        "mask outline": masked,
+        "synthetic": synthetic,
+        "difference": difference,
+    }
+    if sample.predicted is not None:
+        columns["judge's prediction"] = predicted
+    return columns
 
 
 def _panel(panel: SvgPanel, tag: str) -> str:

@@ -543,9 +543,10 @@ class Tile:
     ) -> "Tile":
         """A copy of the slice, so that the patch's volumes can go."""
         z = central_voxel(tumor, config.region.spacing_mm_zyx)[0]
-        image, mask, cut = (volume[z : z + 1].copy() for volume in (sample.synthetic_hu, sample.mask, tumor))
+        image, mask = sample.synthetic_hu[z : z + 1].copy(), sample.mask[z : z + 1].copy()
         view = View("axial", 0, int_zyx(image.shape), config.region.spacing_mm_zyx)
-        return cls(info, image, mask, view, zoom_mm(view, cut), choice.of(config.region, info.organ))
+        shown_mm = zoom_mm(view, tumor[z : z + 1])
+        return cls(info, image, mask, view, shown_mm, choice.of(config.region, info.organ))
 
 
 def write_contact_sheet(path: Path, tiles: Sequence[Tile], *, width_px: int = DEFAULT_WIDTH_PX) -> None:

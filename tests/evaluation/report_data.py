@@ -134,7 +134,7 @@ def painted(name: str, *, proportion: float = 0.8) -> tuple[list[Tile], list[Pai
     for index, size in enumerate(("tiny", "small")):
         original = np.random.default_rng(index).normal(80, 10, SHAPE).astype(np.float32)
         mask = _ball((12, 14, 16), 3 + 2 * index)
-        synthetic = original - np.float32(40) * mask
+        synthetic = original - np.where(mask, np.float32(40), np.float32(0))
         record = Painted(
             "liver", size, ((12, 14, 16),), ((3.0, 3.0, 3.0),), int(mask.sum()), proportion, proportion >= 0.5
         )

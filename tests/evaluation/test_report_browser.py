@@ -169,7 +169,7 @@ def test_skip_link_and_landmarks(shown: "Page") -> None:
     shown.keyboard.press("Enter")
     assert shown.evaluate("() => document.activeElement.id") == "main"
     for role in ("banner", "navigation", "main", "contentinfo"):
-        assert shown.get_by_role(role).count() == 1  # type: ignore[arg-type]  # one of playwright's literals
+        assert shown.get_by_role(role).count() == 1
     levels = shown.evaluate("() => [...document.querySelectorAll('h1, h2, h3, h4')].map((h) => Number(h.tagName[1]))")
     assert levels[0] == 1
     assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
