@@ -238,7 +238,8 @@ def _with_interval(scores: Scores, name: str, key: str, style: str) -> str:
     shown = number(scores.figure(name, key), style)
     if bounds is None:
         return shown
-    return f'{shown}<span class="interval">{number(bounds[0], style)} to {number(bounds[1], style)}</span>'
+    coarse = "{:.2f}" if style == "{:.3f}" else "{:.0f}"
+    return f'{shown}<span class="interval">{number(bounds[0], coarse)} to {number(bounds[1], coarse)}</span>'
 
 
 def _lesion_table(evaluations: Sequence[Scores]) -> str:

@@ -124,7 +124,7 @@ def test_tables_hold_the_figures_and_their_differences(tmp_path: Path) -> None:
     assert ["a/0", "0.500", "0.400", "&minus;0.100"] in table
     assert ["b/1", "0.300", "0.700", "+0.400"] in table
     assert ["Class", "Evaluation", "Dice", "HD95, mm", "volumes", "sensitivity"] in table
-    assert ["liver_tumor", "baseline", "0.333|0.233 to 0.433", "12.3", "3", "0.750"] in table
+    assert ["liver_tumor", "baseline", "0.333|0.23 to 0.43", "12.3", "3", "0.750"] in table
     assert ["liver", "with a/0", "0.900", "&ndash;", "2", "&ndash;"] in table
     assert ["liver_tumor", "baseline", *["75.0%|3 of 4"] * 3, "0.500", "0.600", "&ndash;"] in table
     assert ["liver", "tiny", "8", "6", "75.0%", "1.25"] in table
