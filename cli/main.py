@@ -21,6 +21,7 @@ from ftengine.cli import (
     preview,
     qc,
     replay,
+    report,
     store,
     train,
     view,
@@ -52,6 +53,7 @@ app.add_typer(experiment.app, name="experiment")
 app.command(name="fid")(fid.fid)
 app.add_typer(qc.app, name="qc")
 app.command(name="preview")(preview.preview)
+app.command(name="report")(report.report)
 app.command(name="replay")(replay.replay)
 app.command(name="view")(view.view)
 app.add_typer(weights.app, name="weights")

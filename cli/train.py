@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Column, Table
@@ -238,28 +238,11 @@ def _finish(result: "TrainingResult", view: TrainingView, *, as_json: bool, json
 
 def _report(result: "TrainingResult", view: TrainingView, *, as_json: bool, json_log: bool) -> None:
     if json_log:
-        view.end(_document(result))
+        view.end(result.document())
     elif as_json:
-        print_json(_document(result))
+        print_json(result.document())
     else:
         _print_result(result)
-
-
-def _document(result: "TrainingResult") -> dict[str, Any]:
-    """The document of ``--json``; docs/stall-meter.md describes its keys."""
-    return {
-        "checkpoint": str(result.checkpoint),
-        "steps": result.steps,
-        "interrupted": result.interrupted,
-        "losses": [x if x == x else None for x in result.losses],  # noqa: PLR0124 - NaN is the value that differs from itself
-        "stall": result.speed.document(),
-        "quality": result.quality,
-        "mix": result.mix,
-        "warnings": result.warnings,
-        "bad_reads": result.bad_reads,
-        "init": result.init,
-        "best": result.best,
-    }
 
 
 def _print_result(result: "TrainingResult") -> None:

@@ -10,18 +10,23 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ftengine.assemble import calibrate_judge, load_painters, resolve_device, train_segmentation, train_synthesis
 from ftengine.config import Config
 from ftengine.errors import ConfigError
+from ftengine.evaluation.cases import Predict, case_figures
 from ftengine.evaluation.evaluate import Evaluation, evaluate_checkpoint
+from ftengine.evaluation.figures import painted_figures
+from ftengine.evaluation.hu_windows import WindowChoice
 from ftengine.evaluation.infer import predict_volume
 from ftengine.evaluation.metrics import summarize
-from ftengine.evaluation.preview import preview, write_prediction_sheet
-from ftengine.evaluation.report import ArmResult, ReportData, write_report
+from ftengine.evaluation.preview import painted_samples
+from ftengine.evaluation.report import Introduction, ReportData, write_report
+from ftengine.evaluation.run_folder import read_run
+from ftengine.evaluation.scores import scores_of, worst_and_best
 from ftengine.geometry import FloatZYX, IntZYX
 from ftengine.quality.calibrate import Calibration
 from ftengine.store.case import Annotation, ConvertOptions
@@ -33,6 +38,22 @@ from ftengine.volume.discover import discover
 from ftengine.volume.phantom import TumorSpec, write_phantom_dataset
 
 TUMOR = "liver_tumor"
+PHANTOM_NOTICE = (
+    "All CT in this report are synthetic phantoms, drawn from formulas and made to be learnable in minutes. They show no patient. The "
+    "figures say that the engine works from end to end on this machine; nothing here says how well it works on patients."
+)
+QUICK_NOTICE = (
+    "This was a quick run: a few volumes and a few training steps, to check that all parts work. The networks have hardly learned "
+    "anything, so do not compare the Dice figures at all."
+)
+WHAT_WAS_DONE = (
+    "Drew phantom CT volumes and converted them into a store.",
+    "Trained a baseline segmenter S on the few volumes whose tumours are annotated.",
+    "Trained a generator G to paint tumours that S takes for real ones.",
+    "Trained two students that go on from S for equally many steps. The first saw the annotated volumes alone.",
+    "The second saw volumes without tumours too, into which G painted tumours while it trained; S judged each, and it saw those that passed.",
+    "Predicted held-out volumes that no network had seen, and compared the predictions with their known truth.",
+)
 ONLY_LIVER = {3: 0, 4: 0, 5: 0, 6: 0}  # the demo is a specialist: other organs become background
 
 
@@ -125,20 +146,18 @@ def run_demo(
             "baseline": evaluate_checkpoint(control.checkpoint, store, device=device, split="test"),
             "with synthesis": evaluate_checkpoint(student.checkpoint, store, device=device, split="test"),
         }
-    with clock.stage("pictures"):
-        sheets = _draw(
-            config, store, out, generator, baseline, {"baseline": control, "with synthesis": student}, 1 if quick else 3
-        )
-
-    summary = _summary(clock, arms, calibration, student, seed=seed, quick=quick)
-    _write_json(out / "summary.json", summary)
+    students = {"baseline": control, "with synthesis": student}
     runs = {
         "baseline S": baseline,
+        "generator": generator,
         "student without synthesis": control,
         "student with synthesis": student,
-        "generator": generator,
     }
-    _write_report(out, config, summary, arms, runs, sheets, calibration)
+    with clock.stage("pictures"):
+        report = _report(config, store, runs, students, arms, calibration, quick=quick)
+    summary = _summary(clock, arms, calibration, student, seed=seed, quick=quick)
+    _write_json(out / "summary.json", summary)
+    write_report(out / "report.html", replace(report, introduction=_introduction(clock.seconds, quick=quick)))
     say(f"report: {out / 'report.html'}")
     return summary
 
@@ -244,52 +263,59 @@ def _every(steps: int, name: str, figure: str, say: Callable[[str], None]) -> Pr
     return report
 
 
-def _draw(
+def _report(
     config: Config,
     store: Store,
-    out: Path,
-    generator: TrainingResult,
-    baseline: TrainingResult,
+    runs: dict[str, TrainingResult],
     students: dict[str, TrainingResult],
-    num_sheets: int,
-) -> list[tuple[str, Path]]:
-    painter, judge = load_painters(config, generator.checkpoint, baseline.checkpoint)
-    segmenter = load_segmenter(baseline.checkpoint)[0]
-    drawn = preview(
+    arms: dict[str, Evaluation],
+    calibration: Calibration,
+    *,
+    quick: bool,
+) -> ReportData:
+    """What ``ftengine report`` shows of runs, evaluations, cases and painted tumours."""
+    scores = [scores_of(name, arm.to_json()) for name, arm in arms.items()]
+    device = resolve_device(config.device)
+
+    def predictor(result: TrainingResult) -> Predict:
+        network = load_segmenter(result.checkpoint)[0]
+        return lambda _case, image: predict_volume(network, image, config, device)
+
+    figures, notes = case_figures(
+        store,
+        worst_and_best(scores[-1], [TUMOR], 1 if quick else 2),
+        {name: predictor(result) for name, result in students.items()},
+        {s.name: s for s in scores},
+        [TUMOR],
+        WindowChoice().of(config.region),
+    )
+    painter, judge = load_painters(config, runs["generator"].checkpoint, runs["baseline S"].checkpoint)
+    samples = painted_samples(
         config,
         store,
-        out / "sheets",
-        num_sheets=num_sheets,
+        num_patches=3 if quick else 12,
         generator=painter,
         judge=judge,
-        segmenter=segmenter,
+        segmenter=load_segmenter(runs["baseline S"].checkpoint)[0],
         split="train",
     )
-    sheets = [(sheet.title, sheet.path) for sheet in drawn]
-    device = resolve_device(config.device)
-    tumors = store.column("num_tumors").to_pylist()
-    splits = store.column("split").to_pylist()
-    shown = [c for c, n, s in zip(store.cases, tumors, splits, strict=True) if n and s == "test"][:num_sheets]
-    for number, case in enumerate(shown):
-        patch = store.read_volume(case)
-        predictions = {
-            name: predict_volume(load_segmenter(r.checkpoint)[0], patch.image, config, device)
-            for name, r in students.items()
-        }
-        path = out / "sheets" / f"prediction_{number}.png"
-        write_prediction_sheet(
-            path,
-            patch.image,
-            patch.label,
-            predictions,
-            spacing_mm_zyx=store.spacing_mm_zyx,
-            window_hu=config.region.window_hu,
-            labels=store.labels,
-            tumor_values=config.region.tumor_values,
-            title=f"Held-out phantom {case}",
-        )
-        sheets.append((f"Held-out phantom {case}: truth and predictions", path))
-    return sheets
+    tiles, painted = painted_figures(config, samples, WindowChoice(), num_figures=1 if quick else 4)
+    return ReportData(
+        title="ftengine demo",
+        runs=[read_run(result.checkpoint.parent, name) for name, result in runs.items()],
+        evaluations=scores,
+        cases=figures,
+        case_notes=notes,
+        tiles=tiles,
+        painted=painted,
+        calibration=calibration,
+    )
+
+
+def _introduction(stage_seconds: dict[str, float], *, quick: bool) -> Introduction:
+    return Introduction(
+        notice=PHANTOM_NOTICE, quick=QUICK_NOTICE if quick else "", steps=WHAT_WAS_DONE, stage_seconds=stage_seconds
+    )
 
 
 def _summary(
@@ -320,45 +346,6 @@ def _summary(
         "quick": quick,
         "versions": versions(),
     }
-
-
-def _write_report(
-    out: Path,
-    config: Config,
-    summary: dict[str, Any],
-    arms: dict[str, Evaluation],
-    runs: dict[str, TrainingResult],
-    sheets: list[tuple[str, Path]],
-    calibration: Calibration,
-) -> None:
-    results = {}
-    for name, evaluation in arms.items():
-        table = summary["evaluation"][name]
-        scored = [(s.case, s.classes[TUMOR]) for s in evaluation.cases]
-        cases = [(case, c.dice) for case, c in scored if c.truth_voxels and c.dice is not None]
-        results[name] = ArmResult(
-            dice={label: row["dice"] for label, row in table.items()},
-            sensitivity=table[TUMOR]["sensitivity"],
-            specificity=table[TUMOR]["specificity"],
-            cases=cases,
-        )
-    data = ReportData(
-        title="ftengine demo",
-        tumor_class=TUMOR,
-        arms=results,
-        quality=summary["quality"],
-        qc_pass_rate=summary["qc_pass_rate"],
-        stage_seconds=summary["seconds_per_stage"],
-        stall={name: result.stall for name, result in runs.items()},
-        slowest={name: result.speed.slowest for name, result in runs.items()},
-        runs={name: result.checkpoint.parent for name, result in runs.items()},
-        sheets=sheets,
-        config_yaml=config.to_yaml(),
-        versions=summary["versions"],
-        quick=summary["quick"],
-        calibration=calibration,
-    )
-    write_report(out / "report.html", data)
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from ftengine.config import Config
 from ftengine.errors import ConfigError
-from ftengine.evaluation.windows import OnWindows, slabs_of
+from ftengine.evaluation.sliding_windows import OnWindows, slabs_of
 from ftengine.store.reader import Store
 
 
@@ -32,7 +32,7 @@ def predict_volume(
 ) -> NDArray[np.uint8]:
     """Label map uint8 [z, y, x] of a volume int16 HU [z, y, x] that is RAS+ at the region's spacing.
 
-    Sliding windows of the patch size with ``config.inference`` (``windows.slabs_of``); the class of the highest mean score.
+    Sliding windows of the patch size with ``config.inference`` (``sliding_windows.slabs_of``); the class of the highest mean score.
     """
     labels = np.empty(image_hu.shape, dtype=np.uint8)
     for slab in slabs_of(image_hu, network, config, device, on_windows=on_windows):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ftengine.evaluation.windows import Slab, best_class
+from ftengine.evaluation.sliding_windows import Slab, best_class
 from ftengine.geometry import Grid
 from ftengine.volume.resample import AxisPositions, axis_positions
 

@@ -20,11 +20,12 @@ import scipy.ndimage as ndi
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
+from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Rectangle as DrawnRectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
 from numpy.typing import NDArray
@@ -35,6 +36,9 @@ from ftengine.store.layout import label_color
 
 Plane: TypeAlias = Literal["axial", "coronal", "sagittal"]
 Color: TypeAlias = tuple[float, float, float]
+Rectangle: TypeAlias = tuple[
+    float, float, float, float
+]  # left, right, top, bottom in mm from a picture's top left corner
 ScalarT = TypeVar("ScalarT", bound=np.generic)
 
 PLANES: tuple[Plane, ...] = ("axial", "coronal", "sagittal")
@@ -48,6 +52,10 @@ _FONT = "DejaVu Sans"  # comes with matplotlib
 # Okabe and Ito's colours, distinct on grey and with the common colour vision deficiencies; prediction lines are dashed besides
 MASK_COLOR: Color = (230 / 255, 159 / 255, 0.0)
 PREDICTION_COLOR: Color = (86 / 255, 180 / 255, 233 / 255)
+# of differences in HU, from below 0 over none to above: light and dark blue, black, dark and light orange, after Okabe and Ito
+DIFFERENCE_COLORS = LinearSegmentedColormap.from_list(
+    "difference", ["#d5edfb", "#56b4e9", "#0d5f91", "#000000", "#96480a", "#f0883a", "#ffe3c8"]
+)
 PASSED_COLOR: Color = (0.0, 114 / 255, 178 / 255)
 FAILED_COLOR: Color = (213 / 255, 94 / 255, 0.0)
 INK: Color = (0.1, 0.1, 0.12)
@@ -218,7 +226,7 @@ def three_views(center_zyx: IntZYX, shape_zyx: IntZYX, spacing_mm_zyx: FloatZYX)
 class Panel:
     """One picture of a sheet: a slice in millimetres, with what is drawn over it."""
 
-    def __init__(self, axes: Axes, view: View, shown_mm: tuple[float, float, float, float] | None = None) -> None:
+    def __init__(self, axes: Axes, view: View, shown_mm: Rectangle | None = None) -> None:
         """``shown_mm``: left, right, top, bottom of the part to show, in mm from the picture's top left corner; None: all of it."""
         self._axes, self._view = axes, view
         height, width = view.extent_mm
@@ -238,9 +246,9 @@ class Panel:
         self._show(windowed(self._view.picture(image_hu), window_hu), cmap="gray", low=0.0, high=255.0)
 
     def signed(self, difference_hu: NDArray[np.generic], limit_hu: float) -> AxesImage:
-        """Show the slice of a volume of differences: orange below 0, white at 0, purple above, full colour at ``limit_hu``."""
+        """Show the slice of a volume of differences: blue below 0, black at 0, orange above, full colour at ``limit_hu``."""
         picture = self._view.picture(difference_hu)
-        return self._show(picture, cmap="PuOr", low=-limit_hu, high=limit_hu)
+        return self._show(picture, cmap=DIFFERENCE_COLORS, low=-limit_hu, high=limit_hu)
 
     def outline(self, mask: NDArray[np.generic], color: Color, *, dashed: bool = False, width_pt: float = 1.8) -> None:
         """Draw the border of a volume's mask; dashes let the dark line below show, so that both styles stand out on any grey."""
@@ -254,11 +262,13 @@ class Panel:
                 LineCollection(loops, colors=[line_color], linewidths=line_width, linestyles=[style]), autolim=False
             )
 
-    def frame(self, shown_mm: tuple[float, float, float, float]) -> None:
+    def frame(self, shown_mm: Rectangle) -> None:
         """Draw the rectangle that another panel shows enlarged: left, right, top, bottom in mm."""
         left, right, top, bottom = shown_mm
         for color, width_pt in (((0.0, 0.0, 0.0), 2.2), (_WHITE, 1.0)):
-            box = Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=color, linewidth=width_pt)
+            box = DrawnRectangle(
+                (left, top), right - left, bottom - top, fill=False, edgecolor=color, linewidth=width_pt
+            )
             self._axes.add_patch(box)
 
     def marks(self) -> None:
@@ -296,7 +306,7 @@ class Panel:
         width_in, height_in = self._axes.get_position().size * figure.get_size_inches()
         return length_in / float(width_in), length_in / float(height_in)
 
-    def _show(self, picture: NDArray[np.generic], *, cmap: str, low: float, high: float) -> AxesImage:
+    def _show(self, picture: NDArray[np.generic], *, cmap: str | Colormap, low: float, high: float) -> AxesImage:
         height, width = self._view.extent_mm
         limits = self._axes.get_xlim(), self._axes.get_ylim()
         shown = self._axes.imshow(

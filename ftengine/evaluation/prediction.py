@@ -37,7 +37,7 @@ from ftengine.evaluation.prediction_outputs import (
     places_of,
     read_record,
 )
-from ftengine.evaluation.windows import OnWindows, Slab, chosen_precision, slabs_of
+from ftengine.evaluation.sliding_windows import OnWindows, Slab, chosen_precision, slabs_of
 from ftengine.geometry import Grid, from_ras, ras_grid
 from ftengine.training.distributed import ALONE, World
 from ftengine.volume.nifti import write_nifti

@@ -1,5 +1,6 @@
-"""Pictures of what training sees and of what it leads to: painted patches, volumes with their labels, predictions beside the truth."""
+"""Pictures of what training sees: painted patches, many of them at a glance, volumes with their labels."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.ndimage as ndi
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from ftengine.config import Config
 from ftengine.errors import ConfigError
-from ftengine.evaluation.metrics import score_case
+from ftengine.evaluation.hu_windows import Window, WindowChoice
 from ftengine.evaluation.pictures import (
     DEFAULT_WIDTH_PX,
     FAILED_COLOR,
@@ -24,6 +26,7 @@ from ftengine.evaluation.pictures import (
     SHEET_WIDTH_IN,
     Panel,
     PanelGrid,
+    Rectangle,
     Sheet,
     View,
     central_voxel,
@@ -47,16 +50,18 @@ TRIES_PER_SHEET = (
     100  # patches looked at for one sheet: eligible ones are rarer than 1 in 100 only where a run would starve too
 )
 
+REGION_WINDOW = WindowChoice()
 Segmenter = Callable[[torch.Tensor], torch.Tensor]
 _VIEW_NOTE = "Radiological view: R, the patient's right, is on the left of axial and coronal pictures."
 
 
 @dataclass(frozen=True)
 class SheetInfo:
-    """One painted patch and its sheet.
+    """One painted tumour and its sheet.
 
-    diameter_mm: of the sphere with the mask's volume. contrast_hu: mean change inside the mask. proportion: P of Eq. 4, NaN without a
-    judge. passed: whether training would get it painted. (seed, epoch, index) is the patch's address.
+    diameter_mm: of the sphere with the tumour's volume. contrast_hu: mean change inside it. proportion: P of Eq. 4 over the patch's whole
+    mask, NaN without a judge. passed: whether training would get the patch painted. number, num_tumors: which of the patch's tumours it
+    is, from 1. (seed, epoch, index) is the patch's address.
     """
 
     path: Path
@@ -71,24 +76,34 @@ class SheetInfo:
     seed: int
     epoch: int
     index: int
+    number: int = 1
+    num_tumors: int = 1
 
     @property
     def title(self) -> str:
         """One line for a caption."""
-        verdict = (
-            "not judged"
-            if isnan(self.proportion)
-            else f"P = {self.proportion:.2f}, {'passed' if self.passed else 'failed'}"
-        )
-        return (
-            f"{self.case}: synthetic {self.size_class} {self.organ} tumour, {self.diameter_mm:.0f} mm, "
-            f"{_signed(self.contrast_hu)} HU, {verdict}"
-        )
+        which = f" {self.number} of {self.num_tumors}" if self.num_tumors > 1 else ""
+        return f"{self.case}: synthetic {self.size_class} {self.organ} tumour{which}, {self.measures}, {self.verdict}"
+
+    @property
+    def measures(self) -> str:
+        """Size and contrast."""
+        return f"{self.diameter_mm:.0f} mm, {_signed(self.contrast_hu)} HU"
+
+    @property
+    def verdict(self) -> str:
+        """P and what quality control says of it."""
+        if isnan(self.proportion):
+            return "not judged"
+        return f"P = {self.proportion:.2f}, {'passed' if self.passed else 'failed'}"
 
 
 @dataclass(frozen=True)
-class _Sample:
-    """A painted patch; arrays are [z, y, x] on one grid, images in HU inside the window. predicted: the judge's tumour, or None."""
+class PaintedSample:
+    """A painted patch; arrays are [z, y, x] on one grid, images in HU inside the region's window.
+
+    mask: M. predicted: the tumour that the judge sees, or None. tumors: the masks of the single tumours of M, the largest first.
+    """
 
     request: PatchRequest
     painted: Painted
@@ -96,6 +111,21 @@ class _Sample:
     synthetic_hu: NDArray[np.float32]
     mask: NDArray[np.bool_]
     predicted: NDArray[np.bool_] | None
+
+    @property
+    def difference_hu(self) -> NDArray[np.float32]:
+        """Synthetic minus original."""
+        return self.synthetic_hu - self.original_hu
+
+    @property
+    def tumors(self) -> list[NDArray[np.bool_]]:
+        """The tumours of M, the largest first: as many connected parts (26) as were drawn; all of M where one was, cut in two or not."""
+        num_drawn = len(self.painted.center_zyx)
+        if num_drawn == 1:
+            return [self.mask]
+        parts, _ = ndi.label(self.mask, structure=np.ones((3, 3, 3)))
+        sizes = np.bincount(parts.ravel())[1:]
+        return [parts == 1 + number for number in np.argsort(-sizes, kind="stable")[:num_drawn].tolist()]
 
 
 class _Witness:
@@ -118,50 +148,153 @@ def preview(
     out: Path,
     *,
     num_sheets: int,
+    per_size: bool = False,
     generator: Generator | None = None,
     judge: Judge | None = None,
     segmenter: Segmenter | None = None,
     bank: TumorBank | None = None,
     mix: Mix = "mixed",
     split: str | None = None,
+    window: WindowChoice = REGION_WINDOW,
+    contact: bool = False,
     on_sheet: Callable[[SheetInfo], None] = lambda _sheet: None,
     width_px: int = DEFAULT_WIDTH_PX,
 ) -> list[SheetInfo]:
-    """Draw ``out/sheet-000.png`` and following: patches as the loader reads them, painted and judged, one sheet a painted patch.
+    """Draw ``out/sheet-000.png`` and following: patches of ``painted_samples``, a sheet a tumour.
+
+    A sheet has three planes through the tumour and the columns original, mask outline, synthetic, difference in HU and, with ``segmenter``,
+    that network's prediction. Sheets of a patch's further tumours are named ``sheet-000-tumor-2.png``; with ``per_size``, sheets are
+    ``sheet-SIZE-000.png`` and come back by size class. contact: also draw ``out/contact.png``, all tumours side by side.
+
+    Arguments beside these as ``painted_samples`` takes them. window: of the grey pictures. on_sheet: called after each sheet. width_px:
+    width of the PNGs. Raises ConfigError as ``painted_samples`` does.
+    """
+    sheets: list[SheetInfo] = []
+    tiles: list[Tile] = []
+    num_of: Counter[str] = Counter()
+    for sample in painted_samples(
+        config,
+        store,
+        num_patches=num_sheets,
+        per_size=per_size,
+        generator=generator,
+        judge=judge,
+        segmenter=segmenter,
+        bank=bank,
+        mix=mix,
+        split=split,
+    ):
+        kind = sample.painted.size_class if per_size else ""
+        stem = "-".join(["sheet", *([_file_part(kind)] if kind else []), f"{num_of[kind]:03d}"])
+        num_of[kind] += 1
+        for info, mask in described(config, sample, out / f"{stem}.png"):
+            draw_sample(config, sample, info, mask, window, width_px)
+            sheets.append(info)
+            if contact:
+                tiles.append(Tile.of(config, sample, info, mask, window))
+            on_sheet(info)
+    if contact:
+        write_contact_sheet(
+            out / "contact.png", sorted(tiles, key=lambda t: _size_order(config, t.info)), width_px=width_px
+        )
+    return sorted(sheets, key=lambda info: _size_order(config, info)) if per_size else sheets
+
+
+def painted_samples(
+    config: Config,
+    store: Store,
+    *,
+    num_patches: int,
+    per_size: bool = False,
+    generator: Generator | None = None,
+    judge: Judge | None = None,
+    segmenter: Segmenter | None = None,
+    bank: TumorBank | None = None,
+    mix: Mix = "mixed",
+    split: str | None = None,
+) -> Iterator[PaintedSample]:
+    """Patches as the loader reads them, painted and judged: the first ``num_patches`` that can be painted, or with ``per_size`` the first
+    so many of each size class.
 
     Patches come in the loader's order, from epoch 0 on, through the loader's own plan, reader and DALI graph; tumours have the
     addresses they have in training, and every eligible patch is painted whatever ``synthesis.fraction`` says. One difference: the
     random flips, turns and intensity changes are left out, so that the pictures stay in radiological orientation; where training draws
-    some for a patch, the tumour it paints there lies elsewhere in the same organ. A sheet has three planes through the tumour and the
-    columns original, mask outline, synthetic, difference in HU and, with ``segmenter``, that network's prediction.
+    some for a patch, the tumour it paints there lies elsewhere in the same organ.
 
     config: for the store's region. generator, judge: as ``Synthesizer`` takes them, on the configured device; generator None paints a
-    fixed contrast, judge None keeps every tumour; bank: as ``assemble.build_bank`` makes it, for copy-paste. segmenter: float32 [1, 1, z, y, x] -> logits [1, classes, z, y, x], the network the
-    judge asks; a module is moved to the device and set to eval mode. split: only volumes of that split. on_sheet: called after each sheet.
-    width_px: width of the PNGs. Tries ``TRIES_PER_SHEET`` patches a sheet, and returns fewer sheets than asked where those do not
-    suffice. Raises ConfigError where none can be painted, where configuration and store differ, or for ``num_sheets`` below 1.
+    fixed contrast, judge None keeps every tumour; bank: as ``assemble.build_bank`` makes it, for copy-paste. segmenter: float32
+    [1, 1, z, y, x] -> logits [1, classes, z, y, x], the network the judge asks; a module is moved to the device and set to eval mode.
+    split: only volumes of that split. Tries ``TRIES_PER_SHEET`` patches for each that is asked for, and ends with fewer where those do
+    not suffice. Raises ConfigError where none can be painted, where configuration and store differ, or for ``num_patches`` below 1.
     """
-    if num_sheets < 1:
-        raise ConfigError(f"num_sheets={num_sheets}; want at least 1.")
+    if num_patches < 1:
+        raise ConfigError(f"num_patches={num_patches}; want at least 1.")
     if (store.spacing_mm_zyx, store.labels) != (config.region.spacing_mm_zyx, config.region.labels):
         raise ConfigError(
             f"{store.location}: holds {store.region} at {store.spacing_mm_zyx} mm with labels {store.labels}; the configuration is for "
             f"{config.region.name} at {config.region.spacing_mm_zyx} mm with labels {config.region.labels}. Choose the store's own."
         )
-    sheets: list[SheetInfo] = []
+    sizes = size_classes(config) if per_size else [""]
+    missing = Counter(dict.fromkeys(sizes, num_patches))
     refused: Counter[str] = Counter()
     painter = _Painter(config, store, generator, judge, segmenter, bank)
-    for request in _requests(Plan(config, store, mix=mix, split=split), num_sheets * TRIES_PER_SHEET):
+    num_found = 0
+    for request in _requests(Plan(config, store, mix=mix, split=split), missing.total() * TRIES_PER_SHEET):
         sample = painter.paint(request, refused)
         if sample is None:
             continue
-        sheets.append(_draw_sample(out / f"sheet-{len(sheets):03d}.png", config, sample, width_px))
-        on_sheet(sheets[-1])
-        if len(sheets) == num_sheets:
-            break
-    if not sheets:
+        kind = sample.painted.size_class if per_size else ""
+        if missing[kind] < 1:
+            continue
+        missing[kind] -= 1
+        num_found += 1
+        yield sample
+        if not missing.total():
+            return
+    if not num_found:
         raise ConfigError(_nothing_to_paint(config, store, split, refused))
-    return sheets
+
+
+def size_classes(config: Config) -> list[str]:
+    """The size classes that are painted, in the configuration's order: those with a weight, where the weights decide."""
+    synthesis = config.synthesis
+    by_weight = synthesis.synthesizer != "copy-paste" and synthesis.shape == "paper"
+    return [name for name in synthesis.sizes if not by_weight or synthesis.size_weights.get(name, 0.0) > 0]
+
+
+def _size_order(config: Config, info: SheetInfo) -> int:
+    names = list(config.synthesis.sizes)
+    return names.index(info.size_class) if info.size_class in names else len(names)
+
+
+def _file_part(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "_", name) or "_"
+
+
+def described(config: Config, sample: PaintedSample, path: Path) -> Iterator[tuple[SheetInfo, NDArray[np.bool_]]]:
+    """What there is to say of each tumour of a patch, and its mask. path: of the first one's sheet; others get a number."""
+    request, painted = sample.request, sample.painted
+    tumors = sample.tumors
+    for number, mask in enumerate(tumors, start=1):
+        yield (
+            SheetInfo(
+                path=path if number == 1 else path.with_name(f"{path.stem}-tumor-{number}.png"),
+                case=request.case,
+                organ=painted.organ,
+                size_class=painted.size_class,
+                diameter_mm=equivalent_diameter_mm(int(mask.sum()), config.region.spacing_mm_zyx),
+                contrast_hu=float(sample.difference_hu[mask].mean()),
+                proportion=painted.proportion,
+                passed=painted.passed,
+                num_draws=painted.num_draws,
+                seed=config.seed,
+                epoch=request.epoch,
+                index=request.index,
+                number=number,
+                num_tumors=len(tumors),
+            ),
+            mask,
+        )
 
 
 def _requests(plan: Plan, count: int) -> Iterator[PatchRequest]:
@@ -208,7 +341,7 @@ class _Painter:
             bank=bank,
         )
 
-    def paint(self, request: PatchRequest, refused: Counter[str]) -> _Sample | None:
+    def paint(self, request: PatchRequest, refused: Counter[str]) -> PaintedSample | None:
         """Read and paint; None, with the reason counted in ``refused``, for a patch that is not eligible."""
         patch = self._store.read(request.case, request.box.origin_zyx, request.box.shape_zyx)
         reason = self._ineligible(patch)
@@ -223,7 +356,7 @@ class _Painter:
             return None
         synthetic = painting.image if self._witness is None else self._witness.image
         assert synthetic is not None  # noqa: S101 - a patch that was painted was judged
-        return _Sample(
+        return PaintedSample(
             request,
             painted,
             self._hu(image),
@@ -263,36 +396,29 @@ def _device(config: Config) -> torch.device:
     return torch.device(config.device)
 
 
-def _draw_sample(path: Path, config: Config, sample: _Sample, width_px: int) -> SheetInfo:
+def draw_sample(
+    config: Config,
+    sample: PaintedSample,
+    info: SheetInfo,
+    tumor: NDArray[np.bool_],
+    choice: WindowChoice,
+    width_px: int,
+) -> None:
+    """Write the sheet of one tumour of a painted patch to ``info.path``."""
     spacing = config.region.spacing_mm_zyx
-    request, painted = sample.request, sample.painted
-    difference = sample.synthetic_hu - sample.original_hu
-    info = SheetInfo(
-        path=path,
-        case=request.case,
-        organ=painted.organ,
-        size_class=painted.size_class,
-        diameter_mm=equivalent_diameter_mm(painted.num_voxels, spacing),
-        contrast_hu=float(difference[sample.mask].mean()),
-        proportion=painted.proportion,
-        passed=painted.passed,
-        num_draws=painted.num_draws,
-        seed=config.seed,
-        epoch=request.epoch,
-        index=request.index,
-    )
-    center = central_voxel(sample.mask, spacing)
+    request, difference, window = sample.request, sample.difference_hu, choice.of(config.region, info.organ)
+    center = central_voxel(tumor, spacing)
     views = three_views(center, int_zyx(sample.mask.shape), spacing)
     columns = ["original", "mask outline", "synthetic", "difference"]
     if sample.predicted is not None:
         columns.append("judge's prediction")
     grid = PanelGrid(views, len(columns), top=2.05, max_row_height=4.2)
     sheet = Sheet(_whole_pixels(grid.bottom + 1.1), width_px=width_px)
-    _head(sheet, config, info, request)
+    _head(sheet, config, info, request, window)
     for number, name in enumerate(columns):
         sheet.text(grid.middle_of_column(number), 1.5, name, points=12.0, weight="bold", ha="center")
         sheet.text(grid.middle_of_column(number), 1.77, _below_heading(number, config, info), points=10.0, ha="center")
-    limit_hu = _round_limit(float(np.percentile(np.abs(difference[sample.mask]), 99)))
+    limit_hu = difference_limit_hu(sample)
     shown: Any = None
     for row, view in enumerate(views):
         for column in range(len(columns)):
@@ -300,7 +426,7 @@ def _draw_sample(path: Path, config: Config, sample: _Sample, width_px: int) -> 
             if column == 3:
                 shown = panel.signed(difference, limit_hu)
             else:
-                panel.grey(sample.original_hu if column < 2 else sample.synthetic_hu, config.region.window_hu)
+                panel.grey(sample.original_hu if column < 2 else sample.synthetic_hu, window.hu)
             if column in {1, 3, 4}:
                 panel.outline(sample.mask, MASK_COLOR, width_pt=1.4)
             if column == 4 and sample.predicted is not None:
@@ -312,8 +438,12 @@ def _draw_sample(path: Path, config: Config, sample: _Sample, width_px: int) -> 
         name = f"{view.plane}, {'zyx'[row]} = {in_volume}"
         sheet.text(0.26, grid.middle_of_row(row), name, rotation=90.0, ha="center", va="center")
     _foot(sheet, grid, config, sample, shown)
-    sheet.save(path)
-    return info
+    sheet.save(info.path)
+
+
+def difference_limit_hu(sample: PaintedSample) -> float:
+    """HU at which the difference map of a patch has its full colour."""
+    return _round_limit(float(np.percentile(np.abs(sample.difference_hu[sample.mask]), 99)))
 
 
 def _below_heading(column: int, config: Config, info: SheetInfo) -> str:
@@ -327,14 +457,15 @@ def _below_heading(column: int, config: Config, info: SheetInfo) -> str:
     return ""
 
 
-def _head(sheet: Sheet, config: Config, info: SheetInfo, request: PatchRequest) -> None:
+def _head(sheet: Sheet, config: Config, info: SheetInfo, request: PatchRequest, window: Window) -> None:
     sheet.text(0.5, 0.14, shortened(info.case, 90), points=17.0, weight="bold")
-    sheet.text(SHEET_WIDTH_IN - 0.2, 0.2, "synthetic tumour", points=12.0, ha="right")
+    which = f" {info.number} of {info.num_tumors}" if info.num_tumors > 1 else ""
+    sheet.text(SHEET_WIDTH_IN - 0.2, 0.2, f"synthetic tumour{which}", points=12.0, ha="right")
     sheet.text(
         0.5,
         0.53,
-        f"{info.organ}, size class {info.size_class}: {info.diameter_mm:.1f} mm (sphere of the mask's volume), contrast "
-        f"{_signed(info.contrast_hu)} HU (mean change inside the mask)",
+        f"{info.organ}, size class {info.size_class}: {info.diameter_mm:.1f} mm (sphere of the tumour's volume), contrast "
+        f"{_signed(info.contrast_hu)} HU (mean change inside it)",
         points=12.0,
     )
     box = request.box
@@ -342,7 +473,7 @@ def _head(sheet: Sheet, config: Config, info: SheetInfo, request: PatchRequest) 
         0.5,
         0.82,
         f"address: seed {info.seed}, epoch {info.epoch}, index {info.index};  patch of {_by(box.shape_zyx)} voxels (z, y, x) at "
-        f"{_by(config.region.spacing_mm_zyx)} mm from voxel {box.origin_zyx};  {_window(config.region.window_hu)}",
+        f"{_by(config.region.spacing_mm_zyx)} mm from voxel {box.origin_zyx};  {window}",
     )
     words, color = _verdict(config, info)
     sheet.text(0.5, 1.1, words, points=12.0, weight="bold", color=color)
@@ -364,7 +495,7 @@ def _verdict(config: Config, info: SheetInfo) -> tuple[str, tuple[float, float, 
     )
 
 
-def _foot(sheet: Sheet, grid: PanelGrid, config: Config, sample: _Sample, shown: Any) -> None:
+def _foot(sheet: Sheet, grid: PanelGrid, config: Config, sample: PaintedSample, shown: Any) -> None:
     top = grid.bottom + 0.2
     sheet.legend_entry(0.5, top, "border of the tumour mask M", MASK_COLOR)
     if sample.predicted is not None:
@@ -393,6 +524,59 @@ def _foot(sheet: Sheet, grid: PanelGrid, config: Config, sample: _Sample, shown:
         f"{_VIEW_NOTE} Planes run through the tumour. No random flips, turns or intensity changes, which the loader applies before painting.",
         points=10.0,
     )
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One tumour of a contact sheet: the axial slice through its middle. image_hu, mask: [1, y, x]."""
+
+    info: SheetInfo
+    image_hu: NDArray[np.float32]
+    mask: NDArray[np.bool_]
+    view: View
+    shown_mm: Rectangle
+    window: Window
+
+    @classmethod
+    def of(
+        cls, config: Config, sample: PaintedSample, info: SheetInfo, tumor: NDArray[np.bool_], choice: WindowChoice
+    ) -> "Tile":
+        """A copy of the slice, so that the patch's volumes can go."""
+        z = central_voxel(tumor, config.region.spacing_mm_zyx)[0]
+        image, mask = sample.synthetic_hu[z : z + 1].copy(), sample.mask[z : z + 1].copy()
+        view = View("axial", 0, int_zyx(image.shape), config.region.spacing_mm_zyx)
+        shown_mm = zoom_mm(view, tumor[z : z + 1])
+        return cls(info, image, mask, view, shown_mm, choice.of(config.region, info.organ))
+
+
+def write_contact_sheet(path: Path, tiles: Sequence[Tile], *, width_px: int = DEFAULT_WIDTH_PX) -> None:
+    """Write one PNG with all tumours side by side: axial slice of the painted image with the border of M, size, contrast, verdict."""
+    num_columns = 6
+    margin, gap, text_height, top = 0.5, 0.16, 0.9, 1.2
+    side = (SHEET_WIDTH_IN - 2 * margin - gap * (num_columns - 1)) / num_columns
+    num_rows = ceil(len(tiles) / num_columns)
+    sheet = Sheet(_whole_pixels(top + num_rows * (side + text_height) + 0.3), width_px=width_px)
+    num_passed = sum(tile.info.passed for tile in tiles)
+    noun = "tumour" if len(tiles) == 1 else "tumours"
+    sheet.text(margin, 0.14, f"{len(tiles)} synthetic {noun}, {num_passed} kept", points=17.0, weight="bold")
+    windows = "; ".join(dict.fromkeys(f"{tile.info.organ}: {tile.window}" for tile in tiles))
+    sheet.text(margin, 0.53, f"axial slices, {shortened(windows, 130)}", points=12.0)
+    sheet.text(margin, 0.8, f"{_VIEW_NOTE} Orange: border of the tumour mask M. Sheets are named as here.", points=10.0)
+    for number, tile in enumerate(tiles):
+        row, column = divmod(number, num_columns)
+        left, upper = margin + column * (side + gap), top + row * (side + text_height)
+        panel = Panel(sheet.axes(left, upper, side, side), tile.view, tile.shown_mm)
+        panel.grey(tile.image_hu, tile.window.hu)
+        panel.outline(tile.mask, MASK_COLOR, width_pt=1.6)
+        panel.marks()
+        panel.scale_bar()
+        info = tile.info
+        color = PASSED_COLOR if info.passed else FAILED_COLOR
+        sheet.text(left, upper + side + 0.05, info.verdict, points=10.5, weight="bold", color=color)
+        sheet.text(left, upper + side + 0.24, f"{info.size_class} {info.organ}, {info.measures}", points=9.5)
+        sheet.text(left, upper + side + 0.42, shortened(info.path.stem, 30), points=9.0)
+        sheet.text(left, upper + side + 0.58, shortened(info.case, 30), points=9.0)
+    sheet.save(path)
 
 
 def write_volume_sheet(
@@ -467,95 +651,7 @@ def _what_center(center_zyx: IntZYX | None, *, labelled: bool) -> str:
     return "the centre of the largest labelled part" if labelled else "the volume's middle, as no voxel is labelled"
 
 
-def write_prediction_sheet(
-    path: Path,
-    image_hu: NDArray[np.generic],
-    truth: NDArray[np.uint8],
-    predictions: Mapping[str, NDArray[np.uint8]],
-    *,
-    spacing_mm_zyx: FloatZYX,
-    window_hu: tuple[float, float],
-    labels: Mapping[str, int],
-    tumor_values: Sequence[int] | None = None,
-    title: str = "",
-    width_px: int = DEFAULT_WIDTH_PX,
-) -> None:
-    """Write one PNG: the axial slice with the most tumour, as CT, with the truth, and with each model's prediction, side by side.
-
-    Below, where there is a tumour, the part around it enlarged. In the models' pictures the true tumour is dashed white. The Dice
-    under a model's name is that of the whole volume. image_hu: HU [z, y, x], RAS+; truth and predictions: uint8 of the same shape.
-    tumor_values: which classes are tumours; None: those whose name says tumor or lesion. Without a tumour in the truth, the slice with
-    most predicted tumour is shown, else the one with most labelled voxels. Raises ConfigError where shapes differ or nothing is predicted.
-    """
-    if not predictions:
-        raise ConfigError(f"{path}: no prediction to show; want at least one model's label map.")
-    _same_shapes(path, image_hu, {"truth": truth, **predictions})
-    classes = classes_of(labels)
-    tumors = [v for n, v in classes if v in tumor_values] if tumor_values is not None else _tumor_classes(classes)
-    shape = int_zyx(image_hu.shape)
-    true_tumor = np.isin(truth, tumors)
-    tumor = true_tumor if true_tumor.any() else np.any([np.isin(p, tumors) for p in predictions.values()], axis=0)
-    slice_z = _fullest_slice(tumor if tumor.any() else truth > 0)
-    view = View("axial", slice_z, shape, spacing_mm_zyx)
-    columns: dict[str, NDArray[np.uint8] | None] = {"CT": None, "truth": truth, **predictions}
-    grid = PanelGrid([view], len(columns), top=1.75, max_row_height=6.0)
-    zoom = _zoom_mm(view, tumor) if tumor.any() else None
-    zoom_side = min(grid.column_width, 4.2)
-    zoom_top = grid.bottom + 0.14
-    bottom = grid.bottom if zoom is None else zoom_top + zoom_side
-    sheet = Sheet(_whole_pixels(bottom + 0.75 + 0.28 * ceil(len(classes) / 4)), width_px=width_px)
-    sheet.text(0.5, 0.14, shortened(title or "Truth and predictions", 90), points=17.0, weight="bold")
-    sheet.text(
-        0.5,
-        0.53,
-        f"axial slice z = {slice_z} of {shape[0]}, {_which_slice(true_tumor, tumor)};  voxels of {_by(spacing_mm_zyx)} mm (z, y, x);  "
-        f"{_window(window_hu)}",
-        points=12.0,
-    )
-    for number, (name, shown) in enumerate(columns.items()):
-        middle = grid.middle_of_column(number)
-        sheet.text(middle, 1.0, shortened(name, 110 // len(columns)), points=13.0, weight="bold", ha="center")
-        is_model = number >= 2
-        if is_model and shown is not None:
-            sheet.text(middle, 1.34, _dice_line(shown, truth, classes, tumors), points=11.0, ha="center")
-        panels = [grid.panel(sheet, 0, number)]
-        if zoom is not None:
-            panels[0].frame(zoom)
-            panels.append(Panel(sheet.axes(middle - zoom_side / 2, zoom_top, zoom_side, zoom_side), view, zoom))
-        for panel in panels:
-            panel.grey(image_hu, window_hu)
-            if is_model:  # below the model's own lines: where both agree, only those are seen
-                panel.outline(true_tumor, (1.0, 1.0, 1.0), dashed=True, width_pt=1.3)
-            if shown is not None:
-                for _, value in classes:
-                    panel.outline(shown == value, class_color(value), width_pt=1.5)
-            panel.marks()
-            if number == 0:
-                panel.scale_bar()
-    end = legend_rows(sheet, bottom + 0.2, [(name, class_color(value)) for name, value in classes], per_row=4)
-    sheet.legend_entry(0.5, end + 0.02, "true tumour, where a model differs from it", (1.0, 1.0, 1.0), dashed=True)
-    sheet.text(5.5, end + 0.02, _VIEW_NOTE, points=10.0)
-    sheet.save(path)
-
-
-def _tumor_classes(classes: Sequence[tuple[str, int]]) -> list[int]:
-    return [value for name, value in classes if "tumor" in name.lower() or "lesion" in name.lower()]
-
-
-def _fullest_slice(mask: NDArray[np.bool_]) -> int:
-    area = mask.sum(axis=(1, 2))
-    return int(np.argmax(area)) if area.any() else mask.shape[0] // 2
-
-
-def _which_slice(true_tumor: NDArray[np.bool_], tumor: NDArray[np.bool_]) -> str:
-    if true_tumor.any():
-        return "the one with the most true tumour"
-    if tumor.any():
-        return "the one with the most predicted tumour (the truth holds none)"
-    return "the one with the most labelled voxels (no tumour in truth or predictions)"
-
-
-def _zoom_mm(view: View, tumor: NDArray[np.bool_]) -> tuple[float, float, float, float]:
+def zoom_mm(view: View, tumor: NDArray[np.bool_]) -> Rectangle:
     """A square around the largest part of the tumour on the slice, at least 50 mm wide, inside the picture: left, right, top, bottom."""
     picture = view.picture(tumor)
     _, row, column = central_voxel(picture[None], float_zyx((1.0, *view.pixel_mm)))
@@ -566,14 +662,6 @@ def _zoom_mm(view: View, tumor: NDArray[np.bool_]) -> tuple[float, float, float,
     left = min(max((column + 0.5) * width - side / 2, 0.0), view.extent_mm[1] - side)
     top = min(max((row + 0.5) * height - side / 2, 0.0), view.extent_mm[0] - side)
     return left, left + side, top, top + side
-
-
-def _dice_line(
-    predicted: NDArray[np.uint8], truth: NDArray[np.uint8], classes: Sequence[tuple[str, int]], tumors: Sequence[int]
-) -> str:
-    scores = score_case("", predicted, truth, {n: v for n, v in classes if v in tumors}).classes
-    shown = [f"{name} Dice {score.dice:.2f}" for name, score in scores.items() if score.dice is not None]
-    return ", ".join(shown[:2]) or "no tumour in truth or prediction"
 
 
 def _same_shapes(path: Path, image_hu: NDArray[np.generic], others: Mapping[str, NDArray[np.uint8]]) -> None:
@@ -605,7 +693,7 @@ def _signed(value: float) -> str:
 
 
 def _window(window_hu: tuple[float, float]) -> str:
-    return f"window {window_hu[0]:g} to {window_hu[1]:g} HU".replace("-", "\N{MINUS SIGN}")
+    return str(Window("", *window_hu))
 
 
 def _by(values: Sequence[float]) -> str:

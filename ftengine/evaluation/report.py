@@ -1,489 +1,785 @@
-"""One HTML file that says what a comparison of segmenters came to: figures, curves, pictures, configuration.
+"""The report: one HTML file on training runs and evaluations. Curves, quality control, cases with contours, speed, configuration.
 
-The file stands alone: pictures and styles are inside, there is no script, and its content security policy lets a browser load nothing
-from anywhere. Every text from outside (case names come from files, and files from strangers) is escaped before it goes in.
+``ReportData`` is what there is to show; a part for which nothing was given, or whose files are broken, says so. ``page`` makes the file.
 """
 
-import base64
-import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+import numpy as np
 
 from ftengine.errors import ConfigError
 from ftengine.evaluation import calibration as shown_calibration
-from ftengine.evaluation.pictures import Color, class_color, png_bytes, printable
+from ftengine.evaluation.charts import Line, Strip, heat_chart, line_chart, scatter_chart, strip_chart
+from ftengine.evaluation.figures import PaintedFigure, glance, key_of_lines
+from ftengine.evaluation.page import (
+    NONE,
+    Section,
+    details,
+    document,
+    missing,
+    note,
+    number,
+    percent,
+    preformatted,
+    table,
+    tiles,
+)
+from ftengine.evaluation.preview import Tile
+from ftengine.evaluation.run_folder import RunLog, figure, mapping
+from ftengine.evaluation.scores import Scores, tumor_classes
+from ftengine.evaluation.statistics import paired_tests
+from ftengine.evaluation.svg_panels import data_uri
 from ftengine.quality.calibrate import Calibration
-from ftengine.training.run import read_metrics
 
-PHANTOM_NOTICE = (
-    "All CT in this report are synthetic phantoms, drawn from formulas and made to be learnable in minutes. They show no patient. The "
-    "figures say that the engine works from end to end on this machine; nothing here says how well it works on patients."
-)
-QUICK_NOTICE = (
-    "This was a quick run: a few volumes and a few training steps, to check that all parts work. The networks have hardly learned "
-    "anything, so do not compare the Dice figures at all."
-)
-WHAT_THE_DEMO_DID = (
-    "Drew phantom CT volumes and converted them into a store.",
-    "Trained a baseline segmenter S on the few volumes whose tumours are annotated.",
-    "Trained a generator G to paint tumours that S takes for real ones.",
-    "Trained two students that go on from S for equally many steps. The first saw the annotated volumes alone.",
-    "The second saw volumes without tumours too, into which G painted tumours while it trained; S judged each, and it saw those that passed.",
-    "Predicted held-out volumes that no network had seen, and compared the predictions with their known truth.",
-)
-
+MAX_BYTES = 5_000_000
+_MANY_CASES = 24  # from which the table of cases is folded
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_NONE = "&ndash;"
-_MAX_CURVE_POINTS = 2000  # more than pixels; a long run's log is thinned
+_TENTHS = range(1, 11)
+# figures of an evaluation's summary: (key, heading, format), shown where at least one class has them
+_SUMMARY: tuple[tuple[str, str, str], ...] = (
+    ("dice", "Dice", "{:.3f}"),
+    ("hd95_mm", "HD95, mm", "{:.1f}"),
+    ("surface_dice", "surface Dice", "{:.3f}"),
+    ("num_volumes_with_truth", "volumes", "{:.0f}"),
+    ("sensitivity", "sensitivity", "{:.3f}"),
+    ("specificity", "specificity", "{:.3f}"),
+    ("precision", "precision", "{:.3f}"),
+    ("f1", "F1", "{:.3f}"),
+)
 
 
 @dataclass(frozen=True)
-class ArmResult:
-    """One trained segmenter on the held-out volumes.
-
-    dice: mean Dice by class; None where no volume holds the class. sensitivity, specificity: detection of the tumour class at the level
-    of volumes (0 to 1), None without a volume to take it from. cases: Dice of the tumour class by volume, for volumes that hold it.
+class Introduction:
+    """What a reader should know first. notice: what the data are; is_quick: the run was too short to compare anything; steps: what was
+    done, a sentence each; stage_seconds: duration of each stage, in order.
     """
 
-    dice: Mapping[str, float | None]
-    sensitivity: float | None
-    specificity: float | None
-    cases: Sequence[tuple[str, float]]
+    notice: str = ""
+    quick: str = ""
+    steps: Sequence[str] = ()
+    stage_seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class ReportData:
-    """What a report shows. Plain values, as read from JSON; all texts are escaped when written.
+    """What a report shows; all texts are escaped when written.
 
-    arms: by name; the first is what the others are compared with. quality: {"by_organ", "by_size" or "by_dataset": {name: {"painted",
-    "passed", "draws"}}}. qc_pass_rate: of all painted patches, 0 to 1. stage_seconds: duration of each stage, in order. stall: by run,
-    the keys wait_fraction, patches_per_s, median_step_s; slowest: by run, the stage that set its pace. runs: run folders with a metrics.jsonl. sheets: (caption, PNG file). quick: say that
-    the run was too short to compare anything. notice: what the data are; shown first. steps: what was done, a sentence each. notes:
-    further sentences for the results. calibration: of the judge, None where it was not calibrated.
+    runs: of training, as ``read_run`` gives them. evaluations: the first is what the others are compared with. cases: figures of
+    ``case_figures``; case_notes: why some are not drawn. tiles, painted: painted tumours. calibration: of the judge. created: when and by
+    which version, a text.
     """
 
     title: str
-    tumor_class: str
-    arms: Mapping[str, ArmResult]
-    quality: Mapping[str, Mapping[str, Mapping[str, float]]]
-    qc_pass_rate: float | None
-    stage_seconds: Mapping[str, float]
-    stall: Mapping[str, Mapping[str, float]]
-    runs: Mapping[str, Path]
-    sheets: Sequence[tuple[str, Path]]
-    config_yaml: str
-    versions: Mapping[str, str]
-    slowest: Mapping[str, str] = field(default_factory=dict)
-    quick: bool = False
-    notice: str = PHANTOM_NOTICE
-    steps: Sequence[str] = WHAT_THE_DEMO_DID
-    notes: Sequence[str] = ()
+    runs: Sequence[RunLog] = ()
+    evaluations: Sequence[Scores] = ()
+    cases: Sequence[str] = ()
+    case_notes: Sequence[str] = ()
+    tiles: Sequence[Tile] = ()
+    painted: Sequence[PaintedFigure] = ()
     calibration: Calibration | None = None
+    introduction: Introduction = field(default_factory=Introduction)
+    created: str = ""
+
+    @property
+    def classes(self) -> list[str]:
+        """The tumour classes of the evaluations."""
+        return tumor_classes(list(dict.fromkeys(name for scores in self.evaluations for name in scores.classes)))
+
+    @property
+    def painting_run(self) -> RunLog | None:
+        """The last run that trained a segmenter with painted tumours."""
+        painting = [run for run in self.runs if run.keys("mix/") and run.keys("qc/pass_rate")]
+        return painting[-1] if painting else None
 
 
 def write_report(path: Path, data: ReportData) -> None:
-    """Write the report as one HTML file (UTF-8); its folder is made.
-
-    Raises ConfigError where a sheet is not a PNG file or a run folder has no readable metrics.jsonl.
-    """
-    parts = [
-        _head(data),
-        _results(data),
-        _cases(data),
-        _quality(data),
-        _calibration(data),
-        _speed(data),
-        _curves(data),
-        _sheets(data),
-        _origin(data),
-    ]
-    document = _PAGE.format(
-        csp=escape(_content_security_policy()),
-        title=escape(data.title),
-        style=_STYLE,
-        body="\n".join(part for part in parts if part),
-    )
+    """Write the report as one HTML file (UTF-8); its folder is made. Raises ConfigError where a run's picture is no PNG file."""
+    text = page(data)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(document, encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
 
 
-def _head(data: ReportData) -> str:
-    quick = f'<p class="quick">{escape(QUICK_NOTICE)}</p>' if data.quick else ""
-    steps = "".join(f"<li>{escape(step)}</li>" for step in data.steps)
-    return (
-        f"<header><h1>{escape(data.title)}</h1>"
-        f'<div class="notice" role="note"><p><strong>What the data are.</strong> {escape(data.notice)}</p>{quick}</div></header>'
-        f"<section><h2>What was done</h2><ol>{steps}</ol></section>"
-    )
+def page(data: ReportData) -> str:
+    """The report as HTML."""
+    what = [
+        f"{len(items)} {noun}{'' if len(items) == 1 else 's'}"
+        for items, noun in ((data.runs, "training run"), (data.evaluations, "evaluation"))
+        if items
+    ]
+    line = "; ".join([*([data.created] if data.created else []), *what])
+    lead = f'<p class="kind">ftengine report</p><h1>{escape(data.title)}</h1><p class="line">{escape(line)}</p>'
+    sections = [
+        Section("overview", "Overview", _overview(data)),
+        Section("results", "Results", _results(data)),
+        Section("cases", "Worst and best cases", _cases(data)),
+        Section("painted", "Painted tumours", _painted(data)),
+        Section("quality", "Quality control", _quality(data)),
+        Section("training", "Training", _training(data)),
+        Section("speed", "Speed", _speed(data)),
+        Section("setup", "Configuration and versions", _setup(data)),
+    ]
+    return document(data.title, lead, sections)
+
+
+# ---- overview ----
+
+
+def _overview(data: ReportData) -> str:
+    given = data.introduction
+    parts = []
+    if given.notice:
+        parts.append(note(f"<strong>What the data are.</strong> {escape(given.notice)}", "warning"))
+    if given.quick:
+        parts.append(note(escape(given.quick), "warning"))
+    parts.append(tiles(_key_figures(data)))
+    if given.steps:
+        parts.append(
+            f'<h3>What was done</h3><ol class="steps">{"".join(f"<li>{escape(step)}</li>" for step in given.steps)}</ol>'
+        )
+    for run in data.runs:
+        parts += [note(f"<strong>{escape(run.name)}.</strong> {escape(text)}", "warning") for text in run.notes]
+        parts += [
+            note(f"<strong>{escape(run.name)}</strong> warned: {escape(str(text))}", "warning")
+            for text in _list(mapping(run.result).get("warnings"))
+        ]
+    return "".join(parts) or missing("Nothing was given to report on.")
+
+
+def _key_figures(data: ReportData) -> Iterator[tuple[str, str, str]]:
+    """What a reader looks for first, of the last evaluation and the last run."""
+    for name in data.classes if data.evaluations else ():
+        last, first = data.evaluations[-1], data.evaluations[0]
+        dice, before = last.figure(name, "dice"), first.figure(name, "dice")
+        if dice is None:
+            continue
+        bounds = last.interval(name, "dice")
+        remark = f"mean of {len(last.of_class(name))} volumes" + (
+            f", {bounds[0]:.2f} to {bounds[1]:.2f}" if bounds else ""
+        )
+        if last is not first and before is not None:
+            remark += f"; {first.name}: {before:.3f}"
+        yield f"Dice, {name}", number(dice), remark
+        sensitivity, specificity = (last.figure(name, key) for key in ("sensitivity", "specificity"))
+        if sensitivity is not None:
+            of_healthy = "no healthy volume" if specificity is None else f"specificity {specificity:.2f}"
+            yield f"Sensitivity, {name}", number(sensitivity, "{:.2f}"), f"volumes; {of_healthy}"
+    painting = data.painting_run
+    if painting is not None:
+        _, rates = painting.series("qc/pass_rate")
+        threshold = figure(painting.setting("qc", "threshold"))
+        asked = "no threshold" if threshold is None else f"P at least {threshold:g}"
+        yield "Painted tumours that passed", percent(rates[-1]), f"{asked}; {painting.name}"
+    last_run = next((run for run in reversed(data.runs) if run.metrics), None)
+    if last_run is not None:
+        waited = last_run.weighted("loader/wait_fraction")
+        if waited is not None:
+            yield "Training waited for data", percent(waited), last_run.name
+        best = mapping(mapping(last_run.result).get("best"))
+        if figure(best.get("dice")) is not None:
+            yield (
+                "Best validation Dice",
+                number(figure(best.get("dice"))),
+                f"after {figure(best.get('step')) or 0:.0f} steps",
+            )
+
+
+# ---- results ----
 
 
 def _results(data: ReportData) -> str:
-    names = list(data.arms)
-    classes = list(dict.fromkeys(name for arm in data.arms.values() for name in arm.dice))
-    rows: list[tuple[str, list[float | None], str]] = [
-        (f"Dice, {name}", [arm.dice.get(name) for arm in data.arms.values()], "{:.3f}") for name in classes
+    if not data.evaluations:
+        return missing(
+            "No evaluation was given, so there are no scores. Make one and name it:",
+            "ftengine evaluate CKPT STORE --json > scores.json; ftengine report RUN --evaluation scores.json",
+        )
+    parts = [_summary_table(data.evaluations), _lesion_table(data.evaluations)]
+    sentences = [
+        _comparison(data.evaluations[0], other, name) for other in data.evaluations[1:] for name in data.classes
     ]
-    rows += [
-        (f"Sensitivity, {data.tumor_class}", [arm.sensitivity for arm in data.arms.values()], "{:.2f}"),
-        (f"Specificity, {data.tumor_class}", [arm.specificity for arm in data.arms.values()], "{:.2f}"),
+    parts += [f"<p>{sentence}</p>" for sentence in sentences if sentence]
+    parts += [_volume_by_volume(data.evaluations, name) for name in data.classes]
+    for scores in data.evaluations:
+        if scores.num_left_out:
+            parts.append(
+                note(
+                    f"<strong>{escape(scores.name)}</strong>: {scores.num_left_out} volumes were left out, as nobody annotated tumours in them."
+                )
+            )
+        if scores.failed:
+            rows = [[escape(case), escape(reason)] for case, reason in scores.failed.items()]
+            parts.append(table(f"{scores.name}: files that could not be scored", ["File", "Reason"], rows, texts=2))
+    return "".join(parts)
+
+
+def _summary_table(evaluations: Sequence[Scores]) -> str:
+    classes = list(dict.fromkeys(name for scores in evaluations for name in scores.classes))
+    shown = [c for c in _SUMMARY if any(s.figure(name, c[0]) is not None for s in evaluations for name in classes)]
+    rows = [
+        [escape(name), escape(scores.name), *(_with_interval(scores, name, key, style) for key, _, style in shown)]
+        for name in classes
+        for scores in evaluations
+        if name in scores.classes
     ]
-    header = ["Figure", *names, *_difference_headings(names)]
-    body = []
-    for label, values, style in rows:
-        differences = [None if value is None or values[0] is None else value - values[0] for value in values[1:]]
-        cells = [_number(v, style) for v in values]
-        cells += [_number(d, style.replace("{:", "{:+")) for d in differences]
-        body.append([escape(label), *cells])
-    table = _table(
-        "Held-out volumes: mean Dice of the volumes that hold the class; sensitivity and specificity count volumes, not voxels.",
-        header,
-        body,
+    caption = (
+        "Mean over the volumes that hold the class; sensitivity, specificity, precision and F1 count volumes, not voxels, and any overlap is a hit. "
+        f"Small: {evaluations[0].confidence:.0%} confidence interval, where there is one."
     )
-    sentences = [text for name in names[1:] if (text := _comparison(data, names[0], name))]
-    sentences += [escape(note) for note in data.notes]
-    return f"<section><h2>Results</h2>{table}{''.join(f'<p>{s}</p>' for s in sentences)}</section>"
+    return table(caption, ["Class", "Evaluation", *(heading for _, heading, _ in shown)], rows, texts=2)
 
 
-def _difference_headings(names: Sequence[str]) -> list[str]:
-    """Column headings of the differences to the first arm; its name only where there are several."""
-    return ["difference"] if len(names) == 2 else [f"{name}: difference" for name in names[1:]]
+def _with_interval(scores: Scores, name: str, key: str, style: str) -> str:
+    """A number as HTML, and below it its confidence interval."""
+    bounds = scores.interval(name, key)
+    shown = number(scores.figure(name, key), style)
+    if bounds is None:
+        return shown
+    coarse = "{:.2f}" if style == "{:.3f}" else "{:.0f}"
+    return f'{shown}<span class="interval">{number(bounds[0], coarse)} to {number(bounds[1], coarse)}</span>'
 
 
-def _comparison(data: ReportData, first: str, second: str) -> str:
-    """A sentence on the paired Dice of two arms, escaped; it counts, and claims no significance."""
-    before, after = dict(data.arms[first].cases), dict(data.arms[second].cases)
+def _lesion_table(evaluations: Sequence[Scores]) -> str:
+    """Detection of single lesions, where the evaluations counted them."""
+    rows = []
+    for scores in evaluations:
+        for name in scores.classes:
+            lesions = mapping(mapping(scores.summary.get(name)).get("lesions"))
+            if not lesions:
+                continue
+            sizes = mapping(lesions.get("by_size"))
+            rows.append(
+                [
+                    escape(name),
+                    escape(scores.name),
+                    *(_found(mapping(row)) for row in (lesions, sizes.get("small"), sizes.get("large"))),
+                    number(figure(lesions.get("precision"))),
+                    number(figure(lesions.get("f1"))),
+                    number(figure(lesions.get("false_positives_per_volume")), "{:.2f}"),
+                ]
+            )
+    header = [
+        "Class",
+        "Evaluation",
+        "found",
+        "small, found",
+        "large, found",
+        "precision",
+        "F1",
+        "false alarms a volume",
+    ]
+    return table("Single lesions: connected parts, whatever volume they lie in.", header, rows, texts=2) if rows else ""
+
+
+def _found(row: Mapping[str, Any]) -> str:
+    found, total = (figure(row.get(key)) for key in ("num_found", "num_truth"))
+    if found is None or not total:
+        return NONE
+    return f'{percent(found / total)}<span class="interval">{found:,.0f} of {total:,.0f}</span>'
+
+
+def _comparison(first: Scores, second: Scores, name: str) -> str:
+    """A sentence on the paired Dice of two evaluations, as HTML; it counts, and claims no significance."""
+    before, after = first.of_class(name), second.of_class(name)
     both = [case for case in before if case in after]
     if not both:
         return ""
     better = sum(after[case] > before[case] for case in both)
     worse = sum(after[case] < before[case] for case in both)
-    change = fmean(after[case] - before[case] for case in both)
+    tests = paired_tests([after[case] for case in both], [before[case] for case in both])
+    said = [
+        f"{test} p = {value:.3g}"
+        for test, value in (("paired t-test", tests.t_pvalue), ("Wilcoxon", tests.wilcoxon_pvalue))
+        if value is not None
+    ]
+    bounds = tests.interval
+    if bounds is not None and bounds.low is not None and bounds.high is not None:
+        said.insert(0, f"95% interval {number(bounds.low, '{:+.3f}')} to {number(bounds.high, '{:+.3f}')}")
+    in_brackets = f" ({'; '.join(said)})" if said else ""
     return (
-        f"On the {len(both)} held-out volume{'s' if len(both) > 1 else ''} with {escape(data.tumor_class)}, the Dice of "
-        f"<q>{escape(second)}</q> is higher than that of <q>{escape(first)}</q> on {better} and lower on {worse}; the mean difference is "
-        f"{_number(change, '{:+.3f}')}. One training run each is no measure of a method: another seed can give another difference."
+        f"On the {len(both)} volume{'s' if len(both) > 1 else ''} with {escape(name)}, the Dice of <q>{escape(second.name)}</q> is higher than that of "
+        f"<q>{escape(first.name)}</q> on {better} and lower on {worse}; the mean difference is {number(tests.mean_difference, '{:+.3f}')}"
+        f"{in_brackets}. This compares two trained networks, not two methods: another seed can give another difference."
     )
+
+
+def _volume_by_volume(evaluations: Sequence[Scores], name: str) -> str:
+    """Dice of a class in every volume: the distribution, and the numbers."""
+    chart, numbers = _strips(evaluations, name), _case_table(evaluations, name)
+    if not chart:
+        return ""
+    charts = f"<div>{chart}{_over_size(evaluations, name)}</div>"
+    return f'<h3>{escape(name)}, volume by volume</h3><div class="side">{charts}{numbers}</div>'
+
+
+def _over_size(evaluations: Sequence[Scores], name: str) -> str:
+    """Dice over the diameter of the volume's largest true lesion, where the evaluations measured it."""
+    groups = []
+    for style, scores in enumerate(evaluations, start=1):
+        dice = scores.of_class(name)
+        points = [(mm, dice[case]) for case in dice if (mm := scores.diameter_mm.get(case, {}).get(name)) is not None]
+        if points:
+            groups.append(Line(scores.name, [x for x, _ in points], [y for _, y in points], 1 + (style - 1) % 4))
+    if not groups:
+        return ""
+    alt = f"Dice of {name} of each volume over the diameter of its largest true lesion. " + " ".join(
+        f"{group.name}: {len(group.x)} volumes, lesions of {min(group.x):.0f} to {max(group.x):.0f} mm."
+        for group in groups
+    )
+    chart = scatter_chart(groups, x_label="largest true lesion, mm", alt=alt, y_range=(-0.03, 1.03))
+    return f'<figure class="card"><h4>Dice over size</h4>{chart}</figure>'
+
+
+def _strips(evaluations: Sequence[Scores], name: str) -> str:
+    strips = [
+        Strip(scores.name, list(dice.values()), list(dice)) for scores in evaluations if (dice := scores.of_class(name))
+    ]
+    if not strips:
+        return ""
+    alt = f"Dice of {name} for every volume. " + " ".join(
+        f"{s.name}: {len(s.values)} volumes, mean {fmean(s.values):.3f}, lowest {min(s.values):.3f}, highest {max(s.values):.3f}."
+        for s in strips
+    )
+    chart = strip_chart(strips, x_label=f"Dice of {name}", alt=alt)
+    caption = "A dot is a volume that holds the class; the box is the middle half, the bar the mean."
+    return f'<figure class="card">{chart}<figcaption>{caption}</figcaption></figure>'
+
+
+def _case_table(evaluations: Sequence[Scores], name: str) -> str:
+    dice = [scores.of_class(name) for scores in evaluations]
+    cases = list(dict.fromkeys(case for of_one in dice for case in of_one))
+    if not cases:
+        return ""
+    rows = []
+    for case in cases:
+        values = [of_one.get(case) for of_one in dice]
+        differences = [None if v is None or values[0] is None else v - values[0] for v in values[1:]]
+        rows.append([escape(case), *(number(v) for v in values), *(number(d, "{:+.3f}") for d in differences)])
+    header = ["Volume", *(s.name for s in evaluations), *_difference_headings([s.name for s in evaluations])]
+    made = table(f"Dice of {name} in each volume that holds it.", header, rows)
+    return details(f"Numbers of all {len(cases)} volumes", made) if len(cases) > _MANY_CASES else made
+
+
+def _difference_headings(names: Sequence[str]) -> list[str]:
+    """Column headings of the differences to the first; a name only where there are several."""
+    return ["difference"] if len(names) == 2 else [f"{name}: difference" for name in names[1:]]
+
+
+# ---- pictures ----
 
 
 def _cases(data: ReportData) -> str:
-    names = list(data.arms)
-    table = {name: dict(arm.cases) for name, arm in data.arms.items()}
-    cases = list(dict.fromkeys(case for name in names for case in table[name]))
-    if not cases:
-        return ""
-    body = []
-    for case in cases:
-        values = [table[name].get(case) for name in names]
-        differences = [None if v is None or values[0] is None else v - values[0] for v in values[1:]]
-        body.append(
-            [
-                escape(case),
-                *(_number(v, "{:.3f}") for v in values),
-                *(_number(d, "{:+.3f}") for d in differences),
-            ]
+    notes = "".join(note(escape(text), "missing") for text in data.case_notes)
+    if not data.cases:
+        return notes or missing(
+            "No case is drawn: name the store and what was predicted.",
+            "ftengine report RUN --evaluation scores.json --store STORE --checkpoint CKPT",
         )
-    header = ["Volume", *names, *_difference_headings(names)]
-    caption = f"Dice of {data.tumor_class} in each held-out volume that holds it."
-    return f"<section><h2>Volume by volume</h2>{_table(caption, header, body)}</section>"
+    return key_of_lines(painted=False) + _VIEW + "".join(data.cases) + notes
+
+
+def _painted(data: ReportData) -> str:
+    if not data.tiles and not data.painted:
+        return missing(
+            "No painted tumour is drawn: name the store, and the generator and the judge where there are some.",
+            "ftengine report RUN --store STORE --synth G.pt --judge S.pt",
+        )
+    parts = [key_of_lines(painted=True), _VIEW]
+    if data.tiles:
+        kept = sum(tile.info.passed for tile in data.tiles)
+        window = "; ".join(dict.fromkeys(f"{tile.info.organ}: {tile.window}" for tile in data.tiles))
+        parts.append(
+            f"<h3>At a glance</h3><p>{len(data.tiles)} tumours in the order of the size classes, {kept} kept; axial slices, {escape(window)}.</p>{glance(data.tiles)}"
+        )
+    if data.painted:
+        parts.append("<h3>In three planes</h3>" + "".join(figure.html for figure in data.painted))
+    return "".join(parts)
+
+
+# ---- quality control ----
 
 
 def _quality(data: ReportData) -> str:
-    if not data.quality and data.qc_pass_rate is None:
-        return ""
-    titles = {
-        "by_organ": ("By organ", "Organ"),
-        "by_size": ("By size class", "Size class"),
-        "by_dataset": ("By data set that was painted on", "Data set"),
-    }
-    tables = []
-    for key, rows in data.quality.items():
-        body = [
-            [
-                escape(name),
-                f"{row['painted']:.0f}",
-                f"{row['passed']:.0f}",
-                _percent(row["passed"] / row["painted"] if row["painted"] else None),
-                _number(row["draws"] / row["painted"] if row["painted"] else None, "{:.2f}"),
-            ]
-            for name, row in rows.items()
-        ]
-        title, heading = titles.get(key, (key, key))
-        tables.append(_table(title, [heading, "painted", "passed", "pass rate", "draws a patch"], body))
-    total = (
-        ""
-        if data.qc_pass_rate is None
-        else f"<p>In all, {_percent(data.qc_pass_rate)} of the painted patches passed.</p>"
-    )
-    if data.qc_pass_rate == 0.0:
-        total += "<p>So no painted tumour reached training: the student with synthesis saw none.</p>"
-    return (
-        "<section><h2>Quality control of painted tumours</h2>"
-        "<p>A painted tumour passes where the baseline segmenter sees enough of it as tumour (P &ge; T); a failed patch goes to "
-        f'training as it was.</p>{total}<div class="side">{"".join(tables)}</div></section>'
-    )
-
-
-def _calibration(data: ReportData) -> str:
-    """What the judge sees of real tumours beside painted ones: table, pictures for light and dark pages, what follows."""
+    parts = [
+        (
+            "<p>A painted tumour passes where the judge, a frozen segmenter, sees enough of it as tumour (P &ge; T); a patch that fails goes to "
+            "training as it was. In a run that trains the generator, P is what it is trained for.</p>"
+        )
+    ]
+    shown = [made for run in data.runs if (made := _run_quality(run))]
+    parts += shown or [missing("No run that was given painted tumours." if data.runs else "No run was given.")]
     if data.calibration is None:
+        parts.append(
+            "<h3>What the judge sees of real tumours</h3>"
+            + missing(
+                "The judge was not calibrated here:",
+                "ftengine qc calibrate STORE --judge S.pt --out DIR; ftengine report RUN --calibration DIR/calibration.json",
+            )
+        )
+    else:
+        parts.append(_calibration(data.calibration))
+    return "".join(parts)
+
+
+def _run_quality(run: RunLog) -> str:
+    steps, rates = run.series("qc/pass_rate")
+    if not steps:
         return ""
-    given = data.calibration
-    rows = [[escape(cell) for cell in row] for row in shown_calibration.table(given)]
-    table = _table(shown_calibration.heading(given), shown_calibration.HEADER, rows)
-    alt = f"Share of real and of painted tumours over P. {given.advice()}"
-    dark = _data_uri(shown_calibration.draw_calibration(given, dark=True))
-    light = _data_uri(shown_calibration.draw_calibration(given))
-    picture = (
-        f'<figure><picture class="calibration"><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img src="{light}" alt="{escape(alt)}"></picture>'
-        "<figcaption>Each curve falls from 1: the share of tumours of which the judge sees at least P. Where the painted curve lies far above "
-        "the real one, painted tumours are easier for the judge than real ones. The last panel shows P over contrast.</figcaption></figure>"
+    threshold = figure(run.setting("qc", "threshold"))
+    lines = [Line("since the start" if run.keys("mix/") else "since the last line", steps, rates)]
+    window_steps, window_rates = run.series("qc/window_pass_rate")
+    if window_steps:
+        lines.append(Line("of the last patches (qc.window)", window_steps, window_rates))
+    least = figure(run.setting("qc", "min_pass_rate"))
+    ends = f"from {rates[0]:.1%} to {rates[-1]:.1%}"
+    chart = line_chart(
+        lines,
+        x_label="step",
+        alt=f"{run.name}: share of painted tumours that passed, {ends} over {steps[-1]:.0f} steps.",
+        y_range=(0.0, 1.0),
+        limit=None if not least else (least, "least allowed"),
     )
+    charts = [
+        f"<figure><h4>Pass rate</h4>{chart}<figcaption>{escape(ends[0].upper() + ends[1:])}.</figcaption></figure>",
+        _p_over_time(run, threshold),
+        _by_size(run) or _curve(run, run.keys("generator/contrast"), "tanh(G) inside M, mean and deviation"),
+    ]
+    return f'<h3>{escape(run.name)}</h3><div class="charts">{"".join(charts)}</div>{_quality_tables(run)}'
+
+
+def _by_size(run: RunLog) -> str:
+    """Pass rate of each size class since the start of the run."""
+    prefix = "qc/pass_rate/size/"
+    lines = [Line(key.removeprefix(prefix), *run.series(key)) for key in run.keys(prefix)]
+    if not lines:
+        return ""
+    ends = "; ".join(f"{line.name} {line.y[-1]:.1%}" for line in lines)
+    alt = f"{run.name}: share of painted tumours that passed since the start, by size class; at the end {ends}."
+    chart = line_chart(lines, x_label="step", alt=alt, y_range=(0.0, 1.0))
+    return f"<figure><h4>Pass rate by size class</h4>{chart}<figcaption>{escape(ends)}.</figcaption></figure>"
+
+
+def _p_over_time(run: RunLog, threshold: float | None) -> str:
+    keys = [f"qc/p_tenth/{n}" for n in _TENTHS]
+    lines = [line for line in run.metrics if all(key in line for key in keys)]
+    if not lines:
+        return ""
+    shares = np.array([[line[key] for key in keys] for line in lines])
+    steps = [line["step"] + 1 for line in lines]
+    first, last = (float((row * (np.arange(10) + 0.5) / 10).sum()) for row in (shares[0], shares[-1]))
+    alt = f"{run.name}: distribution of P over the run; its mean is about {first:.2f} at the first logged step and {last:.2f} at the last."
+    chart = heat_chart(steps, shares, x_label="step", y_label="P", alt=alt, limit=threshold)
+    caption = "Share of the painted tumours in each tenth of P, the darker the more; a column is a part of the run."
+    return f"<figure><h4>Distribution of P</h4>{chart}<figcaption>{caption}</figcaption></figure>"
+
+
+def _quality_tables(run: RunLog) -> str:
+    quality = mapping(mapping(run.result).get("quality"))
+    both = mapping(quality.get("by_organ_and_size"))
+    if both:
+        rows = [
+            [escape(organ), escape(size), *_counts(row)]
+            for organ, sizes in both.items()
+            for size, row in mapping(sizes).items()
+        ]
+        tables = [table("Painted tumours by organ and size class", ["Organ", "Size class", *_COUNTS], rows, texts=2)]
+        datasets = mapping(quality.get("by_dataset"))
+        tables.append(
+            table(
+                "By data set that was painted on",
+                ["Data set", *_COUNTS],
+                [[escape(n), *_counts(r)] for n, r in datasets.items()],
+            )
+        )
+        return f'<div class="side">{"".join(tables)}</div>'
+    prefix = "qc/pass_rate/"
+    rates = {key.removeprefix(prefix): run.series(key)[1][-1] for key in run.keys(prefix)}
+    if not rates:
+        return ""
+    rows = [
+        [escape(name.split("/", 1)[0]), escape(name.split("/", 1)[-1]), percent(rate)] for name, rate in rates.items()
+    ]
+    return table("Pass rates so far; counts come when the run ends", ["Kind", "Name", "pass rate"], rows, texts=2)
+
+
+_COUNTS = ("painted", "passed", "pass rate", "draws a patch")
+
+
+def _counts(row: Any) -> list[str]:
+    painted, passed, draws = (figure(mapping(row).get(key)) or 0.0 for key in ("painted", "passed", "draws"))
+    return [
+        f"{painted:,.0f}",
+        f"{passed:,.0f}",
+        percent(passed / painted if painted else None),
+        number(draws / painted if painted else None, "{:.2f}"),
+    ]
+
+
+def _calibration(given: Calibration) -> str:
+    """What the judge sees of real tumours beside painted ones: table, pictures for light and dark pages, what follows."""
+    rows = [
+        [escape(row[0]), *(NONE if cell == "-" else escape(cell).replace("-", "&minus;") for cell in row[1:])]
+        for row in shown_calibration.table(given)
+    ]
+    made = table(shown_calibration.heading(given), shown_calibration.HEADER, rows)
+    charts = [_shares(given, size) for size in (None, *given.sizes)]
+    charts.append(_contrast(given))
     sentences = "".join(f"<p>{escape(line)}</p>" for line in shown_calibration.sentences(given))
-    return f"<section><h2>What the judge sees of real tumours</h2>{sentences}{table}{picture}</section>"
+    how = (
+        "<p>Each curve falls from 1: the share of tumours of which the judge sees at least P. Where the painted curve lies far above the real one, "
+        "painted tumours are easier for the judge than real ones.</p>"
+    )
+    return (
+        f'<h3>What the judge sees of real tumours</h3>{sentences}{made}{how}<div class="charts">{"".join(charts)}</div>'
+    )
+
+
+def _shares(given: Calibration, size: str | None) -> str:
+    """The share of tumours with at least P, over P, of a size class or of all."""
+    limits = np.linspace(0.0, 1.0, 101)
+    lines = [
+        Line(
+            f"{origin} (n = {len(values)})",
+            limits.tolist(),
+            shown_calibration.shares_over(values, limits).tolist(),
+            style,
+        )
+        for style, origin in enumerate(shown_calibration.ORIGINS, start=1)
+        if len(values := given.proportions(origin, size))
+    ]
+    if not lines:
+        return ""
+    title = "All tumours" if size is None else f"Size class {size}"
+    threshold = shown_calibration.shown_threshold(given)
+    middle = "; ".join(f"{line.name}: {line.y[50]:.0%} with P of at least 0.5" for line in lines)
+    chart = line_chart(
+        lines,
+        x_label="P",
+        alt=f"{title}, {middle}.",
+        x_range=(0.0, 1.0),
+        y_range=(0.0, 1.05),
+        x_limit=None if threshold is None else (threshold, f"T = {threshold:g}"),
+    )
+    return f"<figure><h4>{escape(title)}</h4>{chart}</figure>"
+
+
+def _contrast(given: Calibration) -> str:
+    """P over the contrast of each tumour."""
+    groups = []
+    for style, origin in enumerate(shown_calibration.ORIGINS, start=1):
+        points = shown_calibration.contrast_points(given, origin)
+        if points:
+            groups.append(Line(origin, [x for x, _ in points], [y for _, y in points], style))
+    if not groups:
+        return ""
+    alt = "P of each tumour over its contrast, tumour minus the ring around it, in HU. " + " ".join(
+        f"{group.name}: {len(group.x)} tumours, from {min(group.x):.0f} to {max(group.x):.0f} HU." for group in groups
+    )
+    chart = scatter_chart(groups, x_label="tumour minus ring, HU", alt=alt, y_range=(-0.05, 1.05))
+    return f"<figure><h4>P over contrast</h4>{chart}</figure>"
+
+
+# ---- training and speed ----
+
+
+def _training(data: ReportData) -> str:
+    if not data.runs:
+        return missing("No run was given:", "ftengine report RUN")
+    return "".join(_run_training(run) for run in data.runs)
+
+
+def _run_training(run: RunLog) -> str:
+    kind = {"segmenter": "Segmenter", "generator": "Generator"}.get(run.kind, "Run")
+    wanted = "" if run.steps_wanted is None else f" of {run.steps_wanted:,}"
+    heading = f"<h3>{escape(run.name)}</h3><p>{kind}, {run.steps_done:,}{wanted} steps.</p>"
+    if not run.keys("loss"):
+        return heading + missing("No loss was logged.") + _pictures(run)
+    charts = [
+        _curve(run, run.keys("loss"), "Loss"),
+        _curve(run, run.keys("learning_rate"), "Learning rate"),
+        _validation(run),
+    ]
+    return f'{heading}<div class="charts">{"".join(charts)}</div>{_pictures(run)}'
+
+
+def _curve(run: RunLog, keys: Sequence[str], title: str) -> str:
+    lines = [Line(key, *run.series(key)) for key in keys]
+    if not lines:
+        return ""
+    ends = "; ".join(f"{line.name} from {line.y[0]:.3g} to {line.y[-1]:.3g}" for line in lines)
+    alt = f"{title} of {run.name} over {run.steps_done:,} steps: {ends}."
+    chart = line_chart(lines, x_label="step", alt=alt)
+    return f"<figure><h4>{escape(title)}</h4>{chart}<figcaption>{escape(ends)}</figcaption></figure>"
+
+
+def _validation(run: RunLog) -> str:
+    keys = list(dict.fromkeys(key for line in run.validations for key in line if key.startswith("dice/")))
+    lines = [
+        Line(
+            key.removeprefix("dice/"),
+            [line["step"] for line in run.validations if key in line],
+            [line[key] for line in run.validations if key in line],
+        )
+        for key in keys
+    ]
+    if not lines:
+        why = (
+            ""
+            if run.kind == "generator"
+            else missing(
+                "This run was not validated while it trained:", "ftengine train seg STORE --out RUN --val-split NAME"
+            )
+        )
+        return f"<figure><h4>Validation Dice</h4>{why}</figure>" if why else ""
+    best = max(run.validations, key=lambda line: line.get("dice", 0.0))
+    ends = f"best mean {best.get('dice', 0.0):.3f} after {best['step']:.0f} steps"
+    chart = line_chart(lines, x_label="step", alt=f"Validation Dice of {run.name}: {ends}.", y_range=(0.0, 1.0))
+    return f"<figure><h4>Validation Dice</h4>{chart}<figcaption>{escape(ends[0].upper() + ends[1:])}.</figcaption></figure>"
+
+
+def _pictures(run: RunLog) -> str:
+    """PNG sheets that the run itself drew."""
+    if not run.pictures:
+        return ""
+    figures = []
+    for path in run.pictures:
+        label = escape(
+            f"{run.name}, {path.parent.name}, {path.name}: painted patch in three planes, drawn while the run trained"
+        )
+        figures.append(
+            f'<figure class="file"><div class="scroll" tabindex="0" role="region" aria-label="{label}">'
+            f'<img src="{data_uri(_png(path))}" alt="{label}"></div><figcaption>{escape(path.parent.name)}, {escape(path.name)}</figcaption></figure>'
+        )
+    return details(f"Pictures of {run.name}, {run.pictures[0].parent.name}", "".join(figures))
+
+
+def _png(path: Path) -> bytes:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"picture {path}: cannot be read ({error.strerror}); want a PNG file.") from error
+    if not content.startswith(_PNG_SIGNATURE):
+        raise ConfigError(f"picture {path}: is not a PNG file; want what ftengine drew. Remove it from the run.")
+    return content
 
 
 def _speed(data: ReportData) -> str:
-    stall = [
+    parts = []
+    timed = [run for run in data.runs if sum(run.line_seconds()) > 0]
+    if timed:
+        header = ["Run", "slowest part", "waited for data", "patches / s", "step, s", "training, s"]
+        parts.append(
+            table(
+                "Stall meter: how long training waited for its batches.",
+                header,
+                [_speed_row(run) for run in timed],
+                texts=2,
+            )
+        )
+        parts.append(f'<div class="side">{"".join(_stages(run) for run in timed)}</div>')
+        for run in timed:
+            sentence = mapping(mapping(run.result).get("stall")).get("sentence")
+            if sentence:
+                parts.append(f"<p><strong>{escape(run.name)}</strong>: {escape(str(sentence))}.</p>")
+    seconds = data.introduction.stage_seconds
+    if seconds:
+        rows = [[escape(name), f"{value:.1f}"] for name, value in seconds.items()]
+        rows.append(["all stages", f"{sum(seconds.values()):.1f}"])
+        parts.append(table("Duration of the stages.", ["Stage", "seconds"], rows))
+    return "".join(parts) or missing("No run that was given has logged its speed.")
+
+
+def _speed_row(run: RunLog) -> list[str]:
+    seconds = sum(run.line_seconds())
+    step_s = seconds / (run.metrics[-1]["step"] + 1)
+    samples = run.samples_per_step
+    slowest = mapping(mapping(run.result).get("stall")).get("slowest")
+    return [
+        escape(run.name),
+        escape(str(slowest)) if slowest else NONE,
+        percent(run.weighted("loader/wait_fraction")),
+        number(samples / step_s if samples is not None and step_s > 0 else None, "{:.1f}"),
+        number(step_s),
+        number(seconds, "{:,.0f}"),
+    ]
+
+
+def _stages(run: RunLog) -> str:
+    """The parts of the way from the store to the weights, and how much of the time each was at work."""
+    prefix = "loader/busy/"
+    names = [key.removeprefix(prefix) for key in run.keys(prefix)]
+    first_stage = next((name for name in names if name not in {"reads", "prepare"}), "")
+    queues = {"prepare": "reads", first_stage: "prepared"}
+    rows = [
         [
             escape(name),
-            _percent(figures.get("wait_fraction")),
-            _number(figures.get("patches_per_s"), "{:.1f}"),
-            _number(figures.get("median_step_s"), "{:.3f}"),
-            escape(data.slowest[name]) if name in data.slowest else _NONE,
+            percent(run.weighted(f"{prefix}{name}")),
+            number(run.weighted(f"loader/level/{queues[name]}") if name in queues else None, "{:.1f}"),
         ]
-        for name, figures in data.stall.items()
-    ]
-    stages = [[escape(name), f"{seconds:.1f}"] for name, seconds in data.stage_seconds.items()]
-    if stages:
-        stages.append(["all stages", f"{sum(data.stage_seconds.values()):.1f}"])
-    tables = ""
-    if stall:
-        header = ["Run", "waited for data", "patches / s", "median step, s", "slowest stage"]
-        tables += _table("Stall meter: share of the training time spent waiting for a batch.", header, stall)
-    if stages:
-        tables += _table("Duration of the stages.", ["Stage", "seconds"], stages)
-    return f'<section><h2>Speed</h2><div class="side">{tables}</div></section>' if tables else ""
-
-
-def _curves(data: ReportData) -> str:
-    figures = []
-    for name, folder in data.runs.items():
-        curves = _loss_curves(name, folder)
-        if not curves:
-            continue
-        ends = "; ".join(f"{key} from {ys[0]:.3f} to {ys[-1]:.3f}" for key, (_, ys) in curves.items())
-        last = max(xs[-1] for xs, _ in curves.values())
-        alt = f"Loss curves of the run {name} over {last:.0f} steps: {ends}."
-        figures.append(
-            f"<figure>{_picture(curves, alt)}<figcaption>{escape(name)}: {escape(ends)}</figcaption></figure>"
+        for name in sorted(
+            names, key=lambda name: ("reads", "prepare").index(name) if name in {"reads", "prepare"} else 2
         )
-    if not figures:
-        return ""
-    return f'<section><h2>Training</h2><div class="side">{"".join(figures)}</div></section>'
-
-
-def _loss_curves(name: str, folder: Path) -> dict[str, tuple[list[float], list[float]]]:
-    """(steps, values) of every logged figure that is a loss."""
-    try:
-        logged = read_metrics(folder)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"run {name}: {folder / 'metrics.jsonl'} cannot be read ({error}). Leave the run out or train it again."
-        ) from error
-    keys = dict.fromkeys(key for line in logged for key in line if key.startswith("loss"))
-    thinned = logged[:: -(-len(logged) // _MAX_CURVE_POINTS) or 1]
-    return {
-        key: ([line["step"] + 1 for line in thinned if key in line], [line[key] for line in thinned if key in line])
-        for key in keys
-    }
-
-
-def _picture(curves: Mapping[str, tuple[list[float], list[float]]], alt: str) -> str:
-    """A chart in four versions, of which the browser takes one: light and dark, narrow and wide."""
-    sources = [
-        (f"{media} and (prefers-color-scheme: dark)" if media else "(prefers-color-scheme: dark)", width, True)
-        for media, width in (("(max-width: 640px)", 3.6), ("", 5.6))
     ]
-    tags = [
-        f'<source media="{media}" srcset="{_data_uri(_chart(curves, width, dark=dark))}">'
-        for media, width, dark in [*sources, ("(max-width: 640px)", 3.6, False)]
-    ]
-    image = f'<img src="{_data_uri(_chart(curves, 5.6, dark=False))}" alt="{escape(alt)}">'
-    return f"<picture>{''.join(tags)}{image}</picture>"
-
-
-def _chart(curves: Mapping[str, tuple[list[float], list[float]]], width_in: float, *, dark: bool) -> bytes:
-    """Loss over steps, one line a figure, named at the line's style and colour in a legend."""
-    ink: Color = (0.88, 0.89, 0.91) if dark else (0.13, 0.14, 0.16)
-    figure = Figure(figsize=(width_in, width_in * 0.6), dpi=200, layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.patch.set_alpha(0.0)
-    axes = figure.add_subplot()
-    axes.patch.set_alpha(0.0)
-    styles = ("solid", "dashed", "dashdot", "dotted")
-    colors = [class_color(v) for v in ((1, 4, 3, 5) if dark else (7, 2, 3, 5))]
-    for number, (key, (steps, values)) in enumerate(curves.items()):
-        style, color = styles[number % 4], colors[number % 4]
-        marker = "o" if len(steps) == 1 else ""
-        axes.plot(
-            steps,
-            values,
-            color=color,
-            linestyle=style,
-            linewidth=1.6,
-            marker=marker,
-            label=printable(key).replace("$", r"\$"),
-        )
-    axes.set_xlabel("step", color=ink, fontsize=9)
-    axes.set_ylabel("loss", color=ink, fontsize=9)
-    axes.tick_params(colors=ink, labelsize=9)
-    axes.grid(visible=True, color=ink, alpha=0.15, linewidth=0.6)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in {"left", "bottom"})
-        spine.set_color(ink)
-    if len(curves) > 1:
-        axes.legend(fontsize=8, labelcolor=ink, frameon=False)
-    return png_bytes(figure)
-
-
-def _sheets(data: ReportData) -> str:
-    figures = []
-    for caption, path in data.sheets:
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise ConfigError(f"sheet {path}: cannot be read ({error.strerror}); want a PNG file.") from error
-        if not content.startswith(_PNG_SIGNATURE):
-            raise ConfigError(f"sheet {path}: is not a PNG file; want a sheet that ftengine drew.")
-        text = escape(caption)
-        figures.append(
-            f'<figure><div class="wide" tabindex="0" role="region" aria-label="{text}">'
-            f'<img src="{_data_uri(content)}" alt="{text}"></div><figcaption>{text}</figcaption></figure>'
-        )
-    if not figures:
-        return ""
-    hint = '<p class="hint">On a narrow screen, pictures and tables scroll sideways.</p>'
-    return f"<section><h2>Pictures</h2>{hint}{''.join(figures)}</section>"
-
-
-def _origin(data: ReportData) -> str:
-    versions = _table("Versions", ["Part", "Version"], [[escape(k), escape(str(v))] for k, v in data.versions.items()])
-    return (
-        f"<section><h2>Configuration and versions</h2>{versions}"
-        f'<details><summary>Configuration (YAML)</summary><pre tabindex="0">{escape(data.config_yaml)}</pre></details></section>'
+    waited = run.weighted("loader/wait_fraction")
+    rows.append(
+        [
+            "training",
+            percent(None if waited is None else 1.0 - waited),
+            number(run.weighted("loader/level/ready"), "{:.1f}"),
+        ]
+    )
+    return table(
+        f"{run.name}: how much of the time each part worked, and how full the queue before it was.",
+        ["Part", "at work", "queue before it"],
+        rows,
     )
 
 
-def _table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; caption and header are escaped here, ``rows`` are HTML already; the first cell of a row is its header."""
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
-    body = "".join(
-        f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>' for row in rows
-    )
-    label = escape(caption)
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table><caption><span>{label}</span></caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
+# ---- configuration ----
 
 
-def _number(value: float | None, style: str) -> str:
-    """A number as HTML, with a true minus; a dash where there is none."""
-    if value is None:
-        return _NONE
-    text = style.format(value)
-    if float(text) == 0.0:
-        text = text.lstrip("+-")  # what rounds to nothing has no direction
-    return text.replace("-", "&minus;")
+def _setup(data: ReportData) -> str:
+    if not data.runs:
+        return missing("No run was given, so there is no configuration to show.")
+    names = list(dict.fromkeys(name for run in data.runs for name in mapping(run.document.get("versions"))))
+    rows = [
+        [escape(name), *(escape(str(mapping(run.document.get("versions")).get(name, ""))) or NONE for run in data.runs)]
+        for name in names
+    ]
+    parts = [
+        table("Versions", ["Part", *(run.name for run in data.runs)], rows, texts=1 + len(data.runs))
+        if rows
+        else missing("No run says its versions.")
+    ]
+    for run in data.runs:
+        given = mapping(run.document.get("given"))
+        inside = (
+            table(
+                f"{run.name}: files and options",
+                ["Option", "Value"],
+                [[escape(k), escape(str(v))] for k, v in given.items()],
+                texts=2,
+            )
+            if given
+            else ""
+        )
+        yaml = (
+            preformatted(f"Configuration of {run.name}", run.config_yaml)
+            if run.config_yaml
+            else missing("config.yaml is not there.")
+        )
+        parts.append(details(f"{run.name}: configuration", inside + yaml))
+    return "".join(parts)
 
 
-def _percent(value: float | None) -> str:
-    return _NONE if value is None else f"{value:.1%}"
+def _list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list) else []
 
 
-def _data_uri(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
-
-
-def _content_security_policy() -> str:
-    """Nothing may be loaded or run; the one style sheet is allowed by its hash."""
-    digest = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode("ascii")
-    return f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{csp}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta name="referrer" content="no-referrer">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
-
-_STYLE = """
-:root {
-  color-scheme: light dark;
-  --page: #fbfbfa; --card: #ffffff; --ink: #1d1f23; --soft: #565b64; --line: #d9dce1; --head: #f1f3f5;
-  --notice: #fff4dc; --notice-line: #b36b00; --focus: #0072b2;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --page: #15171a; --card: #1c1f24; --ink: #e6e8eb; --soft: #a8aeb8; --line: #363b43; --head: #24282e;
-    --notice: #33290f; --notice-line: #e69f00; --focus: #56b4e9;
-  }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-main { max-width: 1200px; margin: 0 auto; padding: 16px; }
-h1 { font-size: 1.8rem; line-height: 1.2; margin: 0.6em 0 0.5em; overflow-wrap: anywhere; }
-h2 { font-size: 1.25rem; line-height: 1.3; margin: 2em 0 0.6em; padding-bottom: 0.25em; border-bottom: 1px solid var(--line); }
-p, ol { max-width: 75ch; overflow-wrap: anywhere; }
-ol { padding-left: 1.4em; }
-li { margin: 0.25em 0; }
-.notice { background: var(--notice); border-left: 5px solid var(--notice-line); border-radius: 4px; padding: 0.3em 1em; }
-.notice p { max-width: none; }
-.scroll, .wide { overflow-x: auto; }
-.scroll:focus-visible, .wide:focus-visible, pre:focus-visible, summary:focus-visible { outline: 3px solid var(--focus); outline-offset: 2px; }
-table { border-collapse: collapse; background: var(--card); font-variant-numeric: tabular-nums; margin: 0 0 1em; min-width: min(100%, 22rem); }
-caption { text-align: left; color: var(--soft); font-size: 0.92rem; padding: 0 0 0.5em; }
-caption span { display: block; position: sticky; left: 0; max-width: min(75ch, 100vw - 32px); }
-th, td { padding: 0.42em 0.8em; border: 1px solid var(--line); text-align: right; }
-thead th { background: var(--head); vertical-align: bottom; }
-th:first-child { text-align: left; overflow-wrap: anywhere; min-width: 8.5em; max-width: 24em; }
-tbody th { font-weight: 500; }
-.side { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1em 2em; align-items: start; }
-figure { margin: 0 0 1.6em; min-width: 0; }
-figcaption { color: var(--soft); font-size: 0.92rem; margin-top: 0.4em; overflow-wrap: anywhere; }
-picture img { display: block; width: 100%; height: auto; max-width: 640px; }
-.calibration img { max-width: 1000px; }
-.wide { border: 1px solid var(--line); border-radius: 4px; background: #ffffff; }
-.wide img { display: block; width: 100%; min-width: 860px; height: auto; }
-.hint { color: var(--soft); display: none; }
-@media (max-width: 900px) { .hint { display: block; } }
-@media (max-width: 640px) {
-  h1 { font-size: 1.5rem; }
-  table { font-size: 0.86rem; }
-  th, td { padding: 0.4em 0.5em; }
-  th:first-child { min-width: 7em; }
-}
-pre { background: var(--card); border: 1px solid var(--line); border-radius: 4px; padding: 1em; overflow-x: auto; font-size: 0.86rem; line-height: 1.45; }
-summary { cursor: pointer; padding: 0.5em 0; }
-@media print { .wide img { min-width: 0; } body { background: #ffffff; color: #000000; } }
-"""
+_VIEW = (
+    "<p>Radiological view: R, the patient's right, is on the left of axial and coronal pictures, and anterior on the left of sagittal ones. "
+    "Bars are millimetres; a voxel is shown as it is.</p>"
+)

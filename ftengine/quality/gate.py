@@ -144,8 +144,14 @@ class QualityGate:
         }
 
     def summary(self) -> dict[str, Any]:
-        """The run's counts as plain values: the pass rate, and for each organ, size class and data set painted, passed and draws."""
+        """The run's counts as plain values: the pass rate, and painted, passed and draws of each organ, size class, data set, and each
+        size class of an organ.
+        """
         total = self.total()
+        with self._lock:
+            by_both: dict[str, dict[str, Tally]] = {}
+            for (organ, size, _), tally in self._tallies.items():
+                by_both.setdefault(organ, {}).setdefault(size, Tally()).add(tally)
 
         def table(tallies: Mapping[str, Tally]) -> dict[str, dict[str, float]]:
             return {
@@ -163,6 +169,7 @@ class QualityGate:
             "by_organ": table(self.by_organ()),
             "by_size": table(self.by_size()),
             "by_dataset": table(self.by_dataset()),
+            "by_organ_and_size": {organ: table(sizes) for organ, sizes in by_both.items()},
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -217,12 +224,24 @@ def _spread(verdicts: Iterable[_Verdict]) -> str:
     if not ordered:
         return "P: nobody judged"
     quartiles = ", ".join(f"{ordered[int(q * (len(ordered) - 1))]:.2f}" for q in (0.25, 0.5, 0.75))
-    counts = [0] * _TENTHS
-    for p in ordered:
-        counts[min(int(p * _TENTHS), _TENTHS - 1)] += 1
+    counts = count_tenths(ordered)
     return (
         f"P: quartiles {quartiles}; patches in each tenth from 0 to 1: {' '.join(map(str, counts))} [{_bars(counts)}]"
     )
+
+
+def count_tenths(proportions: Iterable[float]) -> list[int]:
+    """How many P lie in each tenth of 0 to 1; 1 itself counts to the last."""
+    counts = [0] * _TENTHS
+    for p in proportions:
+        counts[min(int(p * _TENTHS), _TENTHS - 1)] += 1
+    return counts
+
+
+def tenth_figures(proportions: Sequence[float]) -> dict[str, float]:
+    """Numbers for a log line: the share of P in each tenth of 0 to 1; nothing without a P."""
+    counts = count_tenths(proportions)
+    return {f"qc/p_tenth/{n}": c / len(proportions) for n, c in enumerate(counts, start=1)} if proportions else {}
 
 
 def _bars(counts: Sequence[int]) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ftengine.quality.gate import QualityGate
+from ftengine.quality.gate import QualityGate, tenth_figures
 from ftengine.types import Batch, PatchRecord
 
 
@@ -50,6 +50,7 @@ class PatchLedger:
         self.warnings: list[str] = []
         self._tumor_values = tuple(tumor_values)
         self._line, self._epoch, self._run = PatchCounts(), PatchCounts(), PatchCounts()
+        self._proportions: list[float] = []  # P of the judged patches since the last log line
 
     @property
     def draws_a_patch(self) -> float:
@@ -64,6 +65,8 @@ class PatchLedger:
                 self._add(counts, record)
         for record in batch.records:
             if record.painted is not None:
+                if not math.isnan(record.painted.proportion):
+                    self._proportions.append(record.painted.proportion)
                 self.gate.record(record.painted, record.request.dataset)
         warning = self.gate.take_warning()
         if warning is not None:
@@ -71,9 +74,10 @@ class PatchLedger:
         return warning
 
     def take_line(self) -> dict[str, float]:
-        """Figures of the batches since the last call, and the gate's."""
+        """Figures of the batches since the last call, the tenths of their P among them, and the gate's."""
         figures, self._line = self._line.figures(), PatchCounts()
-        return figures | self.gate.figures()
+        proportions, self._proportions = self._proportions, []
+        return figures | tenth_figures(proportions) | self.gate.figures()
 
     def take_epoch(self) -> dict[str, float]:
         """Figures of the epoch that has ended: the number of patches, their shares and the epoch's own pass rate."""
@@ -107,12 +111,14 @@ class PatchLedger:
             "run": asdict(self._run),
             "warnings": list(self.warnings),
             "gate": self.gate.state_dict(),
+            "proportions": list(self._proportions),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on counting where ``state`` was taken."""
         self._line, self._epoch, self._run = (PatchCounts(**state[name]) for name in ("line", "epoch", "run"))
         self.warnings = list(state["warnings"])
+        self._proportions = list(state.get("proportions", ()))  # checkpoints of older versions have none
         self.gate.load_state_dict(state["gate"])
 
     def _add(self, counts: PatchCounts, record: PatchRecord) -> None:

@@ -22,7 +22,7 @@ from ftengine.errors import ConfigError
 from ftengine.training.stall import StallReport
 from ftengine.training.trackers import Trackers, check_trackers, open_trackers
 
-CHECKPOINT, BEST = "checkpoint.pt", "best.pt"
+CHECKPOINT, BEST, RESULT = "checkpoint.pt", "best.pt", "result.json"
 Progress: TypeAlias = Callable[[int, dict[str, float]], None]  # steps done so far; figures of a logged step, else empty
 
 
@@ -101,13 +101,30 @@ class TrainingResult:
         """The stall meter's plain figures, by name."""
         return self.speed.figures()
 
+    def document(self) -> dict[str, Any]:
+        """Plain JSON values: what ``result.json`` holds and ``--json`` prints; docs/stall-meter.md describes its keys."""
+        return {
+            "checkpoint": str(self.checkpoint),
+            "steps": self.steps,
+            "interrupted": self.interrupted,
+            "losses": [x if math.isfinite(x) else None for x in self.losses],
+            "stall": self.speed.document(),
+            "quality": self.quality,
+            "mix": self.mix,
+            "warnings": self.warnings,
+            "bad_reads": self.bad_reads,
+            "init": self.init,
+            "best": self.best,
+        }
+
 
 class Run:
     """The folder of a training run: ``config.yaml``, ``run.json``, ``checkpoint.pt``, ``best.pt``, ``pictures/``, and its logs.
 
     ``metrics.jsonl`` has a line for each logged step, ``validation.jsonl`` one for each validation and, in a run that paints,
     ``epochs.jsonl`` one for each epoch that has ended; ``tensorboard/`` has all of them, figures of epochs with the prefix ``epoch/``, those
-    of validations with ``val/``.
+    of validations with ``val/``. ``result.json`` is what ``TrainingResult.document`` says, written when
+    training has returned, and not there while it goes on.
     """
 
     def __init__(self, folder: str | Path, config: Config, *, resume: bool, writes: bool = True) -> None:
@@ -124,6 +141,7 @@ class Run:
         self._metrics = self.folder / "metrics.jsonl"
         self._epochs = self.folder / "epochs.jsonl"
         self._validations = self.folder / "validation.jsonl"
+        self._result = self.folder / RESULT
         self._trackers = Trackers([])
 
     def begin(self, first_step: int, details: Mapping[str, Any] | None = None) -> None:
@@ -134,6 +152,7 @@ class Run:
         if not self._writes:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._result.unlink(missing_ok=True)
         (self.folder / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
         document = {"config": self.config.model_dump(mode="json"), "versions": versions(), **(details or {})}
         (self.folder / "run.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
@@ -168,6 +187,13 @@ class Run:
         """Show PNG files where figures are shown."""
         for number, file in enumerate(files):
             self._trackers.image(steps_done, f"painted/{number}", _read_png(file))
+
+    def end(self, result: TrainingResult) -> None:
+        """Write ``result.json``: this training has ended, and what it came to."""
+        if self._writes:
+            partial = self._result.with_name(f".{RESULT}.partial")
+            partial.write_text(json.dumps(result.document(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            partial.replace(self._result)
 
     def _write(self, file: Path, document: Mapping[str, float]) -> None:
         if self._writes:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ftengine.config import Config, GeneratorTrainingConfig
 from ftengine.loader.loader import Loader
+from ftengine.quality.gate import tenth_figures
 from ftengine.quality.judge import SegmenterJudge
 from ftengine.synthesis.engine import Address, Placement, Synthesizer
 from ftengine.synthesis.painting import take_rows
@@ -26,8 +27,6 @@ from ftengine.training.replay import NO_SOURCES, Sources
 from ftengine.training.run import Progress, Schedule, TrainingResult, ignore_warning
 from ftengine.training.trainer import Done, Frame, Pictures, Trainer
 from ftengine.types import Batch
-
-_TENTHS = 10
 
 
 def train_generator(
@@ -305,8 +304,7 @@ class Adversarial:
         if judged:
             values["proportion"] = sum(self._since_log) / len(judged)
             values["qc/pass_rate"] = sum(passed for _, passed in judged) / len(judged)
-            for tenth, share in enumerate(_tenths(self._since_log)):
-                values[f"qc/p_tenth/{tenth + 1}"] = share
+            values |= tenth_figures(self._since_log)
         return values
 
     def samples(self) -> dict[str, list[float]]:
@@ -357,11 +355,3 @@ def _optimizer(network: nn.Module, settings: GeneratorTrainingConfig) -> torch.o
     return kind(
         network.parameters(), lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
     )
-
-
-def _tenths(proportions: Sequence[float]) -> list[float]:
-    """The share of the proportions in each tenth from 0 to 1."""
-    counts = [0] * _TENTHS
-    for p in proportions:
-        counts[min(int(p * _TENTHS), _TENTHS - 1)] += 1
-    return [count / len(proportions) for count in counts]

@@ -212,6 +212,7 @@ class Trainer:
         document, changes = (None, ()) if resumed is None else (resumed.document, resumed.changes)
         if self._world.is_main:
             details = run_details(self._run.folder, self._frame.identity, document, changes)
+            details["kind"] = self._procedure.kind
             if self._initial is not None:
                 details["init"] = self._initial.document()
             self._run.begin(self._step, details)
@@ -238,7 +239,7 @@ class Trainer:
         for counts in self._world.gather(self._loader.failures.by_case()):
             bad_reads.update(counts)
         ledger = self._ledger
-        return TrainingResult(
+        result = TrainingResult(
             self._run.checkpoint,
             self._step,
             self._losses,
@@ -251,6 +252,8 @@ class Trainer:
             best=self._best,
             init="" if self._initial is None else self._initial.line(),
         )
+        self._run.end(result)
+        return result
 
     def _say_what_began(self) -> None:
         initial = self._initial

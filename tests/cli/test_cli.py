@@ -115,6 +115,7 @@ def test_the_program_itself_shows_help_and_one_line_errors(tmp_path: Path) -> No
         "evaluate",
         "preview",
         "replay",
+        "report",
         "doctor",
         "config",
         "demo",
@@ -416,8 +417,19 @@ def test_evaluate_folders_and_checkpoint(store_path: Path, baseline: Path, tmp_p
 def test_preview_writes_sheets(store_path: Path, baseline: Path, config_file: Path, tmp_path: Path) -> None:
     done = _run("preview", store_path, "--out", tmp_path, "--num", "1", "--judge", baseline, "--config", config_file)
     sheets = [Path(line) for line in done.stdout.split()]
-    assert len(sheets) == 1
-    assert sheets[0].read_bytes()[:4] == b"\x89PNG"
+    assert [s.name for s in sheets] == ["sheet-000.png", "contact.png"]
+    assert all(s.read_bytes()[:4] == b"\x89PNG" for s in sheets)
+
+
+def test_preview_by_size_says_which_sizes_are_missing(store_path: Path, config_file: Path, tmp_path: Path) -> None:
+    settings = ("--config", config_file, "--set", "synthesis.size_weights={tiny: 1.0, small: 1.0e-9}")
+    done = _run("preview", store_path, "--out", tmp_path, "--num", "1", "--by-size", "--window", "-100:200", *settings)
+    assert [Path(line).name for line in done.stdout.split()] == ["sheet-tiny-000.png", "contact.png"]
+    assert "warning: size class small: 0 of 1 patches were found" in done.stderr
+
+
+def test_preview_refuses_an_unknown_window(store_path: Path, tmp_path: Path) -> None:
+    assert "--window brain: want" in _error("preview", store_path, "--out", tmp_path, "--window", "brain", code=2)
 
 
 def test_doctor_says_what_will_be_used() -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from ftengine.evaluation.onto_grid import onto_grid
-from ftengine.evaluation.windows import Slab
+from ftengine.evaluation.sliding_windows import Slab
 from ftengine.geometry import FloatZYX, Grid, IntZYX, grid_from_codes, resampled_grid, to_ras
 from ftengine.types import Volume
 from ftengine.volume.lesions import find_lesions

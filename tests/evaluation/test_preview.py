@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from ftengine.config import Config
 from ftengine.errors import ConfigError
 from ftengine.evaluation import preview as module
+from ftengine.evaluation.hu_windows import WindowChoice
 from ftengine.evaluation.pictures import MASK_COLOR, PREDICTION_COLOR, Color, class_color
-from ftengine.evaluation.preview import SheetInfo, preview, write_prediction_sheet, write_volume_sheet
+from ftengine.evaluation.preview import SheetInfo, preview, write_volume_sheet
 from ftengine.loader.plan import Plan
 from ftengine.store.reader import Store, open_store
 from ftengine.store.writer import Provenance, create_store, write_volume
@@ -183,7 +184,7 @@ def test_fewer_sheets_come_back_where_the_tries_run_out(
 
 
 def test_wrong_requests_are_refused(config: Config, store: Store, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="num_sheets=0"):
+    with pytest.raises(ConfigError, match="num_patches=0"):
         preview(config, store, tmp_path, num_sheets=0)
     with pytest.raises(ConfigError, match="the configuration is for"):
         preview(Config.preset("abdomen"), store, tmp_path, num_sheets=1)
@@ -217,51 +218,49 @@ def test_volume_sheet_without_a_label_shows_the_middle(tmp_path: Path) -> None:
     assert imread(tmp_path / "v.png").shape[1] == 1600
 
 
-def test_prediction_sheet_shows_truth_and_models(tmp_path: Path) -> None:
-    image, truth = volume(tumor=True)
-    shifted = np.roll(truth, 2, axis=2)
-    path = tmp_path / "p.png"
-    predictions = {"baseline": shifted, "with synthesis": truth}
-    write_prediction_sheet(path, image, truth, predictions, spacing_mm_zyx=SPACING, window_hu=WINDOW, labels=LABELS)
-    assert imread(path).shape[1] == 1600
-    assert pixels_of(path, class_color(2)) > 500
-
-
-def test_prediction_sheet_takes_the_slice_with_the_most_tumour() -> None:
-    _, truth = volume(tumor=True)
-    truth[4, 10:12, 10:12] = 2
-    assert module._fullest_slice(truth == 2) in range(8, 13)
-    assert module._fullest_slice(np.zeros((6, 2, 2), dtype=bool)) == 3
-
-
-@pytest.mark.parametrize("predicted_tumor", [True, False])
-def test_prediction_sheet_without_a_true_tumour(tmp_path: Path, *, predicted_tumor: bool) -> None:
-    image, truth = volume(tumor=False)
-    predicted = volume(tumor=predicted_tumor)[1]
-    path = tmp_path / "p.png"
-    write_prediction_sheet(
-        path, image, truth, {"m": predicted}, spacing_mm_zyx=SPACING, window_hu=WINDOW, labels=LABELS, tumor_values=[2]
-    )
-    assert path.stat().st_size > 1000
-
-
 def test_arrays_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     image, label = volume(tumor=True)
     with pytest.raises(ConfigError, match="label"):
         write_volume_sheet(
             tmp_path / "v.png", image, label[1:], spacing_mm_zyx=SPACING, window_hu=WINDOW, labels=LABELS
         )
-    with pytest.raises(ConfigError, match="baseline"):
-        write_prediction_sheet(
-            tmp_path / "p.png",
-            image,
-            label,
-            {"baseline": label[:, 1:]},
-            spacing_mm_zyx=SPACING,
-            window_hu=WINDOW,
-            labels=LABELS,
-        )
-    with pytest.raises(ConfigError, match="at least one"):
-        write_prediction_sheet(
-            tmp_path / "p.png", image, label, {}, spacing_mm_zyx=SPACING, window_hu=WINDOW, labels=LABELS
-        )
+
+
+def test_sheets_by_size_class(config: Config, store: Store, tmp_path: Path) -> None:
+    sheets = preview(config, store, tmp_path, num_sheets=2, per_size=True, contact=True)
+    wanted = module.size_classes(config)
+    assert [s.size_class for s in sheets] == [name for name in wanted for _ in range(2)]
+    assert [s.path.name for s in sheets[:2]] == [f"sheet-{wanted[0]}-000.png", f"sheet-{wanted[0]}-001.png"]
+    assert {p.name for p in tmp_path.iterdir()} == {*(s.path.name for s in sheets), "contact.png"}
+    assert pixels_of(tmp_path / "contact.png", MASK_COLOR) > 5 * len(sheets)
+
+
+def test_size_classes_are_those_with_a_weight(config: Config) -> None:
+    some = config.with_overrides({"synthesis.size_weights": {"small": 1.0}})
+    assert module.size_classes(some) == ["small"]
+    assert module.size_classes(config.with_overrides({"synthesis.shape": "realistic"})) == list(config.synthesis.sizes)
+
+
+def test_each_tumour_of_a_patch_gets_a_sheet(config: Config, store: Store, tmp_path: Path) -> None:
+    several = config.with_overrides({"synthesis.num_tumors": 4, "synthesis.size_weights": {"tiny": 1.0}})
+    samples = [s for s in module.painted_samples(several, store, num_patches=8) if len(s.tumors) > 1]
+    assert samples  # some of them lie apart
+    for sample in samples:
+        together = np.sum(sample.tumors, axis=0)
+        assert together.max() == 1
+        assert not np.any(together.astype(bool) & ~sample.mask)
+        infos = [info for info, _ in module.described(several, sample, tmp_path / "sheet-000.png")]
+        assert [i.number for i in infos] == list(range(1, len(sample.tumors) + 1))
+        assert infos[1].path.name == "sheet-000-tumor-2.png"
+        assert infos[0].diameter_mm >= infos[1].diameter_mm
+        assert f"tumour 2 of {len(infos)}" in infos[1].title
+    sheets = preview(several, store, tmp_path, num_sheets=8)
+    assert sum(s.num_tumors > 1 for s in sheets) > 0
+    assert all(s.path.exists() for s in sheets)
+
+
+def test_window_changes_the_greys_and_nothing_else(config: Config, store: Store, tmp_path: Path) -> None:
+    wide = preview(config, store, tmp_path / "wide", num_sheets=1)[0]
+    narrow = preview(config, store, tmp_path / "narrow", num_sheets=1, window=WindowChoice("organ"))[0]
+    assert wide.path.read_bytes() != narrow.path.read_bytes()
+    assert (wide.case, wide.contrast_hu, wide.index) == (narrow.case, narrow.contrast_hu, narrow.index)

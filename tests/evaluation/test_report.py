@@ -1,8 +1,8 @@
-"""The report: one file that loads nothing, escapes everything and says what the data are."""
+"""The report: one file that loads nothing, escapes everything and says what is missing."""
 
 import base64
 import hashlib
-import json
+import itertools
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -11,61 +11,38 @@ from pathlib import Path
 import pytest
 
 from ftengine.errors import ConfigError
-from ftengine.evaluation.pictures import Sheet
-from ftengine.evaluation.report import PHANTOM_NOTICE, ArmResult, ReportData, write_report
+from ftengine.evaluation.report import ReportData, write_report
+from ftengine.evaluation.run_folder import read_run
+from tests.evaluation.report_data import EVIL, NOTICE, case_html, painted, report_data
 
-EVIL = "<img src=x onerror=1>\"'&"
+VOID = {"meta", "img", "source", "br", "image", "path", "rect", "circle", "polyline", "link", "input", "hr"}
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, in order, and the texts between them."""
+    """Tags with their attributes, in order, the texts between them, and whether each tag is closed where it should be."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.texts: list[str] = []
+        self.open: list[str] = []
         self.feed(text)
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
         self.texts.append(data)
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.tags if name == tag]
-
-
-def report_data(folder: Path, *, name: str = "a/0") -> ReportData:
-    run = folder / "run"
-    run.mkdir()
-    lines = [{"step": s, "loss": 2.0 / (s + 1), "loss_fools": 0.7, "wait_s": 0.01} for s in range(9, 100, 10)]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    sheet = Sheet(2.0, width_px=320)
-    sheet.text(0.1, 0.1, "picture")
-    sheet.save(folder / "sheet.png")
-    return ReportData(
-        title=f"demo {name}",
-        tumor_class="liver_tumor",
-        arms={
-            "baseline": ArmResult({"liver": 0.9, "liver_tumor": 0.4}, 0.75, 1.0, [(name, 0.5), ("b/1", 0.3)]),
-            "with synthesis": ArmResult({"liver": 0.88, "liver_tumor": 0.55}, None, 0.5, [(name, 0.4), ("b/1", 0.7)]),
-        },
-        quality={
-            "by_organ": {"liver": {"painted": 8, "passed": 6, "draws": 10}},
-            "by_size": {name: {"painted": 0, "passed": 0, "draws": 0}},
-        },
-        qc_pass_rate=0.75,
-        stage_seconds={"convert": 12.34, name: 5.0},
-        stall={name: {"wait_fraction": 0.0123, "patches_per_s": 17.5, "median_step_s": 0.123}},
-        slowest={name: f"synthesis of {name}"},
-        runs={name: run},
-        sheets=[(name, folder / "sheet.png")],
-        config_yaml=f"seed: 0\nname: {name}\n",
-        versions={"ftengine": "0.1.0", name: name},
-        notes=[f"note on {name}"],
-    )
 
 
 def written(tmp_path: Path, data: ReportData) -> str:
@@ -78,10 +55,11 @@ def test_every_text_from_outside_is_escaped(tmp_path: Path) -> None:
     text = written(tmp_path, report_data(tmp_path, name=EVIL))
     assert "<img src=x" not in text
     page = Page(text)
+    assert page.open == []
     assert all((image["src"] or "").startswith("data:image/png;base64,") for image in page.all("img"))
     assert not [a for _, attributes in page.tags for a in attributes if a.startswith("on")]
-    assert sum(EVIL in data for data in page.texts) >= 10  # and yet it is readable, everywhere
-    assert any(EVIL in (image["alt"] or "") for image in page.all("img"))
+    assert sum(EVIL in data for data in page.texts) >= 25  # and yet it is readable, everywhere
+    assert sum(EVIL in (svg.get("aria-label") or "") for svg in page.all("svg")) >= 10
 
 
 def test_file_stands_alone(tmp_path: Path) -> None:
@@ -89,10 +67,20 @@ def test_file_stands_alone(tmp_path: Path) -> None:
     assert not re.search(r"https?:|//[a-z]", re.sub(r"base64,[A-Za-z0-9+/=]+", "", text))
     page = Page(text)
     assert not {"script", "link", "iframe", "object", "form"} & {tag for tag, _ in page.tags}
-    sources = [a.get("src") or a.get("srcset") or "" for a in page.all("img") + page.all("source")]
-    assert len(sources) == 5  # a chart in four versions, a sheet
-    for source in sources:
-        assert base64.b64decode(source.removeprefix("data:image/png;base64,"), validate=True).startswith(b"\x89PNG")
+    pictures = [a["src"] for a in page.all("img")] + [a["href"] for a in page.all("image")]
+    assert len(pictures) > 30
+    for picture in pictures:
+        content = base64.b64decode((picture or "").removeprefix("data:image/png;base64,"), validate=True)
+        assert content.startswith(b"\x89PNG")
+    assert all((a["href"] or "").startswith("#") for a in page.all("a"))
+    assert len(text) < 500_000
+
+
+def test_same_data_give_the_same_file(tmp_path: Path) -> None:
+    data = report_data(tmp_path)
+    assert written(tmp_path, data) == written(
+        tmp_path, replace(data, cases=[case_html("a/0"), case_html("b/1", truth=False)])
+    )
 
 
 def test_policy_allows_its_own_style_sheet_and_nothing_else(tmp_path: Path) -> None:
@@ -106,99 +94,116 @@ def test_policy_allows_its_own_style_sheet_and_nothing_else(tmp_path: Path) -> N
     assert not [attributes for _, attributes in Page(text).tags if "style" in attributes]  # the policy would ignore it
 
 
-def test_page_is_accessible(tmp_path: Path) -> None:
+def test_page_has_the_structure_that_screen_readers_use(tmp_path: Path) -> None:
     page = Page(written(tmp_path, report_data(tmp_path)))
     assert page.all("html")[0]["lang"] == "en"
+    assert [len(page.all(tag)) for tag in ("header", "nav", "main", "footer", "h1")] == [1, 1, 1, 1, 1]
     assert all(image.get("alt") for image in page.all("img"))
-    assert page.all("th")
+    assert all(svg.get("aria-label") or svg.get("aria-hidden") == "true" for svg in page.all("svg"))
+    assert all(svg.get("role") == "img" for svg in page.all("svg") if svg.get("aria-label"))
     assert all(cell.get("scope") in {"row", "col"} for cell in page.all("th"))
-    assert len(page.all("caption")) == len(page.all("table")) >= 6
+    assert len(page.all("caption")) == len(page.all("table")) >= 12
     headings = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h[1-6]", tag)]
     assert headings[0] == 1
-    assert headings.count(1) == 1
-    assert set(headings[1:]) == {2}
-    assert any(m.get("name") == "viewport" for m in page.all("meta"))
+    assert all(after - before <= 1 for before, after in itertools.pairwise(headings))
+    ids = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    assert {(a["href"] or "")[1:] for a in page.all("a")} <= set(ids)
+    assert {a["aria-labelledby"] for a in page.all("section")} <= set(ids)
 
 
 def rows(text: str) -> list[list[str]]:
     found = re.findall(r"<tr>(.*?)</tr>", text, flags=re.DOTALL)
-    return [[re.sub(r"<.*?>", "", cell) for cell in re.findall(r"<t[hd].*?>.*?</t[hd]>", row)] for row in found]
+    return [[re.sub(r"<.*?>", "|", c).strip("|") for c in re.findall(r"<t[hd].*?>.*?</t[hd]>", row)] for row in found]
 
 
 def test_tables_hold_the_figures_and_their_differences(tmp_path: Path) -> None:
-    table = rows(written(tmp_path, report_data(tmp_path)))
-    assert ["Figure", "baseline", "with synthesis", "difference"] in table
-    assert ["Dice, liver", "0.900", "0.880", "&minus;0.020"] in table
-    assert ["Dice, liver_tumor", "0.400", "0.550", "+0.150"] in table
-    assert ["Sensitivity, liver_tumor", "0.75", "&ndash;", "&ndash;"] in table
-    assert ["Specificity, liver_tumor", "1.00", "0.50", "&minus;0.50"] in table
+    text = written(tmp_path, report_data(tmp_path))
+    table = rows(text)
+    assert ["Volume", "baseline", "with a/0", "difference"] in table
     assert ["a/0", "0.500", "0.400", "&minus;0.100"] in table
-    assert ["liver", "8", "6", "75.0%", "1.25"] in table
-    assert ["a/0", "0", "0", "&ndash;", "&ndash;"] in table
-    assert ["a/0", "1.2%", "17.5", "0.123", "synthesis of a/0"] in table
+    assert ["b/1", "0.300", "0.700", "+0.400"] in table
+    assert ["Class", "Evaluation", "Dice", "HD95, mm", "volumes", "sensitivity"] in table
+    assert ["liver_tumor", "baseline", "0.333|0.23 to 0.43", "12.3", "3", "0.750"] in table
+    assert ["liver", "with a/0", "0.900", "&ndash;", "2", "&ndash;"] in table
+    assert ["liver_tumor", "baseline", *["75.0%|3 of 4"] * 3, "0.500", "0.600", "&ndash;"] in table
+    assert ["liver", "tiny", "8", "6", "75.0%", "1.25"] in table
+    assert ["a/0", "synthesis of a/0", "5.0%", "8.0", "0.250", "50"] in table
+    assert ["synthesis + qc", "90.0%", "&ndash;"] in table
     assert ["all stages", "17.3"] in table
-
-
-def test_says_plainly_what_the_data_are(tmp_path: Path) -> None:
-    data = report_data(tmp_path)
-    text = written(tmp_path, data)
-    assert PHANTOM_NOTICE in text
-    assert "synthetic phantoms" in PHANTOM_NOTICE
-    assert "nothing here says how well it works on patients" in PHANTOM_NOTICE
-    assert text.index(PHANTOM_NOTICE) < text.index("<h2>")
-    assert "quick run" not in text
-    assert "quick run" in written(tmp_path, replace(data, quick=True))
-    assert "On the 2 held-out volumes with liver_tumor" in text
-    assert "on 1 and lower on 1; the mean difference is +0.150" in text
+    assert "higher than that of <q>baseline</q> on 2 and lower on 1; the mean difference is +0.333" in text
+    assert "paired t-test p = 0.289" in text
 
 
 def test_difference_that_rounds_to_nothing_has_no_sign(tmp_path: Path) -> None:
     data = report_data(tmp_path)
-    arms = {
-        "one": ArmResult({"liver": 0.9}, 0.5, 0.5, [("a/0", 0.5)]),
-        "two": ArmResult({"liver": 0.89999}, 0.5, 0.5, [("a/0", 0.5)]),
-    }
-    table = rows(written(tmp_path, replace(data, arms=arms, qc_pass_rate=0.0)))
-    assert ["Dice, liver", "0.900", "0.900", "0.000"] in table
-    assert ["a/0", "0.500", "0.500", "0.000"] in table
+    first = data.evaluations[0]
+    second = replace(first, name="second", dice={"a/0": {"liver_tumor": 0.50001}})
+    assert ["a/0", "0.500", "0.500", "0.000"] in rows(written(tmp_path, replace(data, evaluations=[first, second])))
 
 
-def test_says_so_where_no_painted_tumour_passed(tmp_path: Path) -> None:
+def test_says_first_what_the_data_are_and_what_is_wrong(tmp_path: Path) -> None:
+    text = written(tmp_path, report_data(tmp_path))
+    before_results = text.split('id="results"')[0]
+    assert NOTICE in before_results
+    assert "Unfinished: 200 of 200 steps are logged" in before_results
+    assert "beware of a/0" in before_results
+
+
+def test_parts_without_anything_say_so(tmp_path: Path) -> None:
+    text = written(tmp_path, ReportData(title="empty"))
+    for sentence in (
+        "Nothing was given to report on",
+        "No evaluation was given",
+        "No case is drawn",
+        "No painted tumour is drawn",
+        "The judge was not calibrated here",
+        "No run was given",
+        "has logged its speed",
+        "there is no configuration to show",
+    ):
+        assert sentence in text
+    assert len(re.findall(r"<h2", text)) == 8
+    assert Page(text).open == []
+
+
+def test_run_that_has_logged_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"step": 9, "lo', encoding="utf-8")
+    text = written(tmp_path, ReportData(title="t", runs=[read_run(folder)]))
+    assert "No step has been logged yet" in text
+    assert "last line of metrics.jsonl is cut off" in text
+    assert "No loss was logged" in text
+    assert "config.yaml is not there" in text
+
+
+@pytest.mark.parametrize(("truth", "predicted"), [(True, False), (False, True), (False, False)])
+def test_case_without_a_true_or_a_predicted_tumour(*, truth: bool, predicted: bool) -> None:
+    html = case_html("a", truth=truth, predicted=predicted)
+    assert html.count('class="truth"') == (4 if truth else 0)
+    assert html.count('class="prediction"') == (4 if predicted else 0)
+    assert ("the truth holds none" in html) == (predicted and not truth)
+    assert ("neither truth nor prediction" in html) == (not predicted and not truth)
+
+
+def test_painted_figure_has_all_panels_and_says_window_millimetres_and_verdict() -> None:
+    tiles, figures = painted("a/0")
+    assert [t.info.size_class for t in tiles] == ["tiny", "small"]
+    html = figures[0].html
+    assert html.count('role="img" aria-label="') == 16  # 3 planes of 5 panels, the scale of colours
+    for words in ("liver window \N{MINUS SIGN}45 to 105 HU", "P = 0.80, passed", "3 x 3 x 3 mm", "50 HU", "index 0"):
+        assert words in html
+    assert "badge bad" in painted("a/0", proportion=0.1)[1][0].html
+    assert "not judged" in painted("a/0", proportion=float("nan"))[1][0].html
+
+
+def test_picture_that_is_none_is_named(tmp_path: Path) -> None:
     data = report_data(tmp_path)
-    sentence = "no painted tumour reached training"
-    assert sentence not in written(tmp_path, data)
-    assert sentence in written(tmp_path, replace(data, qc_pass_rate=0.0))
-
-
-def test_empty_parts_are_left_out(tmp_path: Path) -> None:
-    data = replace(
-        report_data(tmp_path),
-        arms={"only": ArmResult({"liver": None}, None, None, [])},
-        quality={},
-        qc_pass_rate=None,
-        stage_seconds={},
-        stall={},
-        runs={},
-        sheets=[],
-        notes=(),
-    )
-    text = written(tmp_path, data)
-    assert re.findall(r"<h2>(.*?)</h2>", text) == ["What was done", "Results", "Configuration and versions"]
-    assert ["Dice, liver", "&ndash;"] in rows(text)
-
-
-def test_run_without_a_loss_has_no_chart(tmp_path: Path) -> None:
-    data = report_data(tmp_path)
-    (tmp_path / "run" / "metrics.jsonl").write_text("", encoding="utf-8")
-    assert "<picture>" not in written(tmp_path, data)
-
-
-def test_files_that_cannot_be_shown_are_named(tmp_path: Path) -> None:
-    data = report_data(tmp_path)
-    (tmp_path / "page.png").write_text("<svg onload=alert(1)>", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"page\.png: is not a PNG"):
-        written(tmp_path, replace(data, sheets=[("x", tmp_path / "page.png")]))
-    with pytest.raises(ConfigError, match=r"missing\.png: cannot be read"):
-        written(tmp_path, replace(data, sheets=[("x", tmp_path / "missing.png")]))
-    with pytest.raises(ConfigError, match=r"run lost: .*metrics\.jsonl cannot be read"):
-        written(tmp_path, replace(data, runs={"lost": tmp_path / "lost"}))
+    picture = data.runs[0].pictures[0]
+    picture.write_text("<svg onload=alert(1)>", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"sheet-000\.png: is not a PNG"):
+        written(tmp_path, data)
+    picture.unlink()
+    with pytest.raises(ConfigError, match=r"sheet-000\.png: cannot be read"):
+        written(tmp_path, data)

@@ -60,7 +60,10 @@ def test_baseline_learns_on_annotated_volumes(store: Store, tmp_path: Path) -> N
     assert logged[-1]["loader/level/ready"] <= 2
     assert [row["step"] for row in logged] == list(range(40))
     assert list((tmp_path / "run" / "tensorboard").iterdir())
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["versions"]["ftengine"]
+    document = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert document["versions"]["ftengine"]
+    assert document["kind"] == "segmenter"
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == json.loads(json.dumps(result.document()))
 
 
 def test_generator_training_changes_g_and_c_and_nothing_of_s(store: Store, baseline: Path, tmp_path: Path) -> None:

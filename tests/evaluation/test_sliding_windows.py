@@ -15,7 +15,7 @@ from torch import nn
 from ftengine.config import Config
 from ftengine.errors import ConfigError
 from ftengine.evaluation.infer import predict_volume
-from ftengine.evaluation.windows import (
+from ftengine.evaluation.sliding_windows import (
     WindowScores,
     best_class,
     chosen_precision,
