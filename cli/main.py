@@ -21,6 +21,7 @@ from ftengine.cli import (
     replay,
     store,
     train,
+    turing,
     view,
     weights,
 )
@@ -49,6 +50,7 @@ app.add_typer(qc.app, name="qc")
 app.command(name="preview")(preview.preview)
 app.command(name="replay")(replay.replay)
 app.command(name="view")(view.view)
+app.add_typer(turing.app, name="turing")
 app.add_typer(weights.app, name="weights")
 app.command(name="config")(config.config)
 app.command(name="doctor")(doctor.doctor)

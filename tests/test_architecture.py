@@ -26,6 +26,7 @@ ALLOWED = {
     "training": BASE | {"loader", "synthesis", "quality"},
     "evaluation": BASE | {"volume", "store", "loader", "synthesis", "quality", "training"},
     "organs": BASE | {"store", "training", "evaluation"},
+    "turing": BASE | {"store", "synthesis", "quality", "evaluation"},
     "adapters": BASE | {"store", "loader", "synthesis", "quality", "training", "assemble"},
 }
 

@@ -230,7 +230,9 @@ class Journal:
 
     def _showing(self, reader_id: str, item: str) -> Showing:
         if reader_id != self._reader.id:
-            raise Refused(403, "this page belongs to another reader than the link that was opened last: open your own link again")
+            raise Refused(
+                403, "this page belongs to another reader than the link that was opened last: open your own link again"
+            )
         showing = self._reader.by_item.get(item)
         if showing is None:
             raise Refused(404, "there is no such case")

@@ -48,8 +48,7 @@ class StudyOptions:
     """What a study consists of.
 
     per_type: cases of each type, half of them real. types: {organ: name of the type}. repeats: cases shown a second time, for
-    intra-reader agreement. training_cases: further ones, shown first, whose truth is told. show_position: whether readers see where the
-    tumour lies, as in the paper.
+    intra-reader agreement. training_cases: further ones, shown first, whose truth is told.
     """
 
     per_type: int
@@ -58,7 +57,6 @@ class StudyOptions:
     seed: int = 0
     repeats: int = 0
     training_cases: int = 0
-    show_position: bool = True
 
 
 @dataclass(frozen=True)
@@ -95,14 +93,16 @@ def build_study(
     judge_sha256: str = "",
     on_case: Callable[[str], None] = lambda _text: None,
 ) -> Built:
-    """Write the study folder ``out`` and its key. What is drawn, and each reader's order, follow from the seed; names are random.
+    """Write the study folder ``out`` and its key. Readers see where a tumour lies, as in the paper, where cases are centred on it.
+
+    What is drawn, and each reader's order, follow from the seed; names are random.
 
     Nothing is written before all cases are drawn; the folder appears whole or not at all. Raises ConfigError for options that do not
     fit, for a place that is taken, and where there are too few cases.
     """
     out, key_path = Path(out), Path(key_path)
     check_options(options, config)
-    _check_places(out, key_path)
+    check_places(out, key_path)
     named = _draw(drawer, options, on_case)
     main, training = _split(named, options)
     content = {case.id: case.drawn.image_hu.astype("<i2").tobytes() for case in named}
@@ -122,7 +122,7 @@ def build_study(
                 id=case.id,
                 type=case.type,
                 sha256=sha256_of_bytes(content[case.id]),
-                mark=_mark_of(case.drawn) if options.show_position else None,
+                mark=_mark_of(case.drawn) if case_options.centered else None,
             )
             for case in named
         ),
@@ -175,10 +175,13 @@ def check_options(options: StudyOptions, config: Config) -> None:
         raise ConfigError("--reader: want at least one, at most 9999, and no name twice.")
     for reader in options.readers:
         if not 1 <= len(reader.name) <= 60 or len(reader.group) > 60:
-            raise ConfigError(f"--reader {reader.name}:{reader.group}: want a name of 1 to 60 characters, a group of up to 60.")
+            raise ConfigError(
+                f"--reader {reader.name}:{reader.group}: want a name of 1 to 60 characters, a group of up to 60."
+            )
 
 
-def _check_places(out: Path, key_path: Path) -> None:
+def check_places(out: Path, key_path: Path) -> None:
+    """ConfigError where a study or key is in the way, and where the key would lie in the study."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: is already there; a study is never overwritten. Choose another --out.")
     if key_path.exists():

@@ -33,12 +33,16 @@ _CONNECTED = np.ones((3, 3, 3), dtype=bool)  # voxels that share a corner, as in
 
 @dataclass(frozen=True)
 class CaseOptions:
-    """What is cut. shape_zyx: voxels of every case. Diameters: of the sphere of the tumour's volume."""
+    """What is cut. shape_zyx: voxels of every case. Diameters: of the sphere of the tumour's volume.
+
+    centered: the tumour lies in the middle; else up to a quarter of the case away from it, so that the place tells readers nothing.
+    """
 
     shape_zyx: IntZYX
     least_diameter_mm: float = 5.0
     largest_diameter_mm: float = float("inf")
     split: str | None = None
+    centered: bool = True
 
 
 @dataclass(frozen=True)
@@ -209,9 +213,7 @@ class CaseDrawer:
                 return case
         return None
 
-    def _paint_at(
-        self, organ: str, row: int, center_zyx: IntZYX, attempt: int, refused: Refusals
-    ) -> DrawnCase | None:
+    def _paint_at(self, organ: str, row: int, center_zyx: IntZYX, attempt: int, refused: Refusals) -> DrawnCase | None:
         region = self._config.region
         name = self._paint.rows.case(row)
         box = _patch_around(center_zyx, region.patch_zyx, self._paint.shape_zyx(name))
@@ -234,7 +236,15 @@ class CaseDrawer:
         unit = painting.image[0, 0].cpu().numpy()
         proportion = painted.proportion if self._judged else None
         return self._cut(
-            self._paint, row, organ, tumors == 1, box.origin_zyx, refused, synthetic=True, unit=unit, proportion=proportion
+            self._paint,
+            row,
+            organ,
+            tumors == 1,
+            box.origin_zyx,
+            refused,
+            synthetic=True,
+            unit=unit,
+            proportion=proportion,
         )
 
     def _cut(
@@ -259,8 +269,13 @@ class CaseDrawer:
         if not options.least_diameter_mm <= diameter <= options.largest_diameter_mm:
             refused["a tumour of another size than asked for"] += 1
             return None
-        center = central_voxel(mask, store.spacing_mm_zyx)
-        box = box_around(int_zyx(c + o for c, o in zip(center, origin_zyx, strict=True)), options.shape_zyx)
+        center = int_zyx(c + o for c, o in zip(central_voxel(mask, store.spacing_mm_zyx), origin_zyx, strict=True))
+        box = box_around(center, options.shape_zyx)
+        if not options.centered:
+            rng = patch_rng(self._seed, Purpose.READER_STUDY, epoch=7 + int(synthetic), index=row)
+            away = [int(rng.integers(-(n // 4), n // 4 + 1)) for n in options.shape_zyx]
+            box = Box(int_zyx(o - d for o, d in zip(box.origin_zyx, away, strict=True)), box.shape_zyx)
+        in_case = int_zyx(c - o for c, o in zip(center, box.origin_zyx, strict=True))
         voxels = np.argwhere(mask) + np.array(origin_zyx) - np.array(box.origin_zyx)
         if (voxels < 0).any() or (voxels >= np.array(options.shape_zyx)).any():
             refused["a tumour larger than the case"] += 1
@@ -275,12 +290,12 @@ class CaseDrawer:
         shown = to_window(crop.image, region.window_hu)
         if unit is not None:
             _paste(shown, box, unit, Box(origin_zyx, int_zyx(unit.shape)))
-        distance_mm = (voxels - np.array(options.shape_zyx) // 2) * np.array(store.spacing_mm_zyx)
+        distance_mm = (voxels - np.array(in_case)) * np.array(store.spacing_mm_zyx)
         return DrawnCase(
             organ=organ,
             synthetic=synthetic,
             image_hu=to_hu(shown, region.window_hu),
-            center_zyx=int_zyx(n // 2 for n in options.shape_zyx),
+            center_zyx=in_case,
             radius_mm=float(np.sqrt((distance_mm**2).sum(axis=1)).max() + max(store.spacing_mm_zyx) / 2),
             diameter_mm=diameter,
             store=str(store.location),

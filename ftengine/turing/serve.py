@@ -16,6 +16,7 @@ change something must be JSON of the page's own origin. A reader gets the case t
 """
 
 import json
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,7 +33,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ftengine.errors import FtengineError, SaveError
+from ftengine.errors import ConfigError, FtengineError, SaveError
 from ftengine.store.serve import HOSTS
 from ftengine.turing.answers import GivenAnswer, GivenTime, Journals, Refused
 from ftengine.turing.study import Reader, Showing, StudyFolder, presets
@@ -54,6 +55,7 @@ _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
 }
+_HOST = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?(?:\.[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?)*")
 Given = TypeVar("Given", bound=BaseModel)
 _Endpoint = Callable[[Request, Reader], Awaitable[Response]]
 
@@ -79,12 +81,24 @@ def make_app(folder: StudyFolder, journals: Journals, *, allow_hosts: Sequence[s
     )
 
 
+def checked_hosts(names: Sequence[str]) -> list[str]:
+    """Names of hosts, without scheme and port. Raises ConfigError for anything else, and for a pattern that lets every name in."""
+    for name in names:
+        if not _HOST.fullmatch(name):
+            raise ConfigError(
+                f"--allow-host {name}: want the plain name of a host, such as study.hospital.example, without scheme and port."
+            )
+    return list(names)
+
+
 class _Server:
     """The endpoints of one study."""
 
     def __init__(self, folder: StudyFolder, journals: Journals) -> None:
         self._folder, self._journals = folder, journals
-        self._cookie = f"ftengine_turing_{folder.study.id}"  # cookies know no port: two studies on one machine must not share one
+        self._cookie = (
+            f"ftengine_turing_{folder.study.id}"  # cookies know no port: two studies on one machine must not share one
+        )
 
     async def open_session(self, request: Request) -> Response:
         """Exchange the token of a link for a cookie."""
