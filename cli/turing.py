@@ -113,7 +113,7 @@ def build(
         on_case=lambda text: None if quiet else typer.echo(text, err=True),
     )
     for warning in built.warnings:
-        typer.echo(f"warning: {warning}", err=True)
+        _warn(warning)
     if as_json:
         print_json(
             {
@@ -154,7 +154,7 @@ def serve(
     folder = StudyFolder.open(study)
     folder.check_cases()
     hosts = checked_hosts(allow_host or [])
-    journals = Journals(folder, warn=lambda text: typer.echo(f"warning: {text}", err=True))
+    journals = Journals(folder, warn=_warn)
     try:
         with listen(port) as sock:
             url = f"http://{ADDRESS}:{sock.getsockname()[1]}/"
@@ -170,7 +170,7 @@ def serve(
                     "ftengine: serving to this machine alone; a link admits its reader, give each only their own. Ctrl-C ends it.",
                     err=True,
                 )
-            run_server(make_app(folder, journals, allow_hosts=hosts), sock)
+            run_server(make_app(folder, journals, allow_hosts=hosts, warn=_warn), sock)
     finally:
         journals.close()
 
@@ -200,6 +200,10 @@ def score(
     if out is not None:
         for path in written:
             typer.echo(path)
+
+
+def _warn(text: str) -> None:
+    typer.echo(f"warning: {text}", err=True)
 
 
 def _types(texts: list[str] | None, organs: tuple[str, ...]) -> dict[str, str]:

@@ -95,9 +95,8 @@ def build_study(
 ) -> Built:
     """Write the study folder ``out`` and its key. Readers see where a tumour lies, as in the paper, where cases are centred on it.
 
-    What is drawn, and each reader's order, follow from the seed; names are random.
-
-    Nothing is written before all cases are drawn; the folder appears whole or not at all. Raises ConfigError for options that do not
+    What is drawn follows from the seed; cases have random names, in whose order the seed shuffles them for each reader, so that nobody who
+    knows the seed knows the truth. Nothing is written before all cases are drawn; the folder appears whole or not at all. Raises ConfigError for options that do not
     fit, for a place that is taken, and where there are too few cases.
     """
     out, key_path = Path(out), Path(key_path)
@@ -203,10 +202,7 @@ def _draw(drawer: CaseDrawer, options: StudyOptions, on_case: Callable[[str], No
             drawn = drawer.painted(organ, wanted[organ]) if synthetic else drawer.real(organ, wanted[organ])
             found += [(name, case) for case in drawn]
             on_case(f"{name}: {len(drawn)} {'synthetic' if synthetic else 'real'}")
-    names = sorted({secrets.token_hex(8) for _ in range(2 * len(found))})  # far more than enough, all different
-    names = sorted(secrets.SystemRandom().sample(names, len(found)))
-    order = secrets.SystemRandom().sample(range(len(found)), len(found))
-    return [_Named(name, *found[place]) for name, place in zip(names, order, strict=True)]
+    return sorted((_Named(secrets.token_hex(8), name, case) for name, case in found), key=lambda case: case.id)
 
 
 def _counts(options: StudyOptions) -> dict[str, int]:

@@ -60,17 +60,27 @@ Given = TypeVar("Given", bound=BaseModel)
 _Endpoint = Callable[[Request, Reader], Awaitable[Response]]
 
 
-def make_app(folder: StudyFolder, journals: Journals, *, allow_hosts: Sequence[str] = ()) -> Starlette:
-    """The ASGI application of a study. allow_hosts: further names under which a proxy of the operator's reaches it."""
+def make_app(
+    folder: StudyFolder, journals: Journals, *, allow_hosts: Sequence[str] = (), warn: Callable[[str], None]
+) -> Starlette:
+    """The ASGI application of a study.
+
+    allow_hosts: further names under which a proxy of the operator's reaches it. warn: told what goes wrong, which readers are not told
+    in full.
+    """
+
+    def guarded(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+        return _guarded(endpoint, warn)
+
     server = _Server(folder, journals)
     routes = [Route(path, _file(name, kind), methods=["GET"]) for path, (name, kind) in _FILES.items()]
     routes += [
-        Route("/api/session", _guarded(server.open_session), methods=["POST"]),
-        Route("/api/leave", _guarded(server.leave), methods=["POST"]),
-        Route("/api/state", _guarded(server.for_reader(server.state)), methods=["GET"]),
-        Route("/api/case/{item}", _guarded(server.for_reader(server.case)), methods=["GET"]),
-        Route("/api/answer", _guarded(server.for_reader(server.answer)), methods=["POST"]),
-        Route("/api/time", _guarded(server.for_reader(server.time)), methods=["POST"]),
+        Route("/api/session", guarded(server.open_session), methods=["POST"]),
+        Route("/api/leave", guarded(server.leave), methods=["POST"]),
+        Route("/api/state", guarded(server.for_reader(server.state)), methods=["GET"]),
+        Route("/api/case/{item}", guarded(server.for_reader(server.case)), methods=["GET"]),
+        Route("/api/answer", guarded(server.for_reader(server.answer)), methods=["POST"]),
+        Route("/api/time", guarded(server.for_reader(server.time)), methods=["POST"]),
     ]
     return Starlette(
         routes=routes,
@@ -198,8 +208,10 @@ def _file(name: str, kind: str) -> Callable[[Request], Awaitable[Response]]:
     return send
 
 
-def _guarded(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-    """An endpoint whose refusals and errors become JSON with their reason."""
+def _guarded(
+    endpoint: Callable[[Request], Awaitable[Response]], warn: Callable[[str], None]
+) -> Callable[[Request], Awaitable[Response]]:
+    """An endpoint whose refusals become JSON with their reason; errors of the study go to whoever runs it."""
 
     async def answered(request: Request) -> Response:
         try:
@@ -207,9 +219,13 @@ def _guarded(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Re
         except Refused as refusal:
             return JSONResponse({"error": refusal.reason}, refusal.status)
         except SaveError as error:
-            return JSONResponse({"error": f"not stored: {error}"}, 507)
+            warn(str(error))
+            return JSONResponse(
+                {"error": "the server's disk did not take it; save again, and tell whoever runs the study"}, 507
+            )
         except FtengineError as error:
-            return JSONResponse({"error": str(error)}, 500)
+            warn(str(error))
+            return JSONResponse({"error": "this case cannot be shown; tell whoever runs the study"}, 500)
 
     return answered
 
