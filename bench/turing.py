@@ -22,6 +22,10 @@ from typing import Any, NamedTuple
 from ftengine.bench.timing import environment
 from ftengine.config import Config
 from ftengine.geometry import IntZYX
+from ftengine.store.reader import Store, open_store
+from ftengine.turing.build import ReaderName, StudyOptions, build_study
+from ftengine.turing.cases import CaseDrawer, CaseOptions
+from ftengine.turing.score import score_studies
 
 _CASES = 10  # of the study; each is shown twice to each reader
 _SHOWN = 2 * _CASES
@@ -47,10 +51,8 @@ def run(
         load_s = _time_loading(study, rounds)
         given, survived = answer_under_kills(study, kills=kills, seed=0)
         _check_kept(study, given)
-        score = _ftengine("turing", "score", study, "--key", folder / "key.json", "--json")
-        _check(
-            sum(r["num_answered"] for r in json.loads(score)["readers"]) == answers, "the score counts other answers"
-        )
+        scored = score_studies([study], [folder / "key.json"])
+        _check(len(scored.answers) == answers, f"{len(scored.answers)} answers are scored")
     document = {
         "title": f"{answers} answers through {survived.kills} SIGKILLs of the server",
         "environment": environment(),
@@ -146,13 +148,13 @@ def build_study_of_phantoms(folder: Path, *, num_readers: int, shape_zyx: IntZYX
     """A study of ten liver tumours in phantoms, each shown twice; its key lies beside it as ``key.json``."""
     config = Config.preset("demo")
     store = _write_store(folder / "store.zarr", config)
-    size_mm = [n * s for n, s in zip(shape_zyx, config.region.spacing_mm_zyx, strict=True)]
-    readers = [a for n in range(num_readers) for a in ("--reader", f"Reader {n + 1}:{'even' if n % 2 else 'odd'}")]
-    _ftengine(
-        *("turing", "build", store, "--out", folder / "study", "--key", folder / "key.json", *readers),
-        *("--per-type", _CASES, "--repeats", _CASES, "--size-mm", *size_mm, "--quiet"),
+    cut = CaseOptions(shape_zyx)
+    readers = [ReaderName(f"Reader {n + 1}", "even" if n % 2 else "odd") for n in range(num_readers)]
+    options = StudyOptions(per_type=_CASES, types={"liver": "liver"}, readers=readers, repeats=_CASES)
+    built = build_study(
+        CaseDrawer(config, store, store, cut, seed=0), config, cut, options, folder / "study", folder / "key.json"
     )
-    return folder / "study"
+    return built.out
 
 
 def answer_under_kills(study: Path, *, kills: int, seed: int) -> tuple[list[dict[str, Any]], Survived]:
@@ -243,7 +245,7 @@ def _time_loading(study: Path, rounds: int) -> list[float]:
         server.end()
 
 
-def _write_store(path: Path, config: Config) -> Path:
+def _write_store(path: Path, config: Config) -> Store:
     """Phantoms with one liver tumour, and healthy ones."""
     from ftengine.store import index
     from ftengine.store.writer import Provenance, create_store, write_volume
@@ -252,7 +254,7 @@ def _write_store(path: Path, config: Config) -> Path:
     region = config.region
     root = create_store(path, region)
     tumors = TumorSpec(num_tumors=(1, 1), diameter_mm=(14.0, 24.0), organs=("liver",))
-    for case in range(2 * _CASES):
+    for case in range(_CASES):
         is_real = case % 2 == 0
         phantom = make_phantom(
             "abdomen",
@@ -266,14 +268,7 @@ def _write_store(path: Path, config: Config) -> Path:
         provenance = Provenance("phantom", "", annotation="tumor" if is_real else "organ")
         write_volume(root, f"p/{case}", phantom.image_hu, label, phantom.grid, phantom.grid, region, provenance)
     index.compact_index(root)
-    return path
-
-
-def _ftengine(*arguments: object) -> str:
-    command = [sys.executable, "-m", "ftengine.cli.main", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own command
-    _check(done.returncode == 0, done.stderr)
-    return done.stdout
+    return open_store(root)
 
 
 def _check(holds: bool, failure: str) -> None:

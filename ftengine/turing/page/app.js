@@ -98,6 +98,7 @@ async function showCurrent() {
   );
   $("question").textContent = `Tumour type: ${current.type}`;
   volume = null;
+  $("viewer").setAttribute("aria-busy", "true");
   makeView(current);
   restoreDraft(current.item);
   say("");
@@ -108,6 +109,7 @@ async function showCurrent() {
   visit = { item: current.item, id: randomHex(), shown_ms: 0, since: null };
   startClock();
   draw();
+  $("viewer").setAttribute("aria-busy", "false");
   prefetch();
 }
 
