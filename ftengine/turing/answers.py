@@ -149,7 +149,7 @@ class Answers:
 
     def reading_s(self, item: str) -> float:
         """For how long a case was looked at, over all visits, pauses taken out."""
-        return sum(self._visits.get(item, {}).values())
+        return sum(tuple(self._visits.get(item, {}).values()))  # a copy: another thread may be adding one
 
     @property
     def current(self) -> Showing | None:

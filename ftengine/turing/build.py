@@ -160,6 +160,8 @@ def check_options(options: StudyOptions, config: Config) -> None:
         )
     if len(set(options.types.values())) < len(options.types):
         raise ConfigError(f"--type: two types have one name ({', '.join(options.types.values())}); want a name each.")
+    if not all(1 <= len(name) <= 60 for name in options.types.values()):
+        raise ConfigError("--type: want names of 1 to 60 characters.")
     if options.per_type < 2 or options.per_type % 2:
         raise ConfigError(
             f"--per-type {options.per_type}: want an even number, half real and half synthetic (the paper: 18)."

@@ -111,7 +111,7 @@ def _by_reader(
     average = AVERAGE
     while average in readers:
         average += " "
-    cells = {}
+    cells: dict[tuple[str, str], Cell] = {}
     for column, (kind, name) in columns.items():
         values = {r: getattr(rates[r, kind], name) for r in readers if (r, kind) in rates}
         defined = {r: v for r, v in values.items() if v is not None}

@@ -234,22 +234,21 @@ class Score:
 
     def _pass_table(self) -> ResultTable:
         rows = {**{kind: self.passed(kind) for kind in self.types}, TOTAL: self.passed()}
-        cells = {}
-        for row, (passed, undecided, count) in rows.items():
-            cells |= {
-                (row, n): Cell((float(v),)) for n, v in zip(_PASS_COUNTS, (passed, undecided, count), strict=True)
-            }
-            if count:
-                exact = proportion_interval(passed, count)
-                cells |= {(row, n): Cell((100 * v,)) for n, v in zip(_PASS_RATE, _three(exact), strict=True)}
+        cells = {
+            (row, name): Cell((float(count),))
+            for row, counts in rows.items()
+            for name, count in zip(_PASS_COUNTS, counts, strict=True)
+        }
         return ResultTable(
             title="Synthetic tumours that pass the Visual Turing Test: more than half of the readers call them real (Fig. 2 f)",
             corner="",
             rows=tuple(rows),
-            columns=(*_PASS_COUNTS, *_PASS_RATE),
+            columns=_PASS_COUNTS,
             cells=cells,
             scale=1.0,
+            digits=0,
             order="none",
+            notes=tuple(f"{row}: {_share_text(passed, count)}" for row, (passed, _, count) in rows.items() if count),
         )
 
     def _reader_table(self) -> ResultTable:
@@ -309,7 +308,6 @@ class Score:
 
 
 _PASS_COUNTS = ("passed", "undecided", "synthetic")
-_PASS_RATE = ("passed %", "low %", "high %")
 _SIZES: dict[str, Callable[[ScoredAnswer], bool]] = {
     f"below {SMALL_MM:g} mm": lambda a: a.diameter_mm < SMALL_MM,
     f"{SMALL_MM:g} mm and above": lambda a: a.diameter_mm >= SMALL_MM,
@@ -462,10 +460,12 @@ def _percent(figures: Mapping[str, Any] | None, name: str) -> float | None:
     return None if value is None else 100 * float(value)
 
 
-def _three(interval: Interval) -> tuple[float, float, float]:
-    assert interval.low is not None  # noqa: S101 - exact intervals have both ends
-    assert interval.high is not None  # noqa: S101
-    return interval.mean, interval.low, interval.high
+def _share_text(part: int, whole: int) -> str:
+    """``62.2 % (28 of 45, exact 95 % interval 46.5 to 76.2)``."""
+    exact = proportion_interval(part, whole)
+    assert exact.low is not None  # noqa: S101 - exact intervals have both ends
+    assert exact.high is not None  # noqa: S101
+    return f"{100 * exact.mean:.1f} % ({part} of {whole}, exact 95 % interval {100 * exact.low:.1f} to {100 * exact.high:.1f})"
 
 
 def _with_notes(table: ResultTable, notes: tuple[str, ...]) -> ResultTable:

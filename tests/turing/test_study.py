@@ -133,6 +133,7 @@ def test_nothing_is_overwritten_and_the_key_lies_apart(turing_store: Store, tmp_
         ({"training_cases": 1}, "want an even number"),
         ({"repeats": 5}, "want 0 to 4"),
         ({"types": {"spleen": "spleen"}}, "has liver"),
+        ({"types": {"liver": "x" * 61}}, "names of 1 to 60"),
         ({"readers": []}, "want at least one"),
         ({"readers": [ReaderName("A"), ReaderName("A", "x")]}, "no name twice"),
         ({"readers": [ReaderName("")]}, "a name of 1 to 60"),

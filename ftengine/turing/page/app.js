@@ -8,6 +8,7 @@ const PLANES = {
 };
 const MARK = "#ffd54a", POINT = "#7fe0ff";
 const RETRY_S = [0.3, 1, 2, 5];
+const LONGEST_S = 86400; // what the server takes for one visit
 const $ = (id) => document.getElementById(id);
 const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
 const sleep = (seconds) => new Promise((resolve) => setTimeout(resolve, 1000 * seconds));
@@ -177,7 +178,10 @@ function stopClock() {
   visit.since = null;
 }
 
-const shownSeconds = () => (visit.shown_ms + (visit.since === null ? 0 : performance.now() - visit.since)) / 1000;
+function shownSeconds() {
+  const running_ms = visit.since === null ? 0 : performance.now() - visit.since;
+  return Math.min((visit.shown_ms + running_ms) / 1000, LONGEST_S);
+}
 
 function reportTime() {
   stopClock();
@@ -238,21 +242,30 @@ async function submit() {
   $("save").disabled = true;
   const body = {
     reader: study.reader.id, item: study.current.item, answer_id: answerId, synthetic: synthetic === "true",
-    confidence: Number(confidence), comment, click_zyx: point, visit: visit.id, seconds: shownSeconds(),
+    confidence: Number(confidence), comment: comment.toWellFormed?.() ?? comment, click_zyx: point, visit: visit.id, seconds: shownSeconds(),
   };
   try {
     const result = await sendUntilStored(body);
     sessionStorage.removeItem("draft");
     if (result.truth_of_training_case !== null) await showFeedback(result.truth_of_training_case, body.synthetic);
     study = result.state;
-    await showCurrent();
-    $("image").focus({ preventScroll: false });
-    if (study.current) say("Saved.");
+    await showSaved();
   } catch (error) {
     await afterRefusal(error);
   } finally {
     sending = false;
     $("save").disabled = false;
+  }
+}
+
+async function showSaved() {
+  try {
+    await showCurrent();
+    if (!study.current) return;
+    $("image").focus();
+    say("Saved.");
+  } catch (error) {
+    showProblem(error);
   }
 }
 
