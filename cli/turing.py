@@ -188,8 +188,7 @@ def score(
     from ftengine.turing.score import score_studies, write_score
 
     scored = score_studies(studies, key)
-    if out is not None:
-        written = write_score(scored, out)
+    written = [] if out is None else write_score(scored, out)
     if as_json:
         print_json(scored.to_json())
         return
@@ -197,9 +196,8 @@ def score(
     for table in scored.tables.values():
         console.print(table.to_rich())
         console.print()
-    if out is not None:
-        for path in written:
-            typer.echo(path)
+    for path in written:
+        typer.echo(path)
 
 
 def _warn(text: str) -> None:

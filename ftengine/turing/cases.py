@@ -128,7 +128,7 @@ class CaseDrawer:
     def real(self, organ: str, count: int) -> list[DrawnCase]:
         """Labelled tumours of an organ. Raises ConfigError where there are fewer than ``count``, saying why."""
         refused = Refusals()
-        found = []
+        found: list[DrawnCase] = []
         for row in self._rows(self._real, organ, synthetic=False):
             if len(found) == count:
                 break
@@ -140,7 +140,7 @@ class CaseDrawer:
     def painted(self, organ: str, count: int) -> list[DrawnCase]:
         """Tumours painted on an organ, those that the judge passed. Raises ConfigError where there are fewer than ``count``, saying why."""
         refused = Refusals()
-        found = []
+        found: list[DrawnCase] = []
         for row in self._rows(self._paint, organ, synthetic=True):
             if len(found) == count:
                 break

@@ -186,8 +186,8 @@ class Score:
             "groups": {group or _UNNAMED: self._rates_json(names) for group, names in self.groups.items()},
             "total": self._rates_json(self.readers)
             | {"intervals": {name: None if i is None else i.to_json() for name, i in whole.items()}},
-            "by_type": {kind: self._pooled_json(lambda a, kind=kind: a.type == kind) for kind in self.types},
-            "by_size": {name: self._pooled_json(holds) for name, holds in _SIZES.items()},
+            "by_type": {kind: _pooled_json(a for a in self.first if a.type == kind) for kind in self.types},
+            "by_size": {name: _pooled_json(filter(holds, self.first)) for name, holds in _SIZES.items()},
             "passed": {
                 kind or TOTAL: dict(zip(("passed", "undecided", "synthetic"), self.passed(kind), strict=True))
                 for kind in (*self.types, None)
@@ -224,10 +224,6 @@ class Score:
 
     def _rates_json(self, readers: Sequence[str]) -> dict[str, Any]:
         return {"num_readers": len(readers), **{n: c.mean for n, c in averages(self.rates, readers).items()}}
-
-    def _pooled_json(self, holds: Callable[[ScoredAnswer], bool]) -> dict[str, Any]:
-        """Rates over all answers of all readers. Their exact intervals take answers as independent, which those on one case are not."""
-        return _exact(_counts(a for a in self.first if holds(a)))
 
     def _auc(self, reader: str) -> Interval | None:
         return self.ratings([reader]).intervals()["auc"] if reader in self.readers else None
@@ -293,7 +289,7 @@ class Score:
     def _size_table(self) -> ResultTable:
         cells = {}
         for name, holds in _SIZES.items():
-            figures = self._pooled_json(holds)
+            figures = _pooled_json(filter(holds, self.first))
             for column in ("sensitivity", "specificity", "accuracy"):
                 if figures[column] is not None:
                     cells[name, column] = Cell((figures[column]["mean"],))
@@ -436,6 +432,11 @@ def answers_csv(answers: Iterable[ScoredAnswer]) -> str:
 
 def _counts(answers: Iterable[ScoredAnswer]) -> Counts:
     return Counts.of((a.is_synthetic, a.said_synthetic) for a in answers)
+
+
+def _pooled_json(answers: Iterable[ScoredAnswer]) -> dict[str, Any]:
+    """Rates over all answers of all readers. Their exact intervals take answers as independent, which those on one case are not."""
+    return _exact(_counts(answers))
 
 
 def _exact(counts: Counts) -> dict[str, dict[str, Any] | None]:
