@@ -23,6 +23,7 @@ PROGRAMS = {
     "evaluation": "Dice, HD95 and surface Dice of label files against the same by MONAI, in as many workers",
     "scale": "an index of 161,310 rows; the whole conversion simulated",
     "faults": "conversions killed at random moments and resumed",
+    "turing": "answers of readers while the server is killed; the loading of a case",
     "few-labels": "trained students: the baseline, painting in every variant, an oracle; paired seeds on phantoms, hours",
 }
 _MODULES = {"few-labels": "experiments.few_labels"}  # where it is not the program's name

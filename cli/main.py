@@ -24,6 +24,7 @@ from ftengine.cli import (
     report,
     store,
     train,
+    turing,
     view,
     weights,
 )
@@ -56,6 +57,7 @@ app.command(name="preview")(preview.preview)
 app.command(name="report")(report.report)
 app.command(name="replay")(replay.replay)
 app.command(name="view")(view.view)
+app.add_typer(turing.app, name="turing")
 app.add_typer(weights.app, name="weights")
 app.command(name="config")(config.config)
 app.command(name="doctor")(doctor.doctor)

@@ -17,6 +17,7 @@ class Purpose(IntEnum):
     INITIALIZATION = 7
     CUTMIX = 8
     TUMOR_BANK = 9
+    READER_STUDY = 10
 
 
 def patch_rng(seed: int, purpose: Purpose, *, epoch: int = 0, index: int = 0, draw: int = 0) -> np.random.Generator:

@@ -28,6 +28,7 @@ ALLOWED = {
     "evaluation": BASE | {"volume", "store", "loader", "synthesis", "quality", "training"},
     "organs": BASE | {"store", "training", "evaluation"},
     "experiments": BASE | {"volume", "datasets", "store", "quality", "training", "evaluation", "assemble"},
+    "turing": BASE | {"store", "synthesis", "quality", "evaluation"},
     "adapters": BASE | {"store", "loader", "synthesis", "quality", "training", "assemble"},
 }
 
