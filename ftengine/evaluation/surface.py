@@ -18,7 +18,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
-from surface_distance.lookup_tables import create_table_neighbour_code_to_surface_area
 
 from ftengine.geometry import FloatZYX
 
@@ -142,6 +141,8 @@ def _nearest_mm(start: NDArray[np.bool_], target: NDArray[np.bool_], spacing_mm_
 @lru_cache(maxsize=64)
 def _element_areas(spacing_mm_zyx: FloatZYX) -> NDArray[np.float64]:
     """Area in mm2 by neighbour code, float64 [256]."""
+    from surface_distance.lookup_tables import create_table_neighbour_code_to_surface_area
+
     areas: NDArray[np.float64] = create_table_neighbour_code_to_surface_area(spacing_mm_zyx)
     areas.flags.writeable = False
     return areas

@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import SimpleITK as sitk  # importing SciPy for the same takes a third of a second, in every worker
 from numpy.typing import NDArray
 
 from ftengine.geometry import FloatZYX
@@ -26,6 +25,9 @@ def find_lesions(label: NDArray[np.uint8], values: tuple[int, ...], spacing_mm_z
 
     ``diameter_mm`` is ``axial_diameter_mm`` of the component.
     """
+    # importing SciPy for the same takes a third of a second, in every worker; what scores stores alone need not have it
+    import SimpleITK as sitk
+
     voxel_ml = float(np.prod(spacing_mm_zyx)) / 1000.0
     extents = value_extents(label)
     lesions = []
