@@ -89,6 +89,7 @@ def test_two_readers_answer_a_whole_study(browser: Any, served: tuple[StudyFolde
             playwright.expect(desktop.locator("#feedback-title")).to_have_text(heading)
             playwright.expect(desktop.locator("#feedback-text")).to_contain_text(f"You answered {name[synthetic]}")
             desktop.keyboard.press("Enter")
+            _heading(desktop, ("Training case 2 of 2", "Case 1 of 6")[number])
         if number == 4:
             _heading(desktop, "Case 4 of 6")
             desktop.keyboard.press("s")  # not saved yet: a reload brings it back
@@ -111,6 +112,7 @@ def test_two_readers_answer_a_whole_study(browser: Any, served: tuple[StudyFolde
         _answer_with_fingers(tablet, synthetic, confidence, comment)
         if number < 2:
             tablet.get_by_role("button", name="Next case").tap()
+            _heading(tablet, ("Training case 2 of 2", "Case 1 of 6")[number])
     playwright.expect(tablet.get_by_text("All cases are answered").last).to_be_visible()
 
     for page in seen:
