@@ -168,8 +168,9 @@ def _scored(
 ) -> "list[Scores]":
     """Evaluations of the annotated volumes, for predictions that none was given of."""
     from ftengine.evaluation.cases import score_predictions
-    from ftengine.evaluation.evaluate import cases_of_kind, evaluate_checkpoint
+    from ftengine.evaluation.evaluate import evaluate_checkpoint
     from ftengine.evaluation.scores import scores_of
+    from ftengine.store.folds import cases_of_kind
 
     if checkpoints:
         results = [evaluate_checkpoint(path, store, device=device, split=split) for path in checkpoints]

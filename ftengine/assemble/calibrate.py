@@ -57,7 +57,7 @@ def calibrate_judge(
     ``train_segmentation`` finds it. Raises ConfigError where no volume is left or none holds a tumour.
     """
     from ftengine.evaluation.calibration import draw_calibration  # matplotlib, which training does not need
-    from ftengine.evaluation.evaluate import cases_of_kind
+    from ftengine.store.folds import cases_of_kind
 
     check_region(config, store)
     every = config.with_overrides({"qc.threshold": None, "qc.retries": 0})

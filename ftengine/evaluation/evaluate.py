@@ -16,7 +16,7 @@ from ftengine.evaluation.metrics import CaseScore, ClassScore, FullScoring, is_s
 from ftengine.evaluation.pairs import pair_files
 from ftengine.evaluation.scoring_jobs import Job, ScoreArrays, ScoreFiles, run_jobs
 from ftengine.evaluation.tables import csv_text
-from ftengine.store.folds import rows_in
+from ftengine.store.folds import cases_of_kind
 from ftengine.store.reader import Store
 
 if TYPE_CHECKING:
@@ -154,13 +154,6 @@ def evaluate_checkpoint(
     result.num_left_out = 0 if cases is not None else len(cases_of_kind(store, "organ", split, fold))
     on_start(len(wanted))
     return _collect(result, predicted(), wanted, workers, on_case, lambda _case, _error: None)
-
-
-def cases_of_kind(store: Store, kind: str, split: str | None, fold: int | None) -> list[str]:
-    """The volumes of a store whose annotation is ``kind`` (tumor, organ, none), of a split and of a fold."""
-    used = rows_in(store.select(["split", "fold"]), split=split, fold=fold)
-    rows = zip(store.cases, store.column("annotation").to_pylist(), used, strict=True)
-    return [case for case, annotation, is_used in rows if is_used and annotation == kind]
 
 
 def evaluate_folders(

@@ -5,9 +5,9 @@ from torch import nn
 
 from ftengine.config import Config
 from ftengine.errors import ConfigError
-from ftengine.evaluation.evaluate import cases_of_kind
 from ftengine.evaluation.infer import predict_volume
 from ftengine.evaluation.metrics import score_case
+from ftengine.store.folds import cases_of_kind
 from ftengine.store.reader import Store
 from ftengine.training.validation import Validation
 

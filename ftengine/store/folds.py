@@ -3,12 +3,16 @@
 import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ftengine.errors import ConfigError
 from ftengine.store.index import Table
+
+if TYPE_CHECKING:
+    from ftengine.store.reader import Store
 
 NO_FOLD = -1
 MAX_FOLDS = 100  # the column is int8
@@ -65,3 +69,10 @@ def rows_in(
     if held_out_fold is not None:
         used &= folds != held_out_fold
     return used
+
+
+def cases_of_kind(store: "Store", kind: str, split: str | None, fold: int | None) -> list[str]:
+    """The volumes of a store whose annotation is ``kind`` (tumor, organ, none), of a split and of a fold."""
+    used = rows_in(store.select(["split", "fold"]), split=split, fold=fold)
+    rows = zip(store.cases, store.column("annotation").to_pylist(), used, strict=True)
+    return [case for case, annotation, is_used in rows if is_used and annotation == kind]
