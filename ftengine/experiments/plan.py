@@ -278,7 +278,8 @@ class Plan(_Model):
 
     def rows(self) -> list[tuple[str, str]]:
         """(name, title) of all methods of ours and others."""
-        return [(name, m.title or name) for name, m in (*self.methods.items(), *self.external.items())]
+        ours = [(name, method.title or name) for name, method in self.methods.items()]
+        return ours + [(name, other.title or name) for name, other in self.external.items()]
 
     def segmenter_of(self, method: Method) -> str:
         """The name of the method whose model is S."""

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ftengine.config import Config
 from ftengine.errors import ConfigError
-from ftengine.experiments.plan import Choice, Generator, Method, Plan, Task, Unlabelled
+from ftengine.experiments.plan import Choice, Generator, Method, Plan, Task, Unlabelled, Volumes
 from ftengine.experiments.stores import TrainingRows, digest_of, folds_of, rows_of, training_rows, unlabelled_rows
 from ftengine.store.reader import Store
 from ftengine.training.resume import deciding_keys
@@ -151,7 +151,7 @@ class _Cutter:
     def _generator(self, name: str, generator: Generator, segmenter: Unit, place: "_Place") -> Unit:
         settings = self._config("generator", generator.preset, generator.set, place, paints="freetumor")
         rows = self._rows(place, generator.unlabelled)
-        return self._training("generator", f"G of {name}, {place}", settings, rows, place, baseline=segmenter)
+        return self._training("generator", f"G of {name}, {place}", settings, rows, place, {"baseline": segmenter})
 
     def _student(
         self, name: str, method: Method, segmenter: Unit | None, generator: Unit | None, place: "_Place"
@@ -164,14 +164,14 @@ class _Cutter:
         }
         rows = self._rows(place, method.unlabelled)
         given = {role: unit for role, unit in parents.items() if unit is not None}
-        return self._training("student", f"{name}, {place}", settings, rows, place, **given)
+        return self._training("student", f"{name}, {place}", settings, rows, place, given)
 
     def _calibration(self, name: str, method: Method, judge: Unit, generator: Unit | None, place: "_Place") -> None:
         settings = self._config("calibration", method.preset, method.set, place, paints=method.paints)
         rows = self._rows(place, method.unlabelled)
         given = {"judge": judge} | ({} if generator is None else {"generator": generator})
-        more = {"num_painted": method.calibrate}
-        self._training("calibration", f"judge of {name}, {place}", settings, rows, place, more, **given)
+        title = f"judge of {name}, {place}"
+        self._training("calibration", title, settings, rows, place, given, num_painted=method.calibrate)
 
     def _training(
         self,
@@ -180,15 +180,17 @@ class _Cutter:
         settings: "_Settings",
         rows: TrainingRows,
         place: "_Place",
-        more: Mapping[str, Any] | None = None,
-        **parents: Unit,
+        parents: Mapping[str, Unit] | None = None,
+        **more: int | None,
     ) -> Unit:
+        """parents: by role. more: what else the unit is told."""
+        parents = parents or {}
         spec = {
             "config": settings.config,
             "store": rows.key,
             "fold": place.fold,
             "processes": 1 if kind == "calibration" else self.plan.processes,
-            **(more or {}),
+            **more,
             **{role: unit.key for role, unit in parents.items()},
         }
         identity = {**spec, "config": settings.decides}
@@ -248,18 +250,18 @@ class _Cutter:
         if place.fold is not None:
             yield self._once(f"own {place.task} {place.fold}", lambda: self._held_out(place))
         elif place.spec.test_split is not None:
-            spec = place.spec.model_copy(update={"split": place.spec.test_split, "test_split": None})
-            yield self._once(f"own {place.task}", lambda: self._scored(place.task, place.task, spec))
+            own = place.spec.model_copy(update={"split": place.spec.test_split, "test_split": None})
+            yield self._once(f"own {place.task}", partial(self._scored, place.task, place.task, own))
         for name in place.spec.targets:
-            column, spec = f"{place.task}/{name}", self.plan.targets[name]
-            yield self._once(f"target {column}", lambda c=column, n=name, s=spec: self._scored(c, n, s))  # type: ignore[misc]  # bound now
+            column, target = f"{place.task}/{name}", self.plan.targets[name]
+            yield self._once(f"target {column}", partial(self._scored, column, name, target))
 
     def _held_out(self, place: "_Place") -> "_Target":
         store, rows = self.stores[place.spec.store], self._annotated(place.task)
         folds = folds_of(self.plan, store, rows, f"tasks.{place.task}")
         return _target(place.task, f"fold {place.fold}", place.spec.store, store, rows[folds == place.fold])
 
-    def _scored(self, column: str, name: str, spec: Any) -> "_Target":
+    def _scored(self, column: str, name: str, spec: Volumes) -> "_Target":
         store = self.stores[spec.store]
         return _target(column, name, spec.store, store, rows_of(store, spec, f"targets.{name}"))
 

@@ -24,6 +24,8 @@ from ftengine.training.run import CHECKPOINT, TrainingResult, versions
 
 _SECONDS_BETWEEN_REPORTS = 1.0
 _RUN = "run"
+# what a run that paints nothing does not use: a plan may change it and the run goes on
+_IDLE = ("synthesis", "qc", "generator")
 Result = dict[str, Any]
 
 
@@ -65,10 +67,8 @@ def checkpoint(folder: Path, key: str) -> Path:
 
 def _segmenter(folder: Path, key: str, spec: Mapping[str, Any], device: str, advance: Advance) -> Result:
     config = _config(spec, device)
-    paths = {
-        option: checkpoint(folder, spec[role]) if role in spec else None
-        for option, role in (("generator_path", "generator"), ("judge_path", "judge"), ("init", "init"))
-    }
+    given = {role: checkpoint(folder, spec[role]) for role in ("generator", "judge", "init") if role in spec}
+    paints = "generator" in given or not config.synthesis.needs_generator
     trained = train_segmentation(
         config,
         subset_path(folder, spec["store"]),
@@ -76,14 +76,12 @@ def _segmenter(folder: Path, key: str, spec: Mapping[str, Any], device: str, adv
         held_out_fold=spec["fold"],
         resume=checkpoint(folder, key).exists(),
         on_step=_steps(config.training.steps, advance),
-        allow=_IDLE if config.synthesis.needs_generator and "generator" not in spec else (),
-        **paths,
+        allow=() if paints else _IDLE,
+        generator_path=given.get("generator"),
+        judge_path=given.get("judge"),
+        init=given.get("init"),
     )
     return _of_training(trained)
-
-
-# what a run that paints nothing does not use: a plan may change it and the run goes on
-_IDLE = ("synthesis", "qc", "generator")
 
 
 def _generator(folder: Path, key: str, spec: Mapping[str, Any], device: str, advance: Advance) -> Result:

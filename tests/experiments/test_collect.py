@@ -1,6 +1,7 @@
 """Tables from results: cells, folds and repeats, pools, tests, what is not done."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,7 @@ def _scored(case: str, seed: int, *, healthy: bool = False) -> CaseScore:
     return score_case(case, predicted, truth, LABELS, FULL)
 
 
-def _experiment(
-    folder: Path, evaluations: dict[tuple[str, str, int | None, int], list[CaseScore]], **changes: Any
-) -> Results:
+def _experiment(folder: Path, evaluations: Mapping[Any, list[CaseScore]], **changes: Any) -> Results:
     """A folder as a run leaves it. evaluations: (method, column, fold, repeat) -> scored cases; an empty list is not done."""
     import yaml
 

@@ -168,7 +168,7 @@ def test_a_unit_that_fails_is_listed_and_the_others_go_on(resumed: Path, tmp_pat
 
 def test_predictions_of_others_are_scored(whole: Path, tmp_path: Path) -> None:
     store = open_store(whole / "stores" / "liver.zarr")
-    fold_of = {}
+    fold_of: dict[str, str] = {}
     for key in (file.parent.name for file in whole.glob("units/evaluation-*/unit.json")):
         unit = read_result(whole, key)
         if "scored on fold" in unit["title"]:

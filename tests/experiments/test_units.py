@@ -57,7 +57,7 @@ def test_methods_that_differ_in_the_student_alone_share_g(store: Store) -> None:
 
 def test_a_change_renames_what_it_changes_and_what_comes_of_it(store: Store) -> None:
     before = _cut(store)
-    for changes, renamed in (
+    cases: tuple[tuple[dict[str, Any], set[str]], ...] = (
         ({"methods": {"plain": {}, "free": {**FREE, "set": {"qc.threshold": 0.9}}}}, {"student"}),
         (
             {
@@ -72,7 +72,8 @@ def test_a_change_renames_what_it_changes_and_what_comes_of_it(store: Store) -> 
         ({"set": {"training.steps": 6}}, {"segmenter", "generator", "student"}),
         ({"seed": 1}, {"segmenter", "generator", "student"}),
         ({"folds": {"number": 2, "seed": 3}}, {"segmenter", "generator", "student"}),
-    ):
+    )
+    for changes, renamed in cases:
         after = _cut(store, **changes)
         for kind in ("segmenter", "generator", "student"):
             assert (_keys(before, kind) != _keys(after, kind)) == (kind in renamed), (changes, kind)
