@@ -19,6 +19,7 @@ PROGRAMS = {
     "shapes": "our tumour shapes against real ones",
     "shape_fit": "fit the laws of synthesis.shape realistic to real tumours",
     "convert": "conversion against the usual MONAI chain, workers, memory, size",
+    "evaluation": "Dice, HD95 and surface Dice of label files against the same by MONAI, in as many workers",
     "scale": "an index of 161,310 rows; the whole conversion simulated",
     "faults": "conversions killed at random moments and resumed",
     "few-labels": "trained students: the baseline, painting in every variant, an oracle; paired seeds on phantoms, hours",

@@ -334,7 +334,8 @@ def _write_report(
     results = {}
     for name, evaluation in arms.items():
         table = summary["evaluation"][name]
-        cases = [(s.case, s.classes[TUMOR].dice) for s in evaluation.cases if s.classes[TUMOR].truth_voxels]
+        scored = [(s.case, s.classes[TUMOR]) for s in evaluation.cases]
+        cases = [(case, c.dice) for case, c in scored if c.truth_voxels and c.dice is not None]
         results[name] = ArmResult(
             dice={label: row["dice"] for label, row in table.items()},
             sensitivity=table[TUMOR]["sensitivity"],

@@ -85,7 +85,7 @@ def diameter_mm(voxels: NDArray[np.bool_], spacing_mm_zyx: FloatZYX, kind: Diame
     first, last = kept.argmax(axis=1), voxels.shape[2] - 1 - kept[:, ::-1].argmax(axis=1)
     # only the two ends of a row along x can be farthest apart
     ends = np.unique(np.concatenate([np.column_stack((rows, x)) for x in (first, last)]), axis=0)
-    points = ends * np.array(spacing_mm_zyx)
+    points = np.asarray(ends * np.array(spacing_mm_zyx), dtype=np.float64)
     if len(points) > _HULL_FROM_POINTS:
         points = _corners(points)
     longest = float(pdist(points).max()) if len(points) > 1 else 0.0
@@ -108,10 +108,12 @@ def _matched(
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """(found, right) by the rule; shared: int64 [true, predicted] voxels in common."""
     if scoring.match == "any":
-        return shared.any(axis=1), shared.any(axis=0)
+        hit = shared > 0
+        return np.asarray(hit.any(axis=1)), np.asarray(hit.any(axis=0))
     least = scoring.match_fraction
     if scoring.match == "overlap":
-        return shared.sum(axis=1) >= least * true_voxels, shared.sum(axis=0) >= least * predicted_voxels
+        covered = (shared.sum(axis=1) >= least * true_voxels, shared.sum(axis=0) >= least * predicted_voxels)
+        return np.asarray(covered[0]), np.asarray(covered[1])
     iou = shared / np.maximum(true_voxels[:, None] + predicted_voxels[None] - shared, 1)
     # one pair more outweighs whatever the others could gain in IoU
     worth = np.where(iou >= least, 1.0 + iou / (min(iou.shape, default=0) + 1), 0.0)
@@ -123,7 +125,7 @@ def _matched(
 
 
 def _scored(
-    components: NDArray[np.int32],
+    components: NDArray[np.signedinteger],
     num_voxels: NDArray[np.int64],
     matched: NDArray[np.bool_],
     spacing_mm_zyx: FloatZYX,

@@ -1,7 +1,7 @@
 """Which prediction belongs to which true label: by name, never by content.
 
 A name is the path below its folder without extension and without a trailing ``_label``, ``_seg``, ``_mask``, ``_ct``, ``_image`` or ``_0000``;
-so the folder that ``ftengine predict`` writes fits the folder of labels beside the CT. Among the truths a file that is named like a CT
+so the folder that ``ftengine predict`` writes fits the folder of labels beside the CT; folders ``NAME_probabilities`` are passed over. Among the truths a file that is named like a CT
 (``_ct``, ``_image``, ``_0000``) is none, and one with a label's suffix comes before one without.
 """
 
@@ -13,6 +13,7 @@ from ftengine.errors import CaseError, ConfigError, FailureCode
 from ftengine.volume.cases import IMAGE_SUFFIXES, LABEL_SUFFIXES, image_stem, real_path
 from ftengine.volume.values import shown
 
+PROBABILITIES = "_probabilities"  # folders of 'ftengine predict' that hold no labels
 _FORMATS = "NIfTI, NRRD or MetaImage"
 
 
@@ -78,11 +79,14 @@ def _found(folder: Path, *, is_truth: bool) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = defaultdict(list)
     for path in sorted(folder.rglob("*")):
         stem = image_stem(path.name)
+        relative = path.relative_to(folder)
         if stem is None or path.name.startswith(".") or not path.is_file():
+            continue
+        if any(part.endswith(PROBABILITIES) for part in relative.parts[:-1]):
             continue
         if is_truth and stem.endswith(IMAGE_SUFFIXES):
             continue
-        found[_name(path.relative_to(folder))].append(path)
+        found[_name(relative)].append(path)
     if not found:
         raise CaseError(
             f"{shown(folder)}: holds no label file; want {'the true labels' if is_truth else 'predictions'} as {_FORMATS}.",

@@ -64,9 +64,12 @@ class SurfaceDistances:
     def _percentile(self, directed: Directed, percent: float) -> float:
         if self.surface == "voxels":
             return float(np.percentile(directed.distance_mm, percent))
-        order = np.argsort(directed.distance_mm, kind="stable")
-        share = np.cumsum(directed.weight[order]) / directed.weight.sum()
-        return float(directed.distance_mm[order[min(np.searchsorted(share, percent / 100.0), len(order) - 1)]])
+        # areas among equal distances in order, too: the sums round as those of surface-distance
+        order = np.lexsort((directed.weight, directed.distance_mm))
+        weight = directed.weight[order]
+        share = np.cumsum(weight) / weight.sum()
+        reached = int(np.searchsorted(share, percent / 100.0))
+        return float(directed.distance_mm[order[min(reached, len(order) - 1)]])
 
 
 def surface_distances(

@@ -31,6 +31,10 @@ def build_validation(
         patch = store.read_volume(case)
         predicted = predict_volume(network, patch.image, config, device)
         scored = score_case(case, predicted, patch.label, tumors).classes
-        return {name: of_class.dice for name, of_class in scored.items() if of_class.truth_voxels}
+        return {
+            name: of_class.dice
+            for name, of_class in scored.items()
+            if of_class.truth_voxels and of_class.dice is not None
+        }
 
     return Validation(cases, score)

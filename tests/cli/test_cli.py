@@ -402,10 +402,14 @@ def test_evaluate_folders_and_checkpoint(store_path: Path, baseline: Path, tmp_p
     _write_case(tmp_path / "truth", "b", tumor=True)
     (tmp_path / "truth" / "b_ct.nii.gz").unlink()
     done = _run("evaluate", tmp_path / "pred", tmp_path / "truth", "--region", "demo", "--json", code=1)
-    assert "has no prediction" in json.loads(done.stdout)["failed"]["b_label.nii.gz"]
+    assert "has no prediction" in json.loads(done.stdout)["failed"]["b"]
     done = _run("evaluate", baseline, store_path, "--json")
     assert json.loads(done.stdout)["summary"]["liver_tumor"]["num_volumes_with_truth"] == 2
     assert json.loads(done.stdout)["num_left_out"] == 2
+    assert json.loads(_run("evaluate", baseline, store_path, "--json", "--workers", "2").stdout) == json.loads(
+        done.stdout
+    )
+    assert "--config" in _error("evaluate", baseline, store_path, "--config", baseline, code=2)
     assert "no labelled volume" in _error("evaluate", baseline, store_path, "--split", "none", code=2)
 
 
