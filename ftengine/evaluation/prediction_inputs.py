@@ -53,23 +53,29 @@ class Input(Protocol):
     @property
     def case(self) -> str:
         """The name in tables and messages."""
+        ...
 
     @property
     def stem(self) -> str:
         """The path of the result below the output folder, without extension."""
+        ...
 
     @property
     def files(self) -> tuple[Path, ...]:
         """Files that must not be replaced; none of a store."""
+        ...
 
     def digest(self) -> str:
         """SHA-256 of what is predicted. Raises CaseError or StoreError where it cannot be read."""
+        ...
 
     def read(self, spacing_mm_zyx: FloatZYX) -> Scan:
         """Read it. Raises CaseError or StoreError."""
+        ...
 
     def series(self) -> tuple[Path, ...]:
         """The files of a DICOM series in the order of the native grid's slices. Raises CaseError for anything else."""
+        ...
 
 
 @dataclass(frozen=True)

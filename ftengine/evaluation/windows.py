@@ -88,7 +88,7 @@ class WindowScores:
         """network: is moved to ``device`` and put into eval mode."""
         self._network = network.to(device).eval()
         self._device = device
-        self._precision = chosen_precision(config, device)
+        self._precision: Precision = chosen_precision(config, device)
         axes = [_AXES[name] for name in config.inference.mirror_axes]
         self._flips = [flip for count in range(len(axes) + 1) for flip in combinations(axes, count)]
         self.is_probability = len(self._flips) > 1
