@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ftengine.config import Config
 from ftengine.errors import CaseError, ConfigError
 from ftengine.evaluation.infer import check_trained_for
+from ftengine.files import sha256_of_files
 from ftengine.geometry import FloatZYX, Grid
 from ftengine.store.folds import rows_in
 from ftengine.store.reader import Store, open_store
@@ -102,15 +103,10 @@ class FileInput:
 
     def digest(self) -> str:
         """SHA-256 of the image's files one behind the other."""
-        digest = hashlib.sha256()
         try:
-            for file in self.source.files:
-                with file.open("rb") as stream:
-                    while block := stream.read(1 << 20):
-                        digest.update(block)
+            return sha256_of_files(*self.source.files)
         except OSError as error:
             raise read_failure(shown(self.source.image), error) from error
-        return digest.hexdigest()
 
     def read(self, spacing_mm_zyx: FloatZYX) -> Scan:
         """Read as conversion does, without the label."""

@@ -8,7 +8,6 @@ either that, or a case that is predicted again.
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 
 from ftengine.config import RegionConfig
 from ftengine.errors import CaseError, FailureCode
+from ftengine.files import sha256_of_files, sync, write_json_whole
 from ftengine.geometry import Grid, IntZYX, from_ras, ras_grid
 from ftengine.volume.nifti import write_nifti
 
@@ -98,10 +98,7 @@ def commit(places: Places, record: Mapping[str, Any]) -> None:
     made = [places.partial / path.name for path in places.results]
     written = places.partial / places.record.name
     document = {"format": FORMAT, **record, "files": {path.name: _digest(path) for path in made}}
-    with written.open("w", encoding="utf-8") as stream:
-        json.dump(document, stream, indent=2, allow_nan=False)
-        stream.flush()
-        os.fsync(stream.fileno())
+    write_json_whole(written, document)
     for path in _in_the_way(places, _record(places)):
         if path.is_dir():
             shutil.rmtree(path)
@@ -110,7 +107,7 @@ def commit(places: Places, record: Mapping[str, Any]) -> None:
     written.replace(places.record)
     for path, place in zip(made, places.results, strict=True):
         path.rename(place)
-    _sync_folder(places.record.parent)
+    sync(places.record.parent)
 
 
 def _record(places: Places) -> dict[str, Any] | None:
@@ -134,21 +131,10 @@ def _has_its_files(places: Places, record: Mapping[str, Any]) -> bool:
 
 def _digest(path: Path) -> str:
     """SHA-256 of a file, or of the names and contents in a folder."""
-    digest = hashlib.sha256()
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        digest.update(f"{file.name}\0".encode() if path.is_dir() else b"")
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    if not path.is_dir():
+        return sha256_of_files(path)
+    entries = (f"{file.name}\0{sha256_of_files(file)}\0" for file in sorted(path.iterdir()))
+    return hashlib.sha256("".join(entries).encode()).hexdigest()
 
 
 class ProbabilityFiles:

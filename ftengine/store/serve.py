@@ -22,7 +22,7 @@ import hashlib
 import os
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -124,6 +124,7 @@ def make_app(place: str | Path | Location | Store, *, allow_origins: Sequence[st
         ],
         middleware=[
             Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS, www_redirect=False),
+            Middleware(WithHeaders, headers=_COMMON_HEADERS),
             Middleware(_ReadOnly),
         ],
     )
@@ -166,29 +167,39 @@ def run_server(app: ASGIApp, sock: socket.socket) -> None:
         sock.close()
 
 
+class WithHeaders:
+    """Adds ``headers`` to every answer."""
+
+    def __init__(self, app: ASGIApp, headers: Mapping[str, str]) -> None:
+        self._app, self._added = app, headers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in self._added.items():
+                    headers[name] = value
+            await send(message)
+
+        await self._app(scope, receive, send_with_headers if scope["type"] == "http" else send)
+
+
 class _ReadOnly:
-    """Refuse methods that could write and encoded separators; add the headers that all answers share."""
+    """Refuse methods that could write, and encoded separators."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                for name, value in _COMMON_HEADERS.items():
-                    headers[name] = value
-            await send(message)
-
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-        elif scope["method"] not in METHODS:
+        if scope["type"] == "http" and scope["method"] not in METHODS:
             refusal = PlainTextResponse("read-only", 405, {"Allow": ", ".join(METHODS)})
-            await refusal(scope, receive, send_with_headers)
-        elif _ENCODED_SEPARATOR.search(scope.get("raw_path") or b""):
-            await _not_found()(scope, receive, send_with_headers)
+            await refusal(scope, receive, send)
+        elif scope["type"] == "http" and _ENCODED_SEPARATOR.search(scope.get("raw_path") or b""):
+            await _not_found()(scope, receive, send)
         else:
-            await self._app(scope, receive, send_with_headers)
+            await self._app(scope, receive, send)
 
 
 def _options() -> Response:

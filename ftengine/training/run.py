@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ftengine import __version__
 from ftengine.config import Config, GeneratorTrainingConfig, TrainingConfig
 from ftengine.errors import ConfigError
+from ftengine.files import write_json_whole
 from ftengine.training.stall import StallReport
 from ftengine.training.trackers import Trackers, check_trackers, open_trackers
 
@@ -191,9 +192,7 @@ class Run:
     def end(self, result: TrainingResult) -> None:
         """Write ``result.json``: this training has ended, and what it came to."""
         if self._writes:
-            partial = self._result.with_name(f".{RESULT}.partial")
-            partial.write_text(json.dumps(result.document(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-            partial.replace(self._result)
+            write_json_whole(self._result, result.document())
 
     def _write(self, file: Path, document: Mapping[str, float]) -> None:
         if self._writes:

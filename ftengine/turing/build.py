@@ -13,6 +13,7 @@ import numpy as np
 from ftengine import __version__
 from ftengine.config import Config
 from ftengine.errors import ConfigError
+from ftengine.files import sync
 from ftengine.rng import Purpose, patch_rng
 from ftengine.turing.cases import CaseDrawer, CaseOptions, DrawnCase, datasets_of
 from ftengine.turing.study import (
@@ -329,15 +330,15 @@ def _write(out: Path, key_path: Path, study_json: bytes, content: Mapping[str, b
         _write_file(partial / SECRET_FILE, make_secret(), 0o600)
         _write_file(partial / STUDY_FILE, study_json, 0o600)
         for folder in (partial / CASES, partial / ANSWERS, partial):
-            _sync_folder(folder)
+            sync(folder)
         _write_file(key_path, key.model_dump_json(indent=1).encode() + b"\n", 0o600)
-        _sync_folder(key_path.resolve().parent)
+        sync(key_path.resolve().parent)
         try:
             partial.rename(out)  # over an empty folder too
         except OSError:
             key_path.unlink()
             raise
-        _sync_folder(out.resolve().parent)
+        sync(out.resolve().parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -349,11 +350,3 @@ def _write_file(path: Path, content: bytes, mode: int) -> None:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -25,16 +25,14 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ValidationError
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ftengine.errors import ConfigError, FtengineError, SaveError
-from ftengine.store.serve import HOSTS
+from ftengine.store.serve import HOSTS, WithHeaders
 from ftengine.turing.answers import GivenAnswer, GivenTime, Journals, Refused
 from ftengine.turing.study import Reader, Showing, StudyFolder, presets
 
@@ -85,7 +83,7 @@ def make_app(
     return Starlette(
         routes=routes,
         middleware=[
-            Middleware(_WithHeaders),
+            Middleware(WithHeaders, headers=_HEADERS),
             Middleware(TrustedHostMiddleware, allowed_hosts=[*HOSTS, *allow_hosts], www_redirect=False),
         ],
     )
@@ -254,20 +252,3 @@ def _parsed(model: type[Given], document: Any) -> Given:
     except ValidationError as error:
         first = error.errors()[0]
         raise Refused(422, f"{'.'.join(map(str, first['loc'])) or 'answer'}: {first['msg']}") from None
-
-
-class _WithHeaders:
-    """Adds the headers that all answers share."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                for name, value in _HEADERS.items():
-                    headers[name] = value
-            await send(message)
-
-        await self._app(scope, receive, send_with_headers if scope["type"] == "http" else send)
