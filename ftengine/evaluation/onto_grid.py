@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ftengine.evaluation.sliding_windows import Slab, best_class
@@ -45,8 +44,9 @@ def onto_grid(
     waiting: dict[int, _Source] = {}
     next_z = 0
     for slab in slabs:
-        for number, probabilities in enumerate(slab.probabilities.unbind(1)):
-            waiting[slab.first_z + number] = _Source(probabilities, plane)
+        probabilities = slab.probabilities.cpu().numpy()
+        for number in range(probabilities.shape[1]):
+            waiting[slab.first_z + number] = _Source(np.ascontiguousarray(probabilities[:, number]), plane)
         while next_z < len(along_z.below) and int(along_z.above[next_z]) in waiting:
             below, above = int(along_z.below[next_z]), int(along_z.above[next_z])
             weight = float(along_z.weight[next_z])
@@ -75,9 +75,9 @@ class _PlanePositions:
 
 
 class _Source:
-    """One slice of the store's grid: probabilities [classes, y, x] on their device."""
+    """One slice of the store's grid: probabilities float32 [classes, y, x]."""
 
-    def __init__(self, probabilities: torch.Tensor, plane: _PlanePositions) -> None:
+    def __init__(self, probabilities: NDArray[np.float32], plane: _PlanePositions) -> None:
         self.probabilities, self.plane = probabilities, plane
 
     @cached_property
@@ -90,30 +90,36 @@ class _Source:
         others = upper.take(right, axis=1), lower.take(left, axis=1), lower.take(right, axis=1)
         return first, np.logical_and.reduce([first == other for other in others])
 
-    def at(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> torch.Tensor:
+    def at(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.float32]:
         """Probabilities [classes, pixels] at pixels of the other grid, interpolated in the plane."""
         plane = self.plane
         flat = self.probabilities.reshape(len(self.probabilities), -1)
-        device = flat.device
 
-        def corner(row: int, column: int) -> torch.Tensor:
-            index = plane.rows[row][rows] * plane.width + plane.columns[column][columns]
-            return flat.index_select(1, torch.from_numpy(index).to(device))
+        def line(row: int) -> NDArray[np.float32]:
+            start = plane.rows[row][rows] * plane.width
+            left, right = (flat.take(start + plane.columns[side][columns], axis=1) for side in (0, 1))
+            return _mixed(left, right, plane.column_weight[columns])
 
-        weight_y = torch.from_numpy(plane.row_weight[rows]).to(device)
-        weight_x = torch.from_numpy(plane.column_weight[columns]).to(device)
-        return corner(0, 0).lerp(corner(0, 1), weight_x).lerp(corner(1, 0).lerp(corner(1, 1), weight_x), weight_y)
+        return _mixed(line(0), line(1), plane.row_weight[rows])
 
     @cached_property
-    def everywhere(self) -> torch.Tensor:
+    def everywhere(self) -> NDArray[np.float32]:
         """Probabilities [classes, y, x] of all pixels of the other grid."""
-        plane, device = self.plane, self.probabilities.device
-        rows, columns = ([torch.from_numpy(i).to(device) for i in pair] for pair in (plane.rows, plane.columns))
-        weight_y, weight_x = (torch.from_numpy(w).to(device) for w in (plane.row_weight, plane.column_weight))
-        lines = self.probabilities.index_select(2, columns[0]).lerp(
-            self.probabilities.index_select(2, columns[1]), weight_x
-        )
-        return lines.index_select(1, rows[0]).lerp(lines.index_select(1, rows[1]), weight_y[:, None])
+        plane = self.plane
+        left, right = (self.probabilities.take(plane.columns[side], axis=2) for side in (0, 1))
+        lines = _mixed(left, right, plane.column_weight)
+        upper, lower = (lines.take(plane.rows[side], axis=1) for side in (0, 1))
+        return _mixed(upper, lower, plane.row_weight[:, None])
+
+
+def _mixed(
+    first: NDArray[np.float32], second: NDArray[np.float32], weight: NDArray[np.float32] | np.float32
+) -> NDArray[np.float32]:
+    """``first + (second - first) * weight``, in the memory of ``second``."""
+    second -= first
+    second *= weight
+    second += first
+    return second
 
 
 def _between(
@@ -129,13 +135,13 @@ def _between(
     rows, columns = np.nonzero(~is_one_class)
     mixed = below.at(rows, columns)
     if weight > 0:
-        mixed = mixed.lerp(above.at(rows, columns), weight)
+        mixed = _mixed(mixed, above.at(rows, columns), np.float32(weight))
     label[rows, columns] = best_class(mixed)
     label[outside] = 0
     probabilities = None
     if with_probabilities:
-        dense = below.everywhere.lerp(above.everywhere, weight) if weight > 0 else below.everywhere
-        probabilities = dense.cpu().numpy().copy()
+        dense = below.everywhere
+        probabilities = _mixed(dense, above.everywhere.copy(), np.float32(weight)) if weight > 0 else dense.copy()
         probabilities[:, outside] = 0.0
         probabilities[0, outside] = 1.0
     return Slice(z, label, probabilities)

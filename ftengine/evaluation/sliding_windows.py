@@ -47,7 +47,10 @@ class Slab:
     @property
     def labels(self) -> NDArray[np.uint8]:
         """The class of the highest score, uint8 [slices, y, x] on the host; of equal ones the lowest class."""
-        return best_class(self.scores)
+        if self.scores.device.type == "cpu":
+            return best_class(self.scores.numpy())
+        labels: NDArray[np.uint8] = self.scores.argmax(0).to(torch.uint8).cpu().numpy()
+        return labels
 
     @property
     def probabilities(self) -> torch.Tensor:
@@ -55,18 +58,17 @@ class Slab:
         return self.scores if self.is_probability else self.scores.softmax(0)
 
 
-def best_class(scores: torch.Tensor) -> NDArray[np.uint8]:
-    """The class of the highest score, uint8 on the host, of scores [classes, ...]; of equal ones the lowest: ``argmax(0)``.
+def best_class(scores: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """The class of the highest score, uint8, of scores [classes, ...]; of equal ones the lowest: ``argmax(0)``.
 
-    On a CPU ``argmax`` over the first of several axes takes 3.5 times as long.
+    ``argmax`` over the first of several axes takes three times as long, NumPy's as torch's.
     """
-    best = scores[0].clone()
-    label = torch.zeros(best.shape, dtype=torch.uint8, device=scores.device)
+    best = scores[0].copy()
+    label = np.zeros(best.shape, dtype=np.uint8)
     for value, of_class in enumerate(scores[1:], start=1):
-        label.masked_fill_(of_class > best, value)
-        torch.maximum(best, of_class, out=best)
-    found: NDArray[np.uint8] = label.cpu().numpy()
-    return found
+        label[of_class > best] = value
+        np.maximum(best, of_class, out=best)
+    return label
 
 
 def chosen_precision(config: Config, device: torch.device) -> Precision:
