@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ftengine.config import Config
-from ftengine.errors import CaseError, ConfigError
+from ftengine.errors import CaseError, ConfigError, FailureCode
 from ftengine.evaluation.infer import check_trained_for
 from ftengine.files import sha256_of_files
 from ftengine.geometry import FloatZYX, Grid
@@ -124,6 +124,7 @@ class FileInput:
             raise CaseError(
                 f"{shown(self.source.image)}: is not DICOM, and a DICOM segmentation refers to the slices of a series.",
                 "Use --format nifti for it.",
+                code=FailureCode.MISSING_FILE,
             )
         return ordered_slices(self.source.image, self.source.series_files)
 
@@ -162,6 +163,7 @@ class StoreInput:
         raise CaseError(
             f"{self.case}: is a volume of a store, which does not keep the DICOM series it came from.",
             "Predict the series itself, or use --format nifti.",
+            code=FailureCode.MISSING_FILE,
         )
 
 

@@ -160,7 +160,8 @@ def config_inside(path: str | Path, document: Mapping[str, Any]) -> Config:
     """The configuration in a checkpoint; ConfigError where it lacks the label map, and where this version does not know it, naming the version
     that does."""
     region = document["config"].get("region") if isinstance(document["config"], dict) else None
-    if not isinstance(region, dict) or not region.get("labels"):
+    is_newer = _parsed(document.get("engine_version")) > _parsed(__version__)
+    if not is_newer and (not isinstance(region, dict) or not region.get("labels")):
         raise ConfigError(
             f"{path}: has lost its label map (region.labels in the configuration inside): nobody can say what its outputs mean. Use the file "
             "as 'ftengine train' or 'ftengine weights' wrote it."
@@ -168,7 +169,7 @@ def config_inside(path: str | Path, document: Mapping[str, Any]) -> Config:
     try:
         return Config.from_dict(document["config"], where=f"{path} (configuration inside)")
     except ConfigError as error:
-        if _parsed(document.get("engine_version")) > _parsed(__version__):
+        if is_newer:
             raise ConfigError(
                 f"{path}: was written by ftengine {document['engine_version']}, and this is {__version__}, which does not know its "
                 f"configuration ({str(error).splitlines()[0]}). Install ftengine {document['engine_version']} or newer."
