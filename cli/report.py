@@ -70,14 +70,18 @@ def report(
     from ftengine.evaluation.hu_windows import WindowChoice
     from ftengine.evaluation.preview import Tile, painted_samples
     from ftengine.evaluation.report import ReportData, write_report
-    from ftengine.evaluation.run_folder import read_runs
+    from ftengine.evaluation.run_folder import distinct_names, read_runs
     from ftengine.evaluation.scores import read_scores, tumor_classes, worst_and_best
     from ftengine.quality.calibrate import read_calibration
     from ftengine.store.reader import open_store
     from ftengine.training.checkpoint import load_segmenter
 
     choice = WindowChoice(window)
-    scores = [read_scores(file) for file in evaluation or []]
+    files = evaluation or []
+    scores = [read_scores(file, name) for file, name in zip(files, distinct_names(files), strict=True)]
+    for given in (files, checkpoint or [], predictions or []):
+        if len({path.resolve() for path in given}) < len(given):
+            raise ConfigError(f"{', '.join(map(str, given))}: one is given twice; it cannot be compared with itself.")
     read = read_runs(runs or [])
     if not (read or scores or store):
         raise ConfigError("nothing to report on: give folders of runs, --evaluation FILE.json or --store STORE.")
@@ -146,6 +150,7 @@ def _predictors(
     """(name, what gives the prediction of a case) of each checkpoint or folder."""
     from ftengine.evaluation.cases import predictions_in
     from ftengine.evaluation.infer import check_trained_for, predict_volume
+    from ftengine.evaluation.run_folder import distinct_names
     from ftengine.training.checkpoint import load_segmenter
 
     def of_checkpoint(path: Path) -> "Predict":
@@ -153,10 +158,8 @@ def _predictors(
         check_trained_for(store, config, path)
         return lambda _case, image: predict_volume(network, image, config, device)
 
-    return [
-        *((f"{path.resolve().parent.name}/{path.stem}", of_checkpoint(path)) for path in checkpoints),
-        *((folder.resolve().name, predictions_in(folder, store)) for folder in folders),
-    ]
+    predictors = [*map(of_checkpoint, checkpoints), *(predictions_in(folder, store) for folder in folders)]
+    return list(zip(distinct_names([*checkpoints, *folders]), predictors, strict=True))
 
 
 def _scored(

@@ -99,7 +99,7 @@ def number(value: float | None, style: str = "{:.3f}") -> str:
     if value is None:
         return NONE
     text = style.format(value)
-    if float(text.rstrip("%")) == 0.0:
+    if float(text.rstrip("%").replace(",", "")) == 0.0:
         text = text.lstrip("+-")  # what rounds to nothing has no direction
     return text.replace("-", "&minus;")
 

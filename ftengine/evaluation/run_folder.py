@@ -135,12 +135,18 @@ def read_run(folder: str | Path, name: str | None = None) -> RunLog:
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunLog]:
-    """Read runs; those with one folder name get as much of the path as tells them apart."""
-    resolved = [folder.resolve() for folder in folders]
+    """Read runs, named by ``distinct_names``."""
+    return [read_run(folder, name) for folder, name in zip(folders, distinct_names(folders), strict=True)]
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """The last part of each path, without the extension of a file; more of the paths where that does not tell them apart."""
+    resolved = [path.resolve() for path in paths]
+    parts = [(path if path.is_dir() else path.with_suffix("")).parts for path in resolved]
     depth = 1
-    while depth < 8 and len({"/".join(p.parts[-depth:]) for p in resolved}) < len(set(resolved)):
+    while depth < max(map(len, parts), default=0) and len({p[-depth:] for p in parts}) < len(set(parts)):
         depth += 1
-    return [read_run(folder, "/".join(path.parts[-depth:])) for folder, path in zip(folders, resolved, strict=True)]
+    return ["/".join(p[-depth:]) for p in parts]
 
 
 def mapping(value: Any) -> Mapping[str, Any]:

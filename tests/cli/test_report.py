@@ -95,7 +95,10 @@ def test_bad_requests_are_one_line(place: Path, tmp_path: Path) -> None:
     assert "give --store" in _error("report", place / "baseline", "--checkpoint", checkpoint, *out, code=2)
     both = ("--checkpoint", checkpoint, "--predictions", tmp_path)
     assert "give one of them" in _error("report", "--store", store, *both, *out, code=2)
-    two = ("--evaluation", empty, "--evaluation", empty)
+    other = tmp_path / "other.json"
+    other.write_text(empty.read_text(encoding="utf-8"), encoding="utf-8")
+    assert "given twice" in _error("report", "--evaluation", empty, "--evaluation", empty, *out, code=2)
+    two = ("--evaluation", empty, "--evaluation", other)
     assert "2 evaluations and 1 predictions" in _error("report", "--store", store, *two, *both[:2], *out, code=2)
     assert "cannot be read as JSON" in _error("report", "--evaluation", tmp_path / "none.json", *out, code=2)
     assert "--window 5" in _error("report", "--evaluation", empty, "--window", "5", *out, code=2)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ftengine.errors import ConfigError
-from ftengine.evaluation.run_folder import read_run, read_runs
+from ftengine.evaluation.run_folder import distinct_names, read_run, read_runs
 
 
 def write_run(folder: Path, *, num_lines: int = 10, result: dict[str, Any] | None = None, **document: Any) -> Path:
@@ -104,6 +104,16 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     assert [run.name for run in read_runs(folders)] == ["a/run", "b/run"]
     assert [run.name for run in read_runs(folders[:1])] == ["run"]
     assert [run.name for run in read_runs([folders[0], folders[0]])] == ["run", "run"]
+
+
+def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    files = [tmp_path / part / "scores.json" for part in "ab"]
+    for file in files:
+        file.parent.mkdir()
+        file.touch()
+    assert distinct_names(files) == ["a/scores", "b/scores"]
+    assert distinct_names(files[:1]) == ["scores"]
+    assert distinct_names([]) == []
 
 
 def test_latest_pictures(tmp_path: Path) -> None:
