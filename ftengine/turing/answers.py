@@ -7,6 +7,7 @@ that a crash cut short was never acknowledged: it is taken off when the journal 
 answer sent again, because its acknowledgement was lost, is recognised by ``answer_id``; any other second answer is refused.
 """
 
+import contextlib
 import fcntl
 import os
 import re
@@ -260,9 +261,10 @@ class Journal:
                 written += os.write(self._file, text[written:])
             os.fsync(self._file)
         except OSError as error:
-            os.ftruncate(self._file, self._size)
+            with contextlib.suppress(OSError):  # else the next answer, or the next start, takes it off
+                os.ftruncate(self._file, self._size)
             raise SaveError(
-                f"{self._path}: could not be written ({error.strerror}). Nothing was stored: free space there, then send the answer again."
+                f"{self._path}: could not be written ({error.strerror}). The answer is not acknowledged: free space there, then send it again."
             ) from error
         self._size += len(text)
         self.answers.keep(line, sha256)

@@ -81,7 +81,7 @@ def test_a_volume_in_two_stores_gives_one_case(tmp_path: Path, known: bool) -> N
     drawer = CaseDrawer(study_config(), real, paint, CaseOptions(SHAPE), seed=0)
     shown = [*drawer.real("liver", 2), *drawer.painted("liver", 1)]
     assert {case.case[-1] for case in shown} == {"0", "1", "2"}
-    with pytest.raises(ConfigError, match="only 0 painted tumours of liver .*no volume is left"):
+    with pytest.raises(ConfigError, match=r"only 0 painted tumours of liver .*no volume is left"):
         drawer.painted("liver", 1)
 
 
