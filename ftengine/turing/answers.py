@@ -1,12 +1,16 @@
 """Answers of one reader: appended, never changed, on the disk before they are acknowledged.
 
-A journal is a file of JSON lines. Each line holds the SHA-256 of the line before it, so that one that was edited or taken out shows. A
-line that a crash cut short was never acknowledged: it is taken off when the journal is opened, and nothing else is touched. The same
+A journal is a file of JSON lines. Each ends with the SHA-256 of what stands before it in the line, and holds that of the line before it: a
+line that was edited shows, and so does one that was taken out or put in before another. Lines taken off the end cannot be seen, since the
+rest is a whole journal too; nor can a journal that was rewritten from the changed line on. Both are for copies to guard against. A line
+that a crash cut short was never acknowledged: it is taken off when the journal is opened, and nothing else is touched. The same
 answer sent again, because its acknowledgement was lost, is recognised by ``answer_id``; any other second answer is refused.
 """
 
+import contextlib
 import fcntl
 import os
+import re
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -19,6 +23,7 @@ from ftengine.errors import ConfigError, SaveError, StoreError
 from ftengine.turing.study import ANSWERS, Id, Reader, ReaderId, Sha256, Showing, StudyFolder, sha256_of_bytes
 
 FIRST = sha256_of_bytes(b"")  # the "previous" of the first line
+_SEALED = re.compile(rb'(\{.*),"sha256":"([0-9a-f]{64})"\}\n')
 MAX_COMMENT = 2000
 _DAY_S = 86_400.0
 _MAX_VISITS = 1000  # of one showing: what a page that leaves and comes back again and again can write
@@ -116,13 +121,19 @@ class Answers:
 
     def _add(self, text: bytes, folder: StudyFolder) -> str:
         """Take one line over; returns what is wrong with it, empty where nothing is."""
+        sealed = _SEALED.fullmatch(text)
+        if sealed is None:
+            return "is no line of a journal (it does not end with its SHA-256)"
+        content, sha256 = sealed[1], sealed[2].decode()
+        if sha256_of_bytes(content) != sha256:
+            return "was changed since it was stored"
         try:
-            line = _LINE.validate_json(text)
+            line = _LINE.validate_json(content + b"}")
         except ValidationError as error:
             first = error.errors()[0]
             return f"is no line of a journal ({'.'.join(map(str, first['loc']))}: {first['msg']})"
         if line.previous != self.last:
-            return "does not follow the line before it: one was changed, added or taken out"
+            return "does not follow the line before it: one was added or taken out"
         showing = self.reader.by_item.get(line.item)
         if showing is None or line.reader != self.reader.id:
             return f"is of no case that {self.reader.id} is shown"
@@ -133,12 +144,12 @@ class Answers:
                 return "answers a case a second time"
             if not _is_inside(line.click_zyx, folder.study.shape_zyx):
                 return "points outside the case"
-        self.keep(line, text)
+        self.keep(line, sha256)
         return ""
 
-    def keep(self, line: Line, text: bytes) -> None:
-        """A line that is valid, and its bytes."""
-        self.last = sha256_of_bytes(text)
+    def keep(self, line: Line, sha256: str) -> None:
+        """A line that is valid, and the SHA-256 that it ends with."""
+        self.last = sha256
         self._visits.setdefault(line.item, {})[line.visit] = line.seconds
         if isinstance(line, AnswerLine):
             self.by_item[line.item] = line
@@ -239,7 +250,9 @@ class Journal:
         return showing
 
     def _append(self, line: Line) -> None:
-        text = line.model_dump_json().encode() + b"\n"
+        content = line.model_dump_json().encode()[:-1]  # without its closing brace
+        sha256 = sha256_of_bytes(content)
+        text = content + f',"sha256":"{sha256}"}}\n'.encode()
         try:
             if os.fstat(self._file).st_size != self._size:  # what an earlier failure could not take back
                 os.ftruncate(self._file, self._size)
@@ -248,12 +261,13 @@ class Journal:
                 written += os.write(self._file, text[written:])
             os.fsync(self._file)
         except OSError as error:
-            os.ftruncate(self._file, self._size)
+            with contextlib.suppress(OSError):  # else the next answer, or the next start, takes it off
+                os.ftruncate(self._file, self._size)
             raise SaveError(
-                f"{self._path}: could not be written ({error.strerror}). Nothing was stored: free space there, then send the answer again."
+                f"{self._path}: could not be written ({error.strerror}). The answer is not acknowledged: free space there, then send it again."
             ) from error
         self._size += len(text)
-        self.answers.keep(line, text)
+        self.answers.keep(line, sha256)
 
 
 class Journals:

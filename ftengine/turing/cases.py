@@ -95,7 +95,11 @@ class Refusals(Counter[str]):
 
 
 class CaseDrawer:
-    """Draws cases of a region from one or two stores; a volume gives at most one, so that no reader meets a patient twice."""
+    """Draws cases of a region from one or two stores; a volume gives at most one, so that no reader meets a patient twice.
+
+    A volume is known by the SHA-256 of the file it was converted from, so that a copy or a part of a store gives no second case of it; one
+    without that SHA-256 is known by its name.
+    """
 
     def __init__(
         self,
@@ -123,7 +127,7 @@ class CaseDrawer:
             bank=bank,
         )
         self._judged = judge is not None
-        self._used: set[tuple[str, str]] = set()
+        self._used: set[str] = set()  # as _volume_of names them
 
     def real(self, organ: str, count: int) -> list[DrawnCase]:
         """Labelled tumours of an organ. Raises ConfigError where there are fewer than ``count``, saying why."""
@@ -134,7 +138,8 @@ class CaseDrawer:
                 break
             case = self._real_of_volume(organ, row, refused)
             if case is not None:
-                found.append(self._taken(case))
+                found.append(case)
+                self._used.add(_volume_of(self._real, row))
         return self._enough(found, count, organ, "labelled", self._real, refused)
 
     def painted(self, organ: str, count: int) -> list[DrawnCase]:
@@ -146,12 +151,9 @@ class CaseDrawer:
                 break
             case = self._painted_of_volume(organ, row, refused)
             if case is not None:
-                found.append(self._taken(case))
+                found.append(case)
+                self._used.add(_volume_of(self._paint, row))
         return self._enough(found, count, organ, "painted", self._paint, refused)
-
-    def _taken(self, case: DrawnCase) -> DrawnCase:
-        self._used.add((case.store, case.case))
-        return case
 
     def _enough(
         self, found: list[DrawnCase], count: int, organ: str, kind: str, store: Store, refused: Refusals
@@ -184,7 +186,7 @@ class CaseDrawer:
         rows = np.flatnonzero(usable & np.array(fits, dtype=bool))
         rng = patch_rng(self._seed, Purpose.READER_STUDY, epoch=int(synthetic), index=values.tumor)
         for row in rng.permutation(rows).tolist():
-            if (str(store.location), store.rows.case(row)) not in self._used:
+            if _volume_of(store, row) not in self._used:
                 yield row
 
     def _real_of_volume(self, organ: str, row: int, refused: Refusals) -> DrawnCase | None:
@@ -335,6 +337,11 @@ def _patch_around(center_zyx: IntZYX, shape_zyx: IntZYX, volume_zyx: IntZYX) -> 
         for c, n, v in zip(center_zyx, shape_zyx, volume_zyx, strict=True)
     ]
     return Box(int_zyx(origin), shape_zyx)
+
+
+def _volume_of(store: Store, row: int) -> str:
+    """What names the volume of a row, in whichever store it lies: the SHA-256 of its source, or its case where that is not known."""
+    return store.column("source_sha256")[row].as_py() or store.rows.case(row)
 
 
 def _paste(into: NDArray[Any], box: Box, values: NDArray[Any], place: Box) -> None:

@@ -230,7 +230,7 @@ class StudyFolder:
 
     def reader_of(self, token: str) -> Reader | None:
         """Whose token this is, compared in a time that does not depend on how much of it is right."""
-        given = token.encode()
+        given = token.encode(errors="surrogatepass")  # JSON may hold half a surrogate pair, which is in no token
         found = None
         for reader in self.study.readers:
             if hmac.compare_digest(given, self.token(reader).encode()):

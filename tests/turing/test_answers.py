@@ -107,7 +107,10 @@ def test_a_line_that_was_cut_short_is_taken_off_and_nothing_else(study: StudyFol
 @pytest.mark.parametrize(
     ("harm", "text"),
     [
-        (lambda lines: [lines[0].replace(b'"confidence":1', b'"confidence":5'), *lines[1:]], "line 2: does not follow"),
+        (lambda lines: [lines[0].replace(b'"confidence":1', b'"confidence":5'), *lines[1:]], "line 1: was changed"),
+        (lambda lines: [*lines[:2], lines[2].replace(b'"confidence":3', b'"confidence":5')], "line 3: was changed"),
+        (lambda lines: [*lines[:2], lines[2].replace(b'"kind"', b' "kind"')], "line 3: was changed"),
+        (lambda lines: [*lines[:2], lines[2].replace(b',"sha256"', b', "sha256"')], "line 3: is no line of a journal"),
         (lambda lines: [lines[0], *lines[2:]], "line 2: does not follow"),
         (lambda lines: [*lines, lines[0]], "line 4: does not follow"),
         (lambda lines: [lines[0], b"{}\n", *lines[1:]], "line 2: is no line of a journal"),
@@ -128,6 +131,17 @@ def test_a_changed_journal_is_refused_and_left_as_it_is(
         with pytest.raises(StoreError, match=text):
             read()
     assert path.read_bytes() == before
+
+
+def test_lines_taken_off_the_end_are_a_whole_journal(study: StudyFolder) -> None:
+    """What the documentation says cannot be seen."""
+    journal = _open(study)
+    for number in range(3):
+        journal.submit(_given(study, 0, number))
+    journal.close()
+    path = study.answers_file(journal.answers.reader)
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:2]))
+    assert len(Answers.read(study, study.study.readers[0]).by_item) == 2
 
 
 def test_what_the_disk_does_not_take_is_not_stored_and_not_acknowledged(

@@ -324,6 +324,32 @@ def test_everything_can_be_reached_seen_and_named(
     assert outlined == {True}
 
 
+def test_the_link_that_skips_to_the_answer_keeps_the_reader_in(
+    browser: Any, served: tuple[StudyFolder, Path, Server]
+) -> None:
+    page, seen = _open(browser, served[2].links["Ada"], DESKTOP)
+    page.keyboard.press("Tab")
+    playwright.expect(page.get_by_text("Skip to the answer")).to_be_focused()
+    page.keyboard.press("Enter")
+    playwright.expect(page.locator("#answer")).to_be_focused()
+    page.keyboard.press("Tab")
+    playwright.expect(page.locator('input[name="synthetic"]').first).to_be_focused()
+    page.evaluate("location.hash = 'answer'")  # as an address that was kept
+    page.keyboard.press("s")
+    for _ in range(2):
+        _loaded(page)
+        _heading(page, "Training case 1 of 2")
+        playwright.expect(page.locator("#problem")).to_be_hidden()
+        playwright.expect(page.locator('input[name="synthetic"][value="true"]')).to_be_checked()
+        page.reload()
+    assert page.url.endswith("#answer")
+    assert sum(url.endswith("/api/session") for url in seen.urls) == 1
+    assert seen.complaints == []
+    _loaded(page)
+    page.evaluate("(link) => location.assign(link)", served[2].links["Ben"])  # another reader's link in the same tab
+    playwright.expect(page.locator("#reader")).to_have_text("Reader Ben")
+
+
 def test_a_case_is_on_screen_in_good_time(browser: Any, served: tuple[StudyFolder, Path, Server]) -> None:
     page, _ = _open(browser, served[2].links["Ada"], DESKTOP)
     took_ms = page.evaluate(

@@ -1,5 +1,7 @@
 """Real and painted cases differ in the tumour and in nothing else."""
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +12,11 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from ftengine.errors import ConfigError
-from ftengine.store.reader import Store
-from ftengine.turing.cases import CaseOptions, DrawnCase, shape_of, to_hu, to_window
+from ftengine.store.index import compact_index
+from ftengine.store.reader import Store, open_store
+from ftengine.store.writer import Provenance, create_store, write_volume
+from ftengine.turing.cases import CaseDrawer, CaseOptions, DrawnCase, shape_of, to_hu, to_window
+from tests.support import organ_volume, ras_grid_at
 from tests.turing.support import SHAPE, drawer_of, study_config
 
 WINDOW = study_config().region.window_hu
@@ -66,6 +71,38 @@ def test_a_volume_gives_one_case_and_the_seed_decides_which(turing_store: Store)
     assert all((a.image_hu == b.image_hu).all() for a, b in zip(cases, same, strict=True))
     other = drawer_of(turing_store, CaseOptions(SHAPE), seed=4).painted("liver", 5)
     assert any(o.image_hu.tobytes() != c.image_hu.tobytes() for o, c in zip(other, cases[3:], strict=False))
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["by its source", "by its name"])
+def test_a_volume_in_two_stores_gives_one_case(tmp_path: Path, known: bool) -> None:
+    source = "one" if known else ""
+    real = _store(tmp_path / "real", "a/case", 3, source=source, annotation="tumor")
+    paint = _store(tmp_path / "paint", "b/renamed" if known else "a/case", 3, source=source, annotation="organ")
+    drawer = CaseDrawer(study_config(), real, paint, CaseOptions(SHAPE), seed=0)
+    shown = [*drawer.real("liver", 2), *drawer.painted("liver", 1)]
+    assert {case.case[-1] for case in shown} == {"0", "1", "2"}
+    with pytest.raises(ConfigError, match=r"only 0 painted tumours of liver .*no volume is left"):
+        drawer.painted("liver", 1)
+
+
+def test_volumes_of_one_name_and_two_sources_are_two(tmp_path: Path) -> None:
+    real = _store(tmp_path / "real", "a/case", 1, source="here", annotation="tumor")
+    paint = _store(tmp_path / "paint", "a/case", 1, source="there", annotation="organ")
+    drawer = CaseDrawer(study_config(), real, paint, CaseOptions(SHAPE), seed=0)
+    assert [len(drawer.real("liver", 1)), len(drawer.painted("liver", 1))] == [1, 1]
+
+
+def _store(folder: Path, name: str, num_cases: int, *, source: str, annotation: str) -> Store:
+    """Volumes ``name`` 0, 1, ...; source: what the SHA-256 of their sources are made of, "" for none."""
+    config, shape_zyx = study_config(), (40, 44, 48)
+    root, grid = create_store(folder, config.region), ras_grid_at(shape_zyx)
+    for number in range(num_cases):
+        image, label = organ_volume(shape_zyx, tumor=annotation == "tumor", seed=number)
+        sha256 = hashlib.sha256(f"{source} {number}".encode()).hexdigest() if source else ""
+        provenance = Provenance("made by a test", sha256, annotation=annotation)
+        write_volume(root, f"{name}{number}", image, label, grid, grid, config.region, provenance)
+    compact_index(root)
+    return open_store(root)
 
 
 def test_without_the_position_tumours_lie_anywhere(turing_store: Store) -> None:

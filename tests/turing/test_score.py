@@ -169,7 +169,7 @@ def test_changed_answers_and_cases_are_not_scored(turing_store: Store, tmp_path:
     journal = folder.answers_file(folder.study.readers[0])
     good = journal.read_bytes()
     journal.write_bytes(good.replace(b'"synthetic":true', b'"synthetic":false', 1))
-    with pytest.raises(StoreError, match="does not follow the line before it"):
+    with pytest.raises(StoreError, match="line 1: was changed since it was stored"):
         score_studies([folder.path], [built.key])
     journal.write_bytes(good)
     folder.case_file(folder.study.cases[0].id).unlink()

@@ -9,7 +9,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from ftengine.errors import ConfigError
-from ftengine.turing.answers import Journals
+from ftengine.turing.answers import Answers, Journals
 from ftengine.turing.serve import MAX_BODY_BYTES, checked_hosts, make_app
 from ftengine.turing.study import StudyFolder, read_key
 from tests.turing.support import answer_of
@@ -75,9 +75,10 @@ def test_a_link_is_exchanged_for_a_cookie_that_scripts_and_other_sites_do_not_ge
     assert client.get("/api/state").status_code == 401
 
 
-@pytest.mark.parametrize("token", ["", "x", None, 5, ["a"], "\u00e9" * 32, "A" * 32])
+@pytest.mark.parametrize("token", ["", "x", None, 5, ["a"], "\u00e9" * 32, "A" * 32, "\ud800", "\ud800" * 32])
 def test_other_tokens_are_refused(client: TestClient, token: Any) -> None:
-    response = client.post("/api/session", json={"token": token})
+    body = json.dumps({"token": token})  # httpx cannot send half a surrogate pair; others can
+    response = client.post("/api/session", content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == 403
     assert "set-cookie" not in response.headers
 
@@ -300,7 +301,23 @@ def test_a_full_disk_is_told_and_the_answer_can_be_sent_again(
     assert "could not be written (No space left on device)" in told[0]
 
 
-def _full(_file: int) -> None:
+def test_a_disk_that_takes_nothing_back_is_told_as_well(study: StudyFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    journals, told = Journals(study, warn=pytest.fail), list[str]()
+    with TestClient(make_app(study, journals, warn=told.append), base_url=BASE) as client:
+        _sign_in(client, study)
+        with monkeypatch.context() as patch:
+            patch.setattr("os.fsync", _full)
+            patch.setattr("os.ftruncate", _full)
+            for _ in range(2):
+                assert client.post("/api/answer", json=answer_of(study, 0, 0)).status_code == 507
+        assert client.post("/api/answer", json=answer_of(study, 0, 0)).status_code == 201
+    journals.close()
+    assert len(told) == 2
+    assert _journal_bytes(study).count(b"\n") == 1
+    assert len(Answers.read(study, study.study.readers[0]).by_item) == 1
+
+
+def _full(_file: int, _size: int = 0) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 

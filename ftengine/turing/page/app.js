@@ -9,6 +9,7 @@ const PLANES = {
 const MARK = "#ffd54a", POINT = "#7fe0ff";
 const RETRY_S = [0.3, 1, 2, 5];
 const LONGEST_S = 86400; // what the server takes for one visit
+const TOKEN = /^[A-Za-z0-9_-]{32}$/; // as the server makes them: 24 bytes in URL-safe base 64
 const $ = (id) => document.getElementById(id);
 const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
 const sleep = (seconds) => new Promise((resolve) => setTimeout(resolve, 1000 * seconds));
@@ -45,10 +46,15 @@ async function request(path, body, options = {}) {
   throw new Problem(response.status, text);
 }
 
+function tokenOfLink() {
+  const text = location.hash.slice(1);
+  return TOKEN.test(text) ? text : null;
+}
+
 async function start() {
   try {
-    if (location.hash.length > 1) {
-      const token = decodeURIComponent(location.hash.slice(1));
+    const token = tokenOfLink();
+    if (token) {
       await request("/api/session", { token });
       history.replaceState(null, "", "/"); // the link stays out of the history and of screenshots
     }
@@ -737,7 +743,11 @@ function listen() {
   document.addEventListener("keydown", keyDown);
   document.addEventListener("visibilitychange", () => (document.hidden ? reportTime() : startClock()));
   addEventListener("pagehide", reportTime);
-  addEventListener("hashchange", start); // another reader's link in the same tab
+  addEventListener("hashchange", () => tokenOfLink() && start()); // another reader's link in the same tab
+  $("skip").addEventListener("click", (event) => {
+    event.preventDefault();
+    $("answer").focus();
+  });
   new ResizeObserver(draw).observe($("stage"));
 }
 
