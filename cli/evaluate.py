@@ -19,7 +19,7 @@ from ftengine.cli.console import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from ftengine.config import EvaluationConfig
     from ftengine.evaluation.compare import ClassTest
@@ -112,6 +112,7 @@ def evaluate(
                 predicted, truth, settings, reporter, split=split, fold=fold, overlap=overlap, device=device, workers=workers
             )  # fmt: skip
         else:
+            _refuse_for_files(truth, {"--split": split, "--fold": fold, "--overlap": overlap})
             result = _on_files(
                 predicted, Path(truth), region, config, settings, reporter, (label_map, predicted_label_map), workers
             )
@@ -240,6 +241,16 @@ def _refuse_for_a_store(config: Path | None, *maps: str | None) -> None:
     if config is not None or any(m is not None for m in maps):
         raise ConfigError(
             "--config, --label-map and --predicted-label-map are for label files; a checkpoint brings its own. Leave them out."
+        )
+
+
+def _refuse_for_files(truth: str, options: "Mapping[str, object]") -> None:
+    from ftengine.errors import ConfigError
+
+    given = [option for option, value in options.items() if value is not None]
+    if given:
+        raise ConfigError(
+            f"{', '.join(given)}: for a checkpoint on a store; {truth} is no store but label files, all of which are scored. Leave it out."
         )
 
 

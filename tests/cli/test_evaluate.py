@@ -104,6 +104,12 @@ def test_foreign_labels_can_be_mapped(folders: tuple[Path, Path]) -> None:
     assert isinstance(bad.exception, ConfigError)
 
 
+@pytest.mark.parametrize(("option", "value"), [("--split", "test"), ("--fold", "0"), ("--overlap", "0.5")])
+def test_options_of_a_store_are_refused_for_files(folders: tuple[Path, Path], option: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{option}: for a checkpoint on a store"):
+        RUNNER.invoke(app, ["evaluate", *map(str, folders), option, value], catch_exceptions=False)
+
+
 def test_compare_makes_tables_and_tests(folders: tuple[Path, Path], tmp_path: Path) -> None:
     predictions, truths = folders
     runs = {}
