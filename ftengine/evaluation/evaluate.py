@@ -224,7 +224,7 @@ def lesion_sizes(cases: Sequence[CaseScore], settings: EvaluationConfig) -> dict
 
 
 def write_csv(result: Evaluation, path: Path) -> None:
-    """One line per case and class; what has no value is an empty cell."""
+    """One line per case and class, and one per failed case, of outcome ``failed``; what has no value is an empty cell."""
     with path.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(
@@ -239,6 +239,8 @@ def write_csv(result: Evaluation, path: Path) -> None:
                 voxels = (c.truth_voxels, c.predicted_voxels, c.overlap_voxels, c.outcome)
                 lesions = _lesion_columns(c.lesions, result.settings)
                 writer.writerow([csv_text(score.case), csv_text(name), *figures, *voxels, *lesions])
+        for case in result.failed:
+            writer.writerow([csv_text(case), *("",) * 7, "failed", *("",) * 6])
 
 
 def _lesion_columns(lesions: Lesions | None, settings: EvaluationConfig) -> tuple[int | str, ...]:

@@ -191,13 +191,15 @@ def test_the_csv_has_a_line_a_case_and_class_and_no_formula(folders: tuple[Path,
     predictions, truths = folders
     _write(predictions / "=1+1.nii.gz", _label(0))
     _write(truths / "=1+1_label.nii.gz", np.zeros(SHAPE, np.uint8))
+    _write(truths / "@gone_label.nii.gz", _label(0))
     file = tmp_path / "scores.csv"
     write_csv(evaluate_folders(predictions, truths, REGION, SETTINGS), file)
     lines = file.read_text().splitlines()
-    assert len(lines) == 1 + 4 * 2
+    assert len(lines) == 1 + 4 * 2 + 1
     assert lines[2].startswith("'=1+1,liver_tumor,0.000000,,0.000000,0,")
     assert lines[2].endswith("fp,0,0,0,0,1,1")
     assert lines[1].endswith("fp,,,,,,")
+    assert lines[-1] == "'@gone,,,,,,,,failed,,,,,,"
 
 
 @dataclass(frozen=True)
