@@ -1,5 +1,6 @@
 """``ftengine evaluate`` and ``ftengine compare``: how well predictions agree with the truth, and runs side by side."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -92,8 +93,10 @@ def evaluate(
 
     Every definition: docs/evaluation.md. Runs side by side: ftengine compare.
     """
-    from ftengine.evaluation.evaluate import write_csv
+    from ftengine.evaluation.evaluate import cases_csv
+    from ftengine.files import write_text_whole
 
+    _check_writable(csv_file, markdown, latex)
     chosen = {
         "tolerance_mm": tolerance,
         "surface": surface,
@@ -121,7 +124,7 @@ def evaluate(
     elif result.cases:
         _print_evaluation(result)
     if csv_file is not None:
-        write_csv(result, csv_file)
+        write_text_whole(csv_file, cases_csv(result))
     if result.cases and (markdown is not None or latex is not None):
         from ftengine.evaluation.compare import result_tables
 
@@ -148,6 +151,7 @@ def compare(
     from ftengine.evaluation.compare import compare as compare_methods
     from ftengine.evaluation.evaluate import load_evaluation
 
+    _check_writable(csv_file, markdown, latex)
     methods: dict[str, list[Any]] = {}
     for text in files:
         method, equals, path = text.partition("=")
@@ -335,14 +339,30 @@ def _print_tests(tests: "Iterable[ClassTest]") -> None:
 def _write_tables(
     tables: "tuple[ResultTable, ...]", markdown: Path | None, latex: Path | None, csv_file: Path | None = None
 ) -> None:
-    if markdown is not None:
-        markdown.write_text("\n".join(t.to_markdown() for t in tables), encoding="utf-8")
-    if latex is not None:
-        latex.write_text("\n".join(t.to_latex() for t in tables), encoding="utf-8")
-    if csv_file is not None:
-        from ftengine.evaluation.tables import csv_document
+    from ftengine.evaluation.tables import csv_document
+    from ftengine.files import write_text_whole
 
-        csv_file.write_text(csv_document(tables), encoding="utf-8", newline="")
+    if markdown is not None:
+        write_text_whole(markdown, "\n".join(t.to_markdown() for t in tables))
+    if latex is not None:
+        write_text_whole(latex, "\n".join(t.to_latex() for t in tables))
+    if csv_file is not None:
+        write_text_whole(csv_file, csv_document(tables))
+
+
+def _check_writable(*files: Path | None) -> None:
+    """Make the files' folders before the work starts. Raises ConfigError where a file could not be written at the end."""
+    from ftengine.errors import ConfigError
+
+    for file in files:
+        if file is None:
+            continue
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{file}: its folder cannot be made ({error.strerror}). Choose another name.") from error
+        if file.is_dir() or not os.access(file.parent, os.W_OK):
+            raise ConfigError(f"{file}: is a folder, or lies in one without write permission; want a file's name.")
 
 
 def _with_interval(row: dict[str, Any], key: str) -> str:
