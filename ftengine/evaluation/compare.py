@@ -157,8 +157,7 @@ def _table(
             cells[method, column] = Cell(tuple(v for v in values if v is not None))
     num_folds = max(len(e) for e in methods.values())
     range_of = "worst and best" if figure.spread == "range" else "standard deviation"
-    notes = (f"Mean and {range_of} of up to {num_folds} evaluations.",) if num_folds > 1 else ()
-    notes += _failed_notes(methods)
+    folds_notes = (f"Mean and {range_of} of up to {num_folds} evaluations.",) if num_folds > 1 else ()
     return ResultTable(
         figure.title,
         "Method",
@@ -167,7 +166,7 @@ def _table(
         cells,
         scale=figure.scale,
         digits=figure.digits,
-        notes=notes,
+        notes=(*folds_notes, *_failed_notes(methods)),
         spread=figure.spread,
         order=figure.order,
     )
