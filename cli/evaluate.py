@@ -1,5 +1,6 @@
 """``ftengine evaluate`` and ``ftengine compare``: how well predictions agree with the truth, and runs side by side."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +20,7 @@ from ftengine.cli.console import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from ftengine.config import EvaluationConfig
     from ftengine.evaluation.compare import ClassTest
@@ -92,8 +93,10 @@ def evaluate(
 
     Every definition: docs/evaluation.md. Runs side by side: ftengine compare.
     """
-    from ftengine.evaluation.evaluate import write_csv
+    from ftengine.evaluation.evaluate import cases_csv
+    from ftengine.files import write_text_whole
 
+    _check_writable(csv_file, markdown, latex)
     chosen = {
         "tolerance_mm": tolerance,
         "surface": surface,
@@ -112,6 +115,7 @@ def evaluate(
                 predicted, truth, settings, reporter, split=split, fold=fold, overlap=overlap, device=device, workers=workers
             )  # fmt: skip
         else:
+            _refuse_for_files(truth, {"--split": split, "--fold": fold, "--overlap": overlap})
             result = _on_files(
                 predicted, Path(truth), region, config, settings, reporter, (label_map, predicted_label_map), workers
             )
@@ -120,7 +124,7 @@ def evaluate(
     elif result.cases:
         _print_evaluation(result)
     if csv_file is not None:
-        write_csv(result, csv_file)
+        write_text_whole(csv_file, cases_csv(result))
     if result.cases and (markdown is not None or latex is not None):
         from ftengine.evaluation.compare import result_tables
 
@@ -147,6 +151,7 @@ def compare(
     from ftengine.evaluation.compare import compare as compare_methods
     from ftengine.evaluation.evaluate import load_evaluation
 
+    _check_writable(csv_file, markdown, latex)
     methods: dict[str, list[Any]] = {}
     for text in files:
         method, equals, path = text.partition("=")
@@ -243,6 +248,16 @@ def _refuse_for_a_store(config: Path | None, *maps: str | None) -> None:
         )
 
 
+def _refuse_for_files(truth: str, options: "Mapping[str, object]") -> None:
+    from ftengine.errors import ConfigError
+
+    given = [option for option, value in options.items() if value is not None]
+    if given:
+        raise ConfigError(
+            f"{', '.join(given)}: for a checkpoint on a store; {truth} is no store but label files, all of which are scored. Leave it out."
+        )
+
+
 def _line(score: "CaseScore") -> str:
     figures = ", ".join(f"{n} {c.dice:.3f}" for n, c in score.classes.items() if c.truth_voxels and c.dice is not None)
     return f"{score.case}: {figures or 'nothing in the truth'}"
@@ -324,14 +339,30 @@ def _print_tests(tests: "Iterable[ClassTest]") -> None:
 def _write_tables(
     tables: "tuple[ResultTable, ...]", markdown: Path | None, latex: Path | None, csv_file: Path | None = None
 ) -> None:
-    if markdown is not None:
-        markdown.write_text("\n".join(t.to_markdown() for t in tables), encoding="utf-8")
-    if latex is not None:
-        latex.write_text("\n".join(t.to_latex() for t in tables), encoding="utf-8")
-    if csv_file is not None:
-        from ftengine.evaluation.tables import csv_document
+    from ftengine.evaluation.tables import csv_document
+    from ftengine.files import write_text_whole
 
-        csv_file.write_text(csv_document(tables), encoding="utf-8", newline="")
+    if markdown is not None:
+        write_text_whole(markdown, "\n".join(t.to_markdown() for t in tables))
+    if latex is not None:
+        write_text_whole(latex, "\n".join(t.to_latex() for t in tables))
+    if csv_file is not None:
+        write_text_whole(csv_file, csv_document(tables))
+
+
+def _check_writable(*files: Path | None) -> None:
+    """Make the files' folders before the work starts. Raises ConfigError where a file could not be written at the end."""
+    from ftengine.errors import ConfigError
+
+    for file in files:
+        if file is None:
+            continue
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{file}: its folder cannot be made ({error.strerror}). Choose another name.") from error
+        if file.is_dir() or not os.access(file.parent, os.W_OK):
+            raise ConfigError(f"{file}: is a folder, or lies in one without write permission; want a file's name.")
 
 
 def _with_interval(row: dict[str, Any], key: str) -> str:

@@ -103,11 +103,12 @@ def fid(
             num=num,
             sizes=sizes,
             name=name,
+            beside=others,
             on_tumor=reporter.advance,
             warn=(lambda _text: None) if quiet else reporter.warn,
         )
     files = out or []
-    for file in (f for f in files if f.suffix == ".json"):  # first: a table may be refused
+    for file in (f for f in files if f.suffix == ".json"):
         write_text_whole(file, json.dumps(result.to_json(), indent=1, allow_nan=False) + "\n")
     if as_json:
         print_json(result.to_json())

@@ -1,7 +1,7 @@
 """Painted tumours measured against real ones."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from ftengine.evaluation.fid import (
     OnTumor,
     Quota,
     Sizes,
+    check_rows,
     collect_painted,
     collect_real,
     ordered_sizes,
@@ -57,6 +58,7 @@ def measure_fid(
     num: int | None = None,
     sizes: Sizes = "matched",
     name: str | None = None,
+    beside: Sequence[FidResult] = (),
     on_tumor: OnTumor = lambda: None,
     warn: Callable[[str], None] = ignore_warning,
 ) -> FidResult:
@@ -65,7 +67,8 @@ def measure_fid(
     features: a file of weights, as ``load_features`` takes it with ``rule``, or a network. Repeat k paints with seed + k; ``num`` tumours of
     each type (None: as many as there are real ones), of the real ones' size classes where ``sizes`` is "matched". With a judge, those that
     pass. Painted on organ-labelled volumes where the store has any, else on free patches of the chosen ones; copy-paste takes its
-    tumours from outside ``fold``, without one from the chosen volumes. Raises ConfigError where there is no real tumour, or nothing could be painted.
+    tumours from outside ``fold``, without one from the chosen volumes. beside: results for one table with this one. Raises ConfigError where
+    there is no real tumour or nothing could be painted, and before anything is painted where ``beside`` does not fit (``check_rows``).
     """
     check_region(config, store)
     if repeats < 1:
@@ -73,6 +76,8 @@ def measure_fid(
     if num is not None and num < 1:
         raise ConfigError(f"num={num}: want at least 1 synthetic tumour of each type.")
     rule = rule or CropRule()
+    name = name or _painter_name(config, generator_path)
+    check_rows([(n, {}) for n in (*(r.name for r in beside), name)])  # settings: once the real tumours are known
     device = resolve_device(config.device)
     network = (
         load_features(features, config.region, rule=rule, device=device)
@@ -84,6 +89,8 @@ def measure_fid(
         raise ConfigError(
             f"{store.location}: no labelled tumour{selection(split, fold)}; want real tumours to compare with. Choose another --split or --fold."
         )
+    settings = settings_of(config, network.info, rule, real, sizes, num)
+    check_rows([*((r.name, r.settings) for r in beside), (name, settings)])
     wanted = {organ: shares_of(tumors.sizes, num) for organ, tumors in real.items()}
     painters = load_painters(config, generator_path, judge_path)
     pastes_real = config.synthesis.synthesizer == "copy-paste" and fold is None
@@ -118,8 +125,8 @@ def measure_fid(
         for note in result.notes:
             warn(note)
     return FidResult(
-        name=name or _painter_name(config, generator_path),
-        settings=settings_of(config, network.info, rule, real, sizes, num),
+        name=name,
+        settings=settings,
         painter={
             "generator_sha256": fingerprint(generator_path),
             "judge_sha256": fingerprint(judge_path),

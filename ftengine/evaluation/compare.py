@@ -98,8 +98,8 @@ def compare(methods: Methods) -> Comparison:
 def result_tables(methods: Methods) -> tuple[ResultTable, ...]:
     """Dice (Table A5), HD95, surface Dice, detection by volume (Fig. 6, A7) and by lesion, of small lesions (A10), and lesions by size (A9).
 
-    Columns are the classes, by data set where the cases are of several; a table without any figure is left out. Raises ConfigError
-    where the evaluations have different definitions or classes.
+    Columns are the classes, by data set where the cases are of several; a table without any figure is left out. Failed cases have no
+    figures: the notes of each table count them. Raises ConfigError where the evaluations have different definitions or classes.
     """
     _check(methods)
     settings = _settings(methods)
@@ -157,7 +157,7 @@ def _table(
             cells[method, column] = Cell(tuple(v for v in values if v is not None))
     num_folds = max(len(e) for e in methods.values())
     range_of = "worst and best" if figure.spread == "range" else "standard deviation"
-    notes = (f"Mean and {range_of} of up to {num_folds} evaluations.",) if num_folds > 1 else ()
+    folds_notes = (f"Mean and {range_of} of up to {num_folds} evaluations.",) if num_folds > 1 else ()
     return ResultTable(
         figure.title,
         "Method",
@@ -166,7 +166,7 @@ def _table(
         cells,
         scale=figure.scale,
         digits=figure.digits,
-        notes=notes,
+        notes=(*folds_notes, *_failed_notes(methods)),
         spread=figure.spread,
         order=figure.order,
     )
@@ -188,7 +188,12 @@ def _sizes_table(
             dataset, name = columns[column]
             counts = [s[name][size] for d, s in sizes.items() if name in s and dataset in (None, d)]
             cells[row, column] = Cell((float(sum(counts)),) if counts else ())
-    note = f"Diameter: {settings.diameter}; lesions are {settings.connectivity}-connected components of the truth."
+    notes = [f"Diameter: {settings.diameter}; lesions are {settings.connectivity}-connected components of the truth."]
+    num_failed = len({case for evaluations in methods.values() for e in evaluations for case in e.failed} - set(cases))
+    if num_failed:
+        notes.append(
+            f"{num_failed} of {num_failed + len(cases)} cases failed for every method and are not in these figures."
+        )
     return ResultTable(
         "True lesions by size",
         "Diameter",
@@ -197,9 +202,20 @@ def _sizes_table(
         cells,
         scale=1.0,
         digits=0,
-        notes=(note,),
+        notes=tuple(notes),
         order="none",
     )
+
+
+def _failed_notes(methods: Methods) -> tuple[str, ...]:
+    """How many cases each method's figures lack because they failed: without a word a missing prediction would flatter."""
+    notes = []
+    for method, evaluations in methods.items():
+        num_failed = sum(len(e.failed) for e in evaluations)
+        num_cases = num_failed + sum(len(e.cases) for e in evaluations)
+        if num_failed:
+            notes.append(f"{method}: {num_failed} of {num_cases} cases failed and are not in these figures.")
+    return tuple(notes)
 
 
 def _columns(methods: Methods) -> dict[str, tuple[str | None, str]]:
@@ -254,7 +270,9 @@ def _check(methods: Methods) -> None:
     every = [(f"{method} ({n + 1})", e) for method, evaluations in methods.items() for n, e in enumerate(evaluations)]
     for where, evaluation in every:
         if not evaluation.cases:
-            raise ConfigError(f"{where}: holds no scored case; want at least one. Leave it out.")
+            raise ConfigError(
+                f"{where}: holds no scored case, and {len(evaluation.failed)} that failed; want at least one scored. Evaluate it again, or leave it out."
+            )
     first_where, first = every[0]
     for where, evaluation in every[1:]:
         own, wanted = evaluation.settings.model_dump(), first.settings.model_dump()

@@ -1,6 +1,7 @@
 """Evaluate a checkpoint on a store, or a folder of predictions against a folder of truths."""
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -223,22 +224,25 @@ def lesion_sizes(cases: Sequence[CaseScore], settings: EvaluationConfig) -> dict
     return sizes
 
 
-def write_csv(result: Evaluation, path: Path) -> None:
-    """One line per case and class; what has no value is an empty cell."""
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(
-            [
-                "case", "class", "dice", "hd95_mm", "surface_dice", "truth_voxels", "predicted_voxels", "overlap_voxels", "outcome",
-                "lesions", "lesions_found", "small_lesions", "small_lesions_found", "predicted_lesions", "false_positive_lesions",
-            ]
-        )  # fmt: skip
-        for score in result.cases:
-            for name, c in score.classes.items():
-                figures = ("" if v is None else f"{v:.6f}" for v in (c.dice, c.hd95_mm, c.surface_dice))
-                voxels = (c.truth_voxels, c.predicted_voxels, c.overlap_voxels, c.outcome)
-                lesions = _lesion_columns(c.lesions, result.settings)
-                writer.writerow([csv_text(score.case), csv_text(name), *figures, *voxels, *lesions])
+def cases_csv(result: Evaluation) -> str:
+    """One line per case and class, and one per failed case, of outcome ``failed``; what has no value is an empty cell."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(
+        [
+            "case", "class", "dice", "hd95_mm", "surface_dice", "truth_voxels", "predicted_voxels", "overlap_voxels", "outcome",
+            "lesions", "lesions_found", "small_lesions", "small_lesions_found", "predicted_lesions", "false_positive_lesions",
+        ]
+    )  # fmt: skip
+    for score in result.cases:
+        for name, c in score.classes.items():
+            figures = ("" if v is None else f"{v:.6f}" for v in (c.dice, c.hd95_mm, c.surface_dice))
+            voxels = (c.truth_voxels, c.predicted_voxels, c.overlap_voxels, c.outcome)
+            lesions = _lesion_columns(c.lesions, result.settings)
+            writer.writerow([csv_text(score.case), csv_text(name), *figures, *voxels, *lesions])
+    for case in result.failed:
+        writer.writerow([csv_text(case), *("",) * 7, "failed", *("",) * 6])
+    return stream.getvalue()
 
 
 def _lesion_columns(lesions: Lesions | None, settings: EvaluationConfig) -> tuple[int | str, ...]:

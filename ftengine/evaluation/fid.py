@@ -138,23 +138,30 @@ def read_result(path: Path) -> FidResult:
         ) from error
 
 
+def check_rows(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    """Names and settings of the rows of one table. Raises ConfigError where two were not measured in the same way, or have one name."""
+    names = [name for name, _ in rows]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"two rows are named alike ({', '.join(names)}); want a --name for each.")
+    first_name, first = rows[0]
+    for name, settings in rows[1:]:
+        for key in sorted(first.keys() | settings.keys()):
+            have, want = settings.get(key), first.get(key)
+            if have != want:
+                raise ConfigError(
+                    f"{name}: was measured with {key}={have}, and {first_name} with {want}; want one setting for all rows of a table. Measure one "
+                    "of them again."
+                )
+
+
 def compared(results: Sequence[FidResult], metric: Literal["fid", "kid"]) -> ResultTable:
     """Results as a table in the shape of Table A4: ways to paint down, tumour types across, mean and standard deviation over the repeats.
 
-    KID is multiplied by 1000. Raises ConfigError where two were not measured in the same way, or have one name.
+    KID is multiplied by 1000. The notes have those of the results. Raises ConfigError as ``check_rows``.
     """
+    check_rows([(r.name, r.settings) for r in results])
     first = results[0]
-    for other in results[1:]:
-        for key in sorted(first.settings.keys() | other.settings.keys()):
-            have, want = other.settings.get(key), first.settings.get(key)
-            if have != want:
-                raise ConfigError(
-                    f"{other.name}: was measured with {key}={have}, and {first.name} with {want}; want one setting for all rows of a table. Measure one "
-                    "of them again."
-                )
     names = [r.name for r in results]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"two rows are named alike ({', '.join(names)}); want a --name for each.")
     organs = list(dict.fromkeys(name for r in results for name in r.organs))
     cells = {(r.name, organ): r.organs[organ].cell(metric) for r in results for organ in r.organs}
     num = max((len(o.repeats) for r in results for o in r.organs.values()), default=0)
@@ -167,7 +174,10 @@ def compared(results: Sequence[FidResult], metric: Literal["fid", "kid"]) -> Res
         tuple(organs),
         cells,
         scale=scale,
-        notes=(f"Lower is better. Mean and standard deviation of {num} repeats, each with newly painted tumours.",),
+        notes=(
+            f"Lower is better. Mean and standard deviation of {num} repeats, each with newly painted tumours.",
+            *(f"{r.name}: {note}" for r in results for o in r.organs.values() for note in o.notes),
+        ),
         spread="deviation",
         order="lower",
     )

@@ -153,6 +153,18 @@ def _outcome(job: Job) -> CaseScore | CaseError:
         return job.run()
     except CaseError as error:
         return error
+    except MemoryError:
+        return CaseError(
+            f"{job.case}: out of memory while it was scored.",
+            "Score with --workers 1 or on a machine with more memory, or leave the case out.",
+            code=FailureCode.OUT_OF_MEMORY,
+        )
+    except Exception as error:  # noqa: BLE001  # one odd case must not end the scores of the others
+        return CaseError(
+            f"{job.case}: an unexpected {type(error).__name__} while it was scored ({' '.join(str(error).split())[:160]}).",
+            "Please report it; leave the case out meanwhile.",
+            code=FailureCode.INTERNAL,
+        )
 
 
 def _refuse_other_grid(pair: Pair, predicted: Grid, truth: Grid) -> None:

@@ -107,8 +107,9 @@ class WindowScores:
                 return total / len(self._flips)
         except torch.OutOfMemoryError as error:
             raise MemoryLimitError(
-                f"{len(windows)} windows of {tuple(windows.shape[2:])} voxels do not fit the memory of {self._device}. Evaluate fewer at a "
-                "time (predict: --windows-per-call; else --set inference.windows_per_call=1)."
+                f"{len(windows)} windows of {tuple(windows.shape[2:])} voxels do not fit the memory of {self._device}. Run fewer at a "
+                "time (predict: --windows-per-call 1; training: --set inference.windows_per_call=1; evaluate: --device cpu, or predict "
+                "first and score the files that it wrote)."
             ) from error
 
     def _logits(self, windows: torch.Tensor) -> torch.Tensor:

@@ -120,10 +120,10 @@ class ResultTable:
         marks: dict[str, Wrap] = {"best": r"\textbf{{{}}}".format, "second": r"\underline{{{}}}".format}
         lines = [r"\begin{table}", r"\centering", rf"\caption{{{_latex(self.title)}}}"]
         lines += [rf"\begin{{tabular}}{{l{'c' * len(self.columns)}}}", r"\toprule"]
-        lines += [" & ".join(map(_latex, (self.corner, *self.columns))) + r" \\", r"\midrule"]
+        lines += [_latex_row(self.corner, map(_latex, self.columns)), r"\midrule"]
         for row in self.rows:
             cells = (self._joined(row, c, marks.get(self._marks.get((row, c), ""), str), _latex) for c in self.columns)
-            lines.append(" & ".join((_latex(row), *cells)) + r" \\")
+            lines.append(_latex_row(row, cells))
         lines += [r"\bottomrule", r"\end{tabular}"]
         lines += [rf"\par\footnotesize {_latex(note)}" for note in self.notes]
         return "\n".join([*lines, r"\end{table}", ""])
@@ -226,6 +226,13 @@ def _markdown(text: str) -> str:
 
 def _latex(text: str) -> str:
     return "".join(_LATEX.get(c, c) for c in _one_line(text))
+
+
+def _latex_row(name: str, cells: Iterable[str]) -> str:
+    r"""A row; ``{}`` before a name that ``\toprule``, ``\midrule`` or the ``\\`` above would take for an argument."""
+    first = _latex(name)
+    guard = "{}" if first.startswith(("[", "*")) else ""
+    return " & ".join((guard + first, *cells)) + r" \\"
 
 
 def _one_line(text: str) -> str:

@@ -45,7 +45,7 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_tables_are_printed_and_written(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    files = {name: tmp_path / f"out.{name}" for name in ("csv", "markdown", "latex")}
+    files = {name: tmp_path / "new" / name / f"out.{name}" for name in ("csv", "markdown", "latex")}
     options = [text for name, file in files.items() for text in (f"--{name}", file)]
     done = _call("evaluate", *folders, "--region", "demo", *options)
     assert "HD95" in done.stdout
@@ -56,6 +56,18 @@ def test_tables_are_printed_and_written(folders: tuple[Path, Path], tmp_path: Pa
     assert "| pred | 99.3 | 87.3 |" in files["markdown"].read_text()  # the tumour: (10/11 + 8/10 + 10/11) / 3
     assert r"liver\_tumor" in files["latex"].read_text()
     assert files["latex"].read_text().count(r"\begin{tabular}") == files["markdown"].read_text().count("|---|")
+
+
+@pytest.mark.parametrize("option", ["--csv", "--markdown", "--latex"])
+def test_files_that_cannot_be_written_are_refused_before_the_work(
+    folders: tuple[Path, Path], tmp_path: Path, option: str
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    for name, message in ((tmp_path / "file" / "t", "its folder cannot be made"), (tmp_path, "is a folder")):
+        call = ["evaluate", *map(str, folders), "--region", "nowhere", option, str(name)]
+        with pytest.raises(ConfigError, match=message):  # not what is wrong with the region, which is looked at later
+            RUNNER.invoke(app, call, catch_exceptions=False)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_options_choose_the_definitions(folders: tuple[Path, Path]) -> None:
@@ -102,6 +114,12 @@ def test_foreign_labels_can_be_mapped(folders: tuple[Path, Path]) -> None:
     assert json.loads(done.stdout)["summary"]["liver_tumor"]["fn"] == 3
     bad = RUNNER.invoke(app, ["evaluate", *map(str, folders), "--region", "demo", "--label-map", "2=spleen"])
     assert isinstance(bad.exception, ConfigError)
+
+
+@pytest.mark.parametrize(("option", "value"), [("--split", "test"), ("--fold", "0"), ("--overlap", "0.5")])
+def test_options_of_a_store_are_refused_for_files(folders: tuple[Path, Path], option: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{option}: for a checkpoint on a store"):
+        RUNNER.invoke(app, ["evaluate", *map(str, folders), option, value], catch_exceptions=False)
 
 
 def test_compare_makes_tables_and_tests(folders: tuple[Path, Path], tmp_path: Path) -> None:

@@ -26,7 +26,9 @@ def segmenter(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_segmentation(CONFIG, store.path, tmp_path_factory.mktemp("fid") / "S", split="train").checkpoint
 
 
-def test_two_ways_to_paint_in_one_table(store: Store, segmenter: Path, tmp_path: Path) -> None:
+def test_two_ways_to_paint_in_one_table(
+    store: Store, segmenter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     generator = train_synthesis(CONFIG, store.path, tmp_path / "G", baseline=segmenter).checkpoint
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG.to_yaml())
@@ -51,9 +53,18 @@ def test_two_ways_to_paint_in_one_table(store: Store, segmenter: Path, tmp_path:
     assert [row.split(" | ")[0] for row in rows] == ["| method", "| fixed", "| freetumor"]
     assert f"{fixed['mean']:.1f}" in rows[1]
 
+    assert "- fixed: liver: " in table.read_text()  # few samples
+
+    def no_painting(*_arguments: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("ftengine.assemble.fid.load_painters", no_painting)
     other = [*common, "--margin-mm", "3", "--beside", str(first)]
-    with pytest.raises(ConfigError, match=r"fixed with 10\.0|margin_mm"):
+    with pytest.raises(ConfigError, match=r"margin_mm=3\.0, and fixed with 10\.0"):
         CliRunner().invoke(app, other, catch_exceptions=False)
+    monkeypatch.setattr("ftengine.assemble.fid.load_features", no_painting)
+    with pytest.raises(ConfigError, match="named alike"):
+        CliRunner().invoke(app, [*common, "--name", "fixed", "--beside", str(first)], catch_exceptions=False)
 
 
 def test_refused(store: Store, segmenter: Path, tmp_path: Path) -> None:

@@ -112,6 +112,24 @@ def test_repeats_of_a_case_count_as_their_mean() -> None:
     assert (test.tests.num_pairs, test.tests.mean_difference) == (2, 0.25)
 
 
+def test_failed_cases_are_counted_in_every_table() -> None:
+    whole = Evaluation([_case("a", 0.5), _case("b", 0.25)], {"c": "broken"})
+    lacking = Evaluation([_case("b", 0.75)], {"a": "has no prediction", "c": "broken"})
+    *tables, sizes = result_tables({"whole": [whole], "lack_ing": [lacking]})
+    wanted = (
+        "whole: 1 of 3 cases failed and are not in these figures.",
+        "lack_ing: 2 of 3 cases failed and are not in these figures.",
+    )
+    for table in tables:
+        assert table.notes == wanted
+        assert r"lack\_ing: 2 of 3 cases failed" in table.to_markdown()
+        assert r"lack\_ing: 2 of 3 cases failed" in table.to_latex()
+        assert table.to_json()["notes"] == list(wanted)
+        assert wanted[1] in str(table.to_rich().caption)
+    assert sizes.notes[1] == "1 of 3 cases failed for every method and are not in these figures."  # a is counted
+    assert not any("failed" in n for t in result_tables({"m": _folds(0.0)}) for n in t.notes)
+
+
 def test_evaluations_that_do_not_fit_are_refused() -> None:
     fold = _folds(0.0)[0]
     other = replace(fold, settings=EvaluationConfig(tolerance_mm=1.0))

@@ -13,7 +13,7 @@ import pytest
 
 from ftengine.config import Config, EvaluationConfig
 from ftengine.errors import CaseError, ConfigError, FailureCode
-from ftengine.evaluation.evaluate import Evaluation, evaluate_folders, load_evaluation, write_csv
+from ftengine.evaluation.evaluate import Evaluation, cases_csv, evaluate_folders, load_evaluation
 from ftengine.evaluation.metrics import CaseScore
 from ftengine.evaluation.pairs import pair_files
 from ftengine.evaluation.scoring_jobs import run_jobs
@@ -187,17 +187,17 @@ def test_folders_that_cannot_be_compared_are_refused(folders: tuple[Path, Path],
     assert [(p.case, p.predicted.name) for p in pair] == [("b", "a.nii.gz")]
 
 
-def test_the_csv_has_a_line_a_case_and_class_and_no_formula(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_csv_has_a_line_a_case_and_class_and_no_formula(folders: tuple[Path, Path]) -> None:
     predictions, truths = folders
     _write(predictions / "=1+1.nii.gz", _label(0))
     _write(truths / "=1+1_label.nii.gz", np.zeros(SHAPE, np.uint8))
-    file = tmp_path / "scores.csv"
-    write_csv(evaluate_folders(predictions, truths, REGION, SETTINGS), file)
-    lines = file.read_text().splitlines()
-    assert len(lines) == 1 + 4 * 2
+    _write(truths / "@gone_label.nii.gz", _label(0))
+    lines = cases_csv(evaluate_folders(predictions, truths, REGION, SETTINGS)).splitlines()
+    assert len(lines) == 1 + 4 * 2 + 1
     assert lines[2].startswith("'=1+1,liver_tumor,0.000000,,0.000000,0,")
     assert lines[2].endswith("fp,0,0,0,0,1,1")
     assert lines[1].endswith("fp,,,,,,")
+    assert lines[-1] == "'@gone,,,,,,,,failed,,,,,,"
 
 
 @dataclass(frozen=True)
@@ -243,6 +243,32 @@ def test_a_worker_that_dies_costs_one_case() -> None:
     assert "dies: the process that scored it died" in str(died)
     assert isinstance(refused, CaseError)
     assert refused.code is FailureCode.TRUNCATED
+
+
+@dataclass(frozen=True)
+class Raises:
+    """A case whose scoring raises what no reader raises on purpose."""
+
+    case: str
+    error: Exception
+
+    def run(self) -> CaseScore:
+        """As NumPy where memory is out, or a fault of ours."""
+        raise self.error
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_no_exception_of_a_case_ends_the_others(workers: int) -> None:
+    jobs = [Raises("big", MemoryError()), Raises("odd", ZeroDivisionError("by\nzero")), Lives("1")]
+    outcomes = dict(run_jobs(jobs, workers))
+    big, odd = outcomes["big"], outcomes["odd"]
+    assert outcomes["1"] == CaseScore("1", {})
+    assert isinstance(big, CaseError)
+    assert big.code is FailureCode.OUT_OF_MEMORY
+    assert "--workers 1" in str(big)
+    assert isinstance(odd, CaseError)
+    assert odd.code is FailureCode.INTERNAL
+    assert str(odd).startswith("odd: an unexpected ZeroDivisionError while it was scored (by zero).")
 
 
 def test_jobs_are_asked_for_as_workers_are_free() -> None:

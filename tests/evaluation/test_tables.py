@@ -109,6 +109,14 @@ def test_names_from_outside_stay_text() -> None:
     assert "[red]" in console.export_text()
 
 
+def test_latex_takes_no_name_for_an_argument() -> None:
+    rows = ("[5cm]", "*b", " [c", "d [e]")
+    lines = ResultTable("t", "[2pt]", rows, ("c",), {}).to_latex().splitlines()
+    assert [line for line in lines if "&" in line] == [
+        r"{}[2pt] & c \\", r"{}[5cm] & -- \\", r"{}*b & -- \\", r"{}[c & -- \\", r"d [e] & -- \\",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_nan_is_refused(value: float) -> None:
     with pytest.raises(ValueError, match="want finite numbers"):
