@@ -20,11 +20,15 @@ def write_whole(
 ) -> None:
     """Write a file aside, in ``.NAME.<hex>.partial`` of its folder, and move it to its name: a reader meets the old one or the new one.
 
-    The folder is made where it is missing.
+    The folder is made where it is missing. A pipe or a device, such as ``/dev/stdout``, is written to as it stands.
 
     durable: bytes and name are on the disk when this returns, so that a power cut keeps them; for a file that can be made again, leave it
     out. before: called just before the move. Raises what writing raises; what was at ``path`` stays then, and nothing is left beside it.
     """
+    if path.exists() and not path.is_file():
+        with path.open("wb") as stream:
+            write(stream)
+        return
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -133,3 +133,13 @@ def test_json_is_read_back_and_holds_no_nan(tmp_path: Path) -> None:
         write_json_whole(file, {"dice": float("nan")})
     assert [p.name for p in file.parent.iterdir()] == ["document.json"]
     assert read_json(file) == {"dice": 0.5, "none": None}
+
+
+def test_a_pipe_is_written_to_and_stays(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_text_whole(pipe, "text")
+    assert os.read(reader, 100) == b"text"
+    os.close(reader)
+    assert pipe.is_fifo()
