@@ -201,6 +201,11 @@ class _Noting(Watcher):
         note_failure(self._folder, job.key, error)
         self._inner.ended(job, seconds, error)
 
+    @override
+    def stopped(self, job: Job) -> None:
+        note_failure(self._folder, job.key, None)
+        self._inner.stopped(job)
+
 
 def _check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
