@@ -363,14 +363,24 @@ def parse_plan(text: str, *, where: str) -> Plan:
 
 
 def _beside(plan: Plan, folder: Path) -> Plan:
-    """Paths of stores in a plan's file are relative to it."""
+    """Paths of stores, and of what others predicted, are relative to the plan's file."""
     stores = {
         name: need
         if need.path is None or "://" in need.path
         else need.model_copy(update={"path": str(folder / need.path)})
         for name, need in plan.stores.items()
     }
-    return plan.model_copy(update={"stores": stores})
+    external = {
+        name: other.model_copy(
+            update={
+                role: str(folder.absolute() / Path(path).expanduser())
+                for role, path in (("predictions", other.predictions), ("truth", other.truth))
+                if path is not None
+            }
+        )
+        for name, other in plan.external.items()
+    }
+    return plan.model_copy(update={"stores": stores, "external": external})
 
 
 def _explain(error: ValidationError) -> Iterator[str]:

@@ -66,6 +66,14 @@ def test_paths_of_stores_are_relative_to_the_file(tmp_path: Path) -> None:
     assert load_plan(file).stores["liver"].path == str(tmp_path / "a.zarr")
 
 
+def test_paths_of_predictions_are_relative_to_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "plan.yaml"
+    external = {"x": {"note": "n", "predictions": "p/{task}/{fold}", "truth": "/t/{task}"}}
+    file.write_text(yaml.safe_dump(plan_values(external=external)))
+    other = load_plan(file).external["x"]
+    assert (other.predictions, other.truth) == (str(tmp_path / "p/{task}/{fold}"), "/t/{task}")
+
+
 def test_names_that_are_not_there_cannot_be_chosen() -> None:
     plan = plan_of()
     assert choose(plan).folds == fold_numbers(plan) == (0, 1)

@@ -241,6 +241,31 @@ def test_phantoms_are_drawn_once_and_anew_where_the_plan_changes(tmp_path: Path)
     assert draw(1) != first  # as many volumes, but others
 
 
+def test_predictions_are_named_by_what_their_files_hold(store: Store, tmp_path: Path) -> None:
+    def key(place: Path) -> str:
+        external = {"x": {"note": "n", "predictions": str(place / "p"), "truth": str(place / "t")}}
+        return next(iter(_keys(_cut(store, external=external, methods={"plain": {}}), "predictions")))
+
+    def fill(place: Path) -> Path:
+        for name in ("p/a.nii", "p/b.mhd", "p/b.raw", "t/a.nii", "t/a_ct.nii"):
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / name).write_bytes(name.encode())
+        return place
+
+    empty = key(tmp_path / "one")
+    one = fill(tmp_path / "one")
+    first = key(one)
+    assert first != empty
+    assert key(one) == first
+    (one / "t" / "a_ct.nii").write_bytes(b"a CT is not scored")
+    assert key(one) == first
+    seen = {empty, first}
+    for name in ("p/a.nii", "p/b.raw", "t/a.nii"):
+        (one / name).write_bytes(b"another")
+        seen.add(key(one))
+    assert len(seen) == 5
+
+
 def test_data_sets_that_share_volumes_are_told() -> None:
     assert overlap_notes(load_plan("table-a8"), ["lits", "msd07"]) == [
         "lits to ircad: the training volumes of LiTS hold those of 3D-IRCADb-01",
