@@ -39,6 +39,15 @@ FREE = plan_values()["methods"]["free"]
         ({"methods": {"plain": {}, "c": {"paints": "constant", "unlabelled": {"scales": ["9K"]}}}}, "scale 9K"),
         ({"methods": {"plain": {}, "c": {"paints": "constant", "unlabelled": {}}}}, "want scales or datasets"),
         ({"external": {"x": {"note": "n", "predictions": "p"}}}, "predictions and truth"),
+        (
+            {
+                "tasks": {"home": {"store": "liver", "datasets": ["a"], "targets": ["away"]}},
+                "targets": {"away": {"store": "liver", "datasets": ["b"]}},
+                "folds": None,
+                "external": {"x": {"note": "n", "predictions": "p", "truth": "t"}},
+            },
+            "external.x.predictions: without folds tasks.home is scored on its targets alone",
+        ),
         ({"paper": "A99"}, "paper='A99'"),
         ({"measures": ["dise"]}, "measures.0"),
     ],
