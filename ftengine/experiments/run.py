@@ -164,7 +164,7 @@ def run_experiment(
             make_subset(folder, experiment.stores[rows.store], rows)
         jobs = [Job(u.key, u.kind, u.title, u.needs, {"key": u.key}) for u in experiment.chosen.units.values()]
         crew = Crew(
-            [sys.executable, "-m", _WORKER, str(folder), resources.device],
+            [sys.executable, "-m", _WORKER, str(folder), resources.device, "--lock", str(lock)],
             folder / "logs",
             resources.jobs,
             resources.threads,

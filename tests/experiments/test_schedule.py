@@ -116,6 +116,47 @@ def test_an_interrupt_of_the_whole_group_is_no_failure(tmp_path: Path) -> None:
     assert (tmp_path / "slow.saved").exists()
 
 
+GROUP = """
+import os, sys
+from pathlib import Path
+from ftengine.experiments.folder import only_one
+from ftengine.experiments.work import run_group
+folder = Path(sys.argv[1])
+inner = (
+    "import os, signal, sys, time; from pathlib import Path; folder = Path(sys.argv[1]); "
+    "signal.signal(signal.SIGTERM, lambda *_: ((folder / 'told').touch(), sys.exit(3))); "
+    "(folder / 'pid').write_text(str(os.getpid())); (folder / 'begun').touch(); time.sleep(60)"
+)
+with only_one(folder) as lock:
+    (folder / "result").write_text(str(run_group([sys.executable, "-c", inner, str(folder)], (lock,))))
+"""
+
+
+def _grouped(folder: Path) -> "subprocess.Popen[bytes]":
+    process = subprocess.Popen([sys.executable, "-c", GROUP, str(folder)])
+    _wait_for(folder / "begun")
+    return process
+
+
+def test_what_a_worker_starts_is_told_to_stop_with_it(tmp_path: Path) -> None:
+    process = _grouped(tmp_path)
+    process.terminate()
+    assert process.wait(timeout=30.0) == 0
+    assert (tmp_path / "told").exists()
+    assert (tmp_path / "result").read_text() == "(3, True)"
+
+
+def test_the_lock_is_held_while_what_a_killed_worker_started_lives(tmp_path: Path) -> None:
+    process = _grouped(tmp_path)
+    process.kill()
+    process.wait()
+    with pytest.raises(ConfigError, match="another process runs this experiment"), only_one(tmp_path, wait_s=0.0):
+        pass
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)
+    with only_one(tmp_path, wait_s=30.0):
+        assert (tmp_path / "told").exists()
+
+
 def test_workers_of_a_killed_parent_save_and_the_lock_is_held_until_then(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path\n"
