@@ -120,7 +120,7 @@ class _Cutter:
             or (other.tasks is not None and place.task not in other.tasks)
         ):
             return
-        spec = {
+        spec: dict[str, Any] = {
             "predictions": _filled(other.predictions, place),
             "truth": _filled(other.truth, place),
             "preset": self.plan.stores[place.spec.store].preset,
