@@ -271,6 +271,11 @@ class _View(Watcher):
             self._bar.update(self._running[job.key], completed=fraction, text=text)
 
     @override
+    def stopped(self, job: Job) -> None:
+        if self._bar is not None and job.key in self._running:
+            self._bar.remove_task(self._running.pop(job.key))
+
+    @override
     def ended(self, job: Job, seconds: float, error: str | None) -> None:
         self._num_ended += 1
         self._open[job.kind] -= 1

@@ -6,6 +6,7 @@ so the folder that ``ftengine predict`` writes fits the folder of labels beside 
 """
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,6 +58,18 @@ def pair_files(predictions: Path, truths: Path) -> Pairing:
     return _pair(_found(predictions, is_truth=False), _found(truths, is_truth=True), predictions)
 
 
+def label_files(folder: Path, *, is_truth: bool) -> Iterator[Path]:
+    """The files below a folder that are read as labels, sorted."""
+    for path in sorted(folder.rglob("*")):
+        stem = image_stem(path.name)
+        if stem is None or path.name.startswith(".") or not path.is_file():
+            continue
+        if any(part.endswith(PROBABILITIES) for part in path.relative_to(folder).parts[:-1]):
+            continue
+        if not (is_truth and stem.endswith(IMAGE_SUFFIXES)):
+            yield path
+
+
 def _pair(predicted: dict[str, list[Path]], true: dict[str, list[Path]], predictions: Path) -> Pairing:
     pairing = Pairing(without_truth=sorted(set(predicted) - set(true)))
     for case, truth_files in sorted(true.items()):
@@ -77,16 +90,8 @@ def _pair(predicted: dict[str, list[Path]], true: dict[str, list[Path]], predict
 def _found(folder: Path, *, is_truth: bool) -> dict[str, list[Path]]:
     """The label files below a folder by name."""
     found: dict[str, list[Path]] = defaultdict(list)
-    for path in sorted(folder.rglob("*")):
-        stem = image_stem(path.name)
-        relative = path.relative_to(folder)
-        if stem is None or path.name.startswith(".") or not path.is_file():
-            continue
-        if any(part.endswith(PROBABILITIES) for part in relative.parts[:-1]):
-            continue
-        if is_truth and stem.endswith(IMAGE_SUFFIXES):
-            continue
-        found[_name(relative)].append(path)
+    for path in label_files(folder, is_truth=is_truth):
+        found[_name(path.relative_to(folder))].append(path)
     if not found:
         raise CaseError(
             f"{shown(folder)}: holds no label file; want {'the true labels' if is_truth else 'predictions'} as {_FORMATS}.",

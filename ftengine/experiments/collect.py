@@ -251,25 +251,35 @@ class _Gathered:
             for column in columns:
                 scores = list(self._of(row, column))
                 done = sum(self._evaluations.of(s.unit) is not None for s in scores)
-                if done < len(scores):
+                lacking = self._lacking(row, column, [s.column for s in scores])
+                if scores and lacking:
+                    notes.append(f"{titles[row]}, {column.title}: empty, for {', '.join(lacking)} cannot be scored.")
+                elif done < len(scores):
                     notes.append(f"{titles[row]}, {column.title}: {done} of {len(scores)} evaluations are done.")
         return (
             notes if len(notes) <= _FEW_NOTES else [f"{len(notes)} cells lack evaluations: the experiment is not done."]
         )
+
+    def _lacking(self, method: str, column: Column, present: Sequence[str]) -> list[str]:
+        """Members of a column that apply to a method but are not among those present."""
+        ours = self._plan.methods.get(method) or self._plan.external[method]
+        return [
+            name for task, name in column.members if (ours.tasks is None or task in ours.tasks) and name not in present
+        ]
 
     def _of(self, method: str, column: Column) -> Iterator[Score]:
         for _, name in column.members:
             yield from self._scores.get((method, name), ())
 
     def _values(self, measure: Measure, method: str, column: Column) -> dict[tuple[int, int | None], float]:
-        """Value by repeat and fold; only where all tasks of the column are done."""
+        """Value by repeat and fold; only where all tasks of the column that apply to the method are there and done."""
         places: dict[tuple[int, int | None], list[Score]] = {}
         for score in self._of(method, column):
             places.setdefault((score.repeat, score.fold), []).append(score)
         values = {}
         for place, scores in places.items():
             evaluations = [self._evaluations.of(s.unit) for s in scores]
-            if any(e is None for e in evaluations):
+            if any(e is None for e in evaluations) or self._lacking(method, column, [s.column for s in scores]):
                 continue
             pooled = [c for s in scores for _, _, c in self._classes(s, column)]
             settings = next(e.settings for e in evaluations if e is not None)
@@ -281,6 +291,8 @@ class _Gathered:
     def _paired(self, measure: Measure, method: str, column: Column) -> dict[Any, float]:
         if measure not in PAIRED:
             return dict(self._values(measure, method, column))
+        if self._lacking(method, column, [s.column for s in self._of(method, column)]):
+            return {}
         of_case: dict[tuple[str, str, str], list[float]] = {}
         for score in self._of(method, column):
             for case, tumor, found in self._classes(score, column):

@@ -199,7 +199,7 @@ class External(_Model):
     """A method that we do not train. note: why; the paper's figures stand in the paper's table.
 
     predictions, truth: folders of label files that the user brings, with ``{task}`` and ``{fold}`` in them where they differ; scored as
-    ``ftengine evaluate`` does.
+    ``ftengine evaluate`` does. They are of the task's own volumes, held out by folds or ``test_split``; those of targets cannot be brought.
     """
 
     title: str = ""
@@ -266,6 +266,8 @@ class Plan(_Model):
         for name, method in self.methods.items():
             if method.calibrate and self.folds is None:
                 raise ValueError(f"methods.{name}.calibrate without folds: there are no held-out tumours to judge")
+        for name, other in self.external.items():
+            self._check_predictions(name, other)
         titles = [title for _, title in self.rows()]
         if len(set(titles)) != len(titles):
             raise ValueError(f"methods, external: two of them have one title ({', '.join(sorted(titles))})")
@@ -316,6 +318,15 @@ class Plan(_Model):
         if s.tasks is not None and not set(method.tasks or self.tasks) <= set(s.tasks):
             raise ValueError(f"methods.{name}: its S {self.segmenter_of(method)!r} is not trained for all of its tasks")
 
+    def _check_predictions(self, name: str, other: External) -> None:
+        """Predictions are those of a task's own volumes: without folds and test_split none of them is scored."""
+        for task in (other.tasks or self.tasks) if other.predictions is not None and self.folds is None else ():
+            if self.tasks[task].test_split is None:
+                raise ValueError(
+                    f"external.{name}.predictions: without folds tasks.{task} is scored on its targets alone, and predictions on targets "
+                    "cannot be brought; leave predictions and truth out, give folds or test_split, or name other tasks"
+                )
+
 
 def plan_names() -> list[str]:
     """Names of the shipped plans."""
@@ -363,14 +374,24 @@ def parse_plan(text: str, *, where: str) -> Plan:
 
 
 def _beside(plan: Plan, folder: Path) -> Plan:
-    """Paths of stores in a plan's file are relative to it."""
+    """Paths of stores, and of what others predicted, are relative to the plan's file."""
     stores = {
         name: need
         if need.path is None or "://" in need.path
         else need.model_copy(update={"path": str(folder / need.path)})
         for name, need in plan.stores.items()
     }
-    return plan.model_copy(update={"stores": stores})
+    external = {
+        name: other.model_copy(
+            update={
+                role: str(folder.absolute() / Path(path).expanduser())
+                for role, path in (("predictions", other.predictions), ("truth", other.truth))
+                if path is not None
+            }
+        )
+        for name, other in plan.external.items()
+    }
+    return plan.model_copy(update={"stores": stores, "external": external})
 
 
 def _explain(error: ValidationError) -> Iterator[str]:

@@ -164,7 +164,7 @@ def run_experiment(
             make_subset(folder, experiment.stores[rows.store], rows)
         jobs = [Job(u.key, u.kind, u.title, u.needs, {"key": u.key}) for u in experiment.chosen.units.values()]
         crew = Crew(
-            [sys.executable, "-m", _WORKER, str(folder), resources.device],
+            [sys.executable, "-m", _WORKER, str(folder), resources.device, "--lock", str(lock)],
             folder / "logs",
             resources.jobs,
             resources.threads,
@@ -200,6 +200,11 @@ class _Noting(Watcher):
     def ended(self, job: Job, seconds: float, error: str | None) -> None:
         note_failure(self._folder, job.key, error)
         self._inner.ended(job, seconds, error)
+
+    @override
+    def stopped(self, job: Job) -> None:
+        note_failure(self._folder, job.key, None)
+        self._inner.stopped(job)
 
 
 def _check_folder(folder: Path) -> None:

@@ -7,6 +7,7 @@ runs the schedule ends in any way, its workers see the end of their input, save 
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import threading
 import time
@@ -15,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+# how a process ends inside a job that was asked to stop: it has saved its run, or had nothing to save
+_STOPPED_CODES = (0, -signal.SIGINT, -signal.SIGTERM)
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
@@ -60,6 +63,13 @@ class Watcher:
 
     def ended(self, job: Job, seconds: float, error: str | None) -> None:
         """A job has ended."""
+
+    def stopped(self, job: Job) -> None:
+        """A running job was asked to stop; it has neither failed nor ended."""
+
+
+class _StoppedError(Exception):
+    """A worker process was asked to stop inside a job."""
 
 
 def run_jobs(
@@ -109,6 +119,7 @@ class _Board:
         self._deadline = None if stop_after_s is None else time.monotonic() + stop_after_s
         self._longest_s: dict[str, float] = {}
         self._num_running = 0
+        self._is_closed = False
         self._changed = threading.Condition()
         self.outcome = Outcome()
 
@@ -143,9 +154,23 @@ class _Board:
             self._watcher.ended(job, seconds, error)
             self._changed.notify_all()
 
+    def stopped(self, job: Job) -> None:
+        """Note that a job was asked to stop: a later call does it."""
+        with self._changed:
+            self._num_running -= 1
+            self._watcher.stopped(job)
+            self._changed.notify_all()
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing more begins, so that a job whose process ends has not failed."""
+        with self._changed:
+            return self._is_closed
+
     def close(self) -> None:
         """Begin nothing more."""
         with self._changed:
+            self._is_closed = True
             self._todo.clear()
             self._changed.notify_all()
 
@@ -166,7 +191,7 @@ class _Worker:
         self._process: subprocess.Popen[str] | None = None
 
     def do(self, job: Job, advanced: Callable[[float, str], None]) -> str | None:
-        """Do one job; the text of its error, if any."""
+        """Do one job; the text of its error, if any. Raises _StoppedError where its process was asked to stop."""
         process = self._running()
         assert process.stdin is not None  # noqa: S101 - both are pipes
         assert process.stdout is not None  # noqa: S101
@@ -183,6 +208,8 @@ class _Worker:
             pass
         code = process.wait()
         self.close()
+        if code in _STOPPED_CODES:
+            raise _StoppedError
         return f"its process ended with code {code}; see {self._log}"
 
     def _running(self) -> "subprocess.Popen[str]":
@@ -224,5 +251,12 @@ def _serve(board: _Board, worker: _Worker) -> None:
         def advanced(fraction: float, text: str, job: Job = job) -> None:
             board.advanced(job, fraction, text)
 
-        error = worker.do(job, advanced)
-        board.ended(job, time.monotonic() - started, error)
+        try:
+            error = worker.do(job, advanced)
+        except _StoppedError:
+            board.stopped(job)
+            continue
+        if error is not None and board.is_closed:
+            board.stopped(job)
+        else:
+            board.ended(job, time.monotonic() - started, error)

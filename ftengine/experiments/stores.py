@@ -23,6 +23,7 @@ from ftengine.config import Config
 from ftengine.datasets.registry import Registry, load_registry, plain_name
 from ftengine.datasets.subsets import get_subset
 from ftengine.errors import ConfigError, StoreError
+from ftengine.experiments.folder import only_one
 from ftengine.experiments.plan import Phantoms, Plan, StoreNeed, Task, Unlabelled, Volumes
 from ftengine.files import write_text_whole
 from ftengine.store.case import ConvertOptions
@@ -141,22 +142,48 @@ def phantom_store(folder: Path, name: str) -> Path:
 
 
 def draw_phantoms(plan: Plan, folder: Path, paths: Mapping[str, str], scratch: Path | None = None) -> dict[str, str]:
-    """The paths, once the phantoms that the experiment draws itself are there. scratch: where to draw what is not, in place of ``folder``."""
-    drawn = dict(paths)
-    for name, path in paths.items():
-        phantoms, place = plan.stores[name].phantoms, phantom_store(folder, name)
-        if phantoms is None or path != str(place) or _is_drawn(phantoms, place):
-            continue
-        if scratch is not None:
-            place = phantom_store(scratch, name)
-        _draw(plan.stores[name], phantoms, place)
-        drawn[name] = str(place)
-    return drawn
+    """The paths, once the phantoms that the experiment draws itself are there. scratch: where to draw what is not, in place of ``folder``.
+
+    What another plan has drawn in the same place is drawn anew. Raises ConfigError where another process runs the experiment.
+    """
+    missing = [
+        name
+        for name, path in paths.items()
+        if path == str(phantom_store(folder, name)) and not _is_drawn(plan.stores[name], Path(path))
+    ]
+    if not missing:
+        return dict(paths)
+    root = folder if scratch is None else scratch
+    root.mkdir(parents=True, exist_ok=True)
+    with only_one(root):
+        for name in missing:
+            _draw_anew(plan.stores[name], phantom_store(root, name))
+    return {**paths, **{name: str(phantom_store(root, name)) for name in missing}}
 
 
-def _is_drawn(phantoms: Phantoms, place: Path) -> bool:
-    wanted = sum(s.num_volumes for s in phantoms.sets.values())
-    return (place / "zarr.json").exists() and len(open_store(place)) == wanted
+def _is_drawn(need: StoreNeed, place: Path) -> bool:
+    """Whether a store is whole and as the plan wants it; one that the experiment does not draw is."""
+    file = _drawn_file(place)
+    return need.phantoms is None or (file.is_file() and file.read_text(encoding="utf-8") == _digest_of_phantoms(need))
+
+
+def _drawn_file(place: Path) -> Path:
+    """Beside a drawn store: a digest of what was drawn; written last."""
+    return place.with_suffix(".drawn")
+
+
+def _digest_of_phantoms(need: StoreNeed) -> str:
+    return hashlib.sha256(json.dumps(need.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def _draw_anew(need: StoreNeed, place: Path) -> None:
+    """Draw a store, in place of what is there, unless another process has just done so."""
+    if need.phantoms is None or _is_drawn(need, place):
+        return
+    _drawn_file(place).unlink(missing_ok=True)
+    shutil.rmtree(place, ignore_errors=True)
+    _draw(need, need.phantoms, place)
+    write_text_whole(_drawn_file(place), _digest_of_phantoms(need))
 
 
 def _draw(need: StoreNeed, phantoms: Phantoms, place: Path) -> None:
@@ -164,6 +191,7 @@ def _draw(need: StoreNeed, phantoms: Phantoms, place: Path) -> None:
     family = "chest" if "lung" in region.labels else "abdomen"
     label_map = tuple((value, region.labels.get(name, 0)) for name, value in LABELS[family].items())
     scratch = place.with_suffix(".phantoms")
+    shutil.rmtree(scratch, ignore_errors=True)
     for name, drawn in phantoms.sets.items():
         write_phantom_dataset(
             scratch / name,
@@ -186,7 +214,7 @@ def _draw(need: StoreNeed, phantoms: Phantoms, place: Path) -> None:
         report = convert_cases(discover([scratch / name], dataset=name), place, region, options=options)
         if report.exit_code:
             raise ConfigError(
-                f"{place}: phantoms did not convert: {[o.reason for o in report.outcomes if o.reason]}. Remove it and run again."
+                f"{place}: phantoms did not convert: {[o.reason for o in report.outcomes if o.reason]}. Run again."
             )
     shutil.rmtree(scratch)
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from ftengine.config import Config
 from ftengine.errors import ConfigError
+from ftengine.experiments.brought import digest_of_labels
 from ftengine.experiments.plan import Choice, Generator, Method, Plan, Task, Unlabelled, Volumes
 from ftengine.experiments.stores import TrainingRows, digest_of, folds_of, rows_of, training_rows, unlabelled_rows
 from ftengine.store.reader import Store
@@ -119,13 +120,19 @@ class _Cutter:
             or (other.tasks is not None and place.task not in other.tasks)
         ):
             return
-        spec = {
+        spec: dict[str, Any] = {
             "predictions": _filled(other.predictions, place),
             "truth": _filled(other.truth, place),
             "preset": self.plan.stores[place.spec.store].preset,
             "keys": {k: v for k, v in self._keys(place, {}).items() if k.startswith("evaluation.")},
         }
-        unit = _unit("predictions", f"{name}, {place}", spec, spec)
+        contents = {
+            role: self._once(
+                f"{role} {spec[role]}", partial(digest_of_labels, Path(spec[role]), is_truth=role == "truth")
+            )
+            for role in ("predictions", "truth")
+        }
+        unit = _unit("predictions", f"{name}, {place}", spec, {**spec, **contents})
         self.work.add(unit)
         self.work.scores.append(Score(name, place.task, place.task, place.fold, 0, unit.key))
 
@@ -338,4 +345,4 @@ def _unit(
 
 def _filled(pattern: str, place: _Place) -> str:
     fold = "" if place.fold is None else str(place.fold)
-    return str(Path(pattern.replace("{task}", place.task).replace("{fold}", fold)).expanduser())
+    return pattern.replace("{task}", place.task).replace("{fold}", fold)

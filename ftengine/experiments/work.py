@@ -1,10 +1,12 @@
 """What each unit does, with the engine's own stages: trainings, calibration, evaluation. Runs in a worker process, or in torchrun's."""
 
+import contextlib
+import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +35,11 @@ class UnitFailedError(FtengineError):
     """The processes of a training ended without a result."""
 
 
-def do(folder: Path, key: str, device: str, advance: Advance) -> None:
-    """Do a unit and write its result. What a killed run left is taken up."""
+def do(folder: Path, key: str, device: str, advance: Advance, *, keep_fds: Sequence[int] = ()) -> None:
+    """Do a unit and write its result. What a killed run left is taken up. keep_fds: files that torchrun inherits."""
     unit = read_unit(folder, key)
     if unit["spec"].get("processes", 1) > 1 and not _is_inside_torchrun():
-        _in_processes(folder, key, device, unit["spec"]["processes"])
+        _in_processes(folder, key, device, unit["spec"]["processes"], keep_fds)
         return
     started, resumed = time.perf_counter(), checkpoint(folder, key).exists()
     work: Mapping[str, Callable[..., Result]] = {
@@ -188,31 +190,47 @@ def _is_inside_torchrun() -> bool:
     return world_of_environment().size > 1
 
 
-def _in_processes(folder: Path, key: str, device: str, number: int) -> None:
-    """A training in several processes, by torchrun; it is told to stop when this process is."""
+def _in_processes(folder: Path, key: str, device: str, number: int, keep_fds: Sequence[int]) -> None:
+    """A training in several processes, by torchrun."""
     command = [
         sys.executable,
         *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)),
         *("-m", "ftengine.experiments.worker", str(folder), device, "--unit", key),
     ]
-    process = subprocess.Popen(command)  # noqa: S603 - a module of this package
-    stopped: list[int] = []
-
-    def stop(signal_number: int, _frame: object) -> None:
-        stopped.append(signal_number)
-        process.send_signal(signal.SIGTERM)
-
-    previous = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        code = process.wait()
-    finally:
-        for n, handler in previous.items():
-            signal.signal(n, handler)
+    code, stopped = run_group(command, keep_fds)
     if result_file(folder, key).is_file():
         return
     if stopped:
         raise InterruptedRunError(f"{key}: stopped; the same command goes on.")
     raise UnitFailedError(f"its {number} processes ended with code {code}; see {log_file(folder, key)}")
+
+
+def run_group(command: Sequence[str], keep_fds: Sequence[int]) -> tuple[int, bool]:
+    """Run a command in a process group of its own, none of which outlives this call: (exit code, whether this process was told to stop).
+
+    A signal to stop is passed on to the command as SIGTERM, once. keep_fds: files that it inherits, so that the experiment's lock is held
+    while it lives, also where this process is killed.
+    """
+    stopped: list[int] = []
+    process: subprocess.Popen[bytes] | None = None
+
+    def stop(signal_number: int, _frame: object) -> None:
+        stopped.append(signal_number)
+        if process is not None and len(stopped) == 1:
+            process.terminate()
+
+    previous = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        process = subprocess.Popen(command, pass_fds=keep_fds, start_new_session=True)  # noqa: S603 - of this package
+        if stopped:
+            process.terminate()
+        return process.wait(), bool(stopped)
+    finally:
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        for n, handler in previous.items():
+            signal.signal(n, handler)
 
 
 def _device_name(device: str) -> str:

@@ -1,8 +1,9 @@
-"""A worker process of an experiment: ``python -m ftengine.experiments.worker DIR DEVICE`` takes keys of units on stdin.
+"""A worker process of an experiment: ``python -m ftengine.experiments.worker DIR DEVICE --lock FD`` takes keys of units on stdin.
 
-With ``--unit KEY`` it does that one unit and ends, as one of torchrun's processes.
+FD is the inherited descriptor of the folder's lock. With ``--unit KEY`` it does that one unit and ends, as one of torchrun's processes.
 """
 
+import argparse
 import contextlib
 import gc
 import os
@@ -23,16 +24,18 @@ def main() -> None:
 
     from ftengine.experiments.work import do
 
-    folder, device = Path(sys.argv[1]), sys.argv[2]
-    if len(sys.argv) > 3:
+    arguments = _arguments()
+    folder, device = arguments.folder, arguments.device
+    keep_fds = () if arguments.lock is None else (arguments.lock,)
+    if arguments.unit is not None:
         with contextlib.suppress(InterruptedRunError):  # saved; whoever asked for it knows
-            do(folder, sys.argv[4], device, lambda _fraction, _text: None)
+            do(folder, arguments.unit, device, lambda _fraction, _text: None)
         return
 
     def work(payload: dict[str, Any], advance: Advance) -> None:
         with _printing_to(log_file(folder, payload["key"])):
             try:
-                do(folder, payload["key"], device, advance)
+                do(folder, payload["key"], device, advance, keep_fds=keep_fds)
             except FtengineError:
                 raise
             except Exception:
@@ -43,6 +46,15 @@ def main() -> None:
             torch.cuda.empty_cache()
 
     serve(work)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("device")
+    parser.add_argument("--unit")
+    parser.add_argument("--lock", type=int)
+    return parser.parse_args()
 
 
 @contextlib.contextmanager

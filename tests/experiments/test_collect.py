@@ -111,6 +111,25 @@ def test_a_column_may_pool_tasks(tmp_path: Path) -> None:
     )  # fold 1 is not whole
 
 
+def test_a_pool_without_one_of_its_tasks_is_empty_and_noted(tmp_path: Path) -> None:
+    tasks = {"home": {"store": "liver", "datasets": ["a"]}, "away": {"store": "liver", "datasets": ["b"]}}
+    methods = {"plain": {"title": "Plain"}, "other": {"title": "Other", "tasks": ["home"]}}
+    cases = _cases(1)
+    results = _experiment(
+        tmp_path,
+        {(m, "home", 0, 0): cases for m in methods},
+        tasks=tasks,
+        methods=methods,
+        columns={"Both": ["home", "away"]},
+    )
+    table = results.tables["dice"]
+    assert table.cell("Plain", "Both").values == ()
+    assert table.cell("Other", "Both").values == pytest.approx([np.mean(_dice(cases))])  # away is none of its tasks
+    assert table.notes[0] == "Plain, Both: empty, for away cannot be scored."
+    assert not any(text.startswith("Other, Both") for text in table.notes)
+    assert results.tests == []
+
+
 def test_methods_are_tested_against_the_baseline_case_by_case(tmp_path: Path) -> None:
     ours = {f: _cases(4 + f, 5, str(f)) for f in (0, 1)}
     theirs = {f: list(reversed(_cases(1 + f, 5, str(f)))) for f in (0, 1)}  # pairs go by name, not by place

@@ -39,6 +39,15 @@ FREE = plan_values()["methods"]["free"]
         ({"methods": {"plain": {}, "c": {"paints": "constant", "unlabelled": {"scales": ["9K"]}}}}, "scale 9K"),
         ({"methods": {"plain": {}, "c": {"paints": "constant", "unlabelled": {}}}}, "want scales or datasets"),
         ({"external": {"x": {"note": "n", "predictions": "p"}}}, "predictions and truth"),
+        (
+            {
+                "tasks": {"home": {"store": "liver", "datasets": ["a"], "targets": ["away"]}},
+                "targets": {"away": {"store": "liver", "datasets": ["b"]}},
+                "folds": None,
+                "external": {"x": {"note": "n", "predictions": "p", "truth": "t"}},
+            },
+            "external.x.predictions: without folds tasks.home is scored on its targets alone",
+        ),
         ({"paper": "A99"}, "paper='A99'"),
         ({"measures": ["dise"]}, "measures.0"),
     ],
@@ -64,6 +73,14 @@ def test_paths_of_stores_are_relative_to_the_file(tmp_path: Path) -> None:
     file = tmp_path / "plan.yaml"
     file.write_text(yaml.safe_dump(plan_values(stores={"liver": {"preset": "demo", "path": "a.zarr"}})))
     assert load_plan(file).stores["liver"].path == str(tmp_path / "a.zarr")
+
+
+def test_paths_of_predictions_are_relative_to_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "plan.yaml"
+    external = {"x": {"note": "n", "predictions": "p/{task}/{fold}", "truth": "/t/{task}"}}
+    file.write_text(yaml.safe_dump(plan_values(external=external)))
+    other = load_plan(file).external["x"]
+    assert (other.predictions, other.truth) == (str(tmp_path / "p/{task}/{fold}"), "/t/{task}")
 
 
 def test_names_that_are_not_there_cannot_be_chosen() -> None:

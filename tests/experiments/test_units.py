@@ -10,7 +10,15 @@ import pytest
 from ftengine.errors import ConfigError
 from ftengine.experiments.plan import Plan, choose, load_plan, plan_names
 from ftengine.experiments.run import opened
-from ftengine.experiments.stores import find_stores, keep_paths, make_subset, overlap_notes, subset_path
+from ftengine.experiments.stores import (
+    draw_phantoms,
+    find_stores,
+    keep_paths,
+    make_subset,
+    overlap_notes,
+    phantom_store,
+    subset_path,
+)
 from ftengine.experiments.units import Work, cut
 from ftengine.store.reader import Store, open_store
 from tests.experiments.support import plan_of, plan_values, rows_of_many, store_of
@@ -211,6 +219,51 @@ def test_paths_are_remembered_and_can_be_replaced(tmp_path: Path) -> None:
     keep_paths(tmp_path, paths)
     assert find_stores(plan, ["home"], tmp_path, {}) == paths
     assert find_stores(plan, ["home"], tmp_path, {"liver": "s3://b/c"}) == {"liver": "s3://b/c"}
+
+
+def test_phantoms_are_drawn_once_and_anew_where_the_plan_changes(tmp_path: Path) -> None:
+    def draw(seed: int) -> str:
+        drawn = {
+            "seed": seed,
+            "shape_zyx": [16, 20, 20],
+            "spacing_mm_zyx": [8.0, 8.0, 8.0],
+            "sets": {"a": {"num_volumes": 1, "num_ill": 1, "first_case": 0}},
+        }
+        plan = plan_of(stores={"liver": {"preset": "demo", "phantoms": drawn}})
+        path = draw_phantoms(plan, tmp_path, find_stores(plan, ["home"], tmp_path, {}))["liver"]
+        sha: str = open_store(path).column("source_sha256")[0].as_py()
+        return sha
+
+    first, file = draw(0), phantom_store(tmp_path, "liver") / "zarr.json"
+    written = file.stat().st_mtime_ns
+    assert draw(0) == first
+    assert file.stat().st_mtime_ns == written
+    assert draw(1) != first  # as many volumes, but others
+
+
+def test_predictions_are_named_by_what_their_files_hold(store: Store, tmp_path: Path) -> None:
+    def key(place: Path) -> str:
+        external = {"x": {"note": "n", "predictions": str(place / "p"), "truth": str(place / "t")}}
+        return next(iter(_keys(_cut(store, external=external, methods={"plain": {}}), "predictions")))
+
+    def fill(place: Path) -> Path:
+        for name in ("p/a.nii", "p/b.mhd", "p/b.raw", "t/a.nii", "t/a_ct.nii"):
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / name).write_bytes(name.encode())
+        return place
+
+    empty = key(tmp_path / "one")
+    one = fill(tmp_path / "one")
+    first = key(one)
+    assert first != empty
+    assert key(one) == first
+    (one / "t" / "a_ct.nii").write_bytes(b"a CT is not scored")
+    assert key(one) == first
+    seen = {empty, first}
+    for name in ("p/a.nii", "p/b.raw", "t/a.nii"):
+        (one / name).write_bytes(b"another")
+        seen.add(key(one))
+    assert len(seen) == 5
 
 
 def test_data_sets_that_share_volumes_are_told() -> None:
