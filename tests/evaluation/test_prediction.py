@@ -186,6 +186,20 @@ def test_work_of_others_is_not_replaced(tmp_path: Path) -> None:
         predict(file, tmp_path)
 
 
+@pytest.mark.parametrize("content", ['{"patient": 7}', "[1, 2]", "no JSON"])
+def test_a_json_file_of_somebody_else_is_not_replaced(tmp_path: Path, content: str) -> None:
+    file = write_scan(tmp_path / "a.nii.gz")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "a.json").write_text(content)
+    outcome = predict(file, out)["predict/a"]
+    assert (outcome.status, outcome.code) == ("failed", FailureCode.DUPLICATE_NAME.value)
+    assert "a.json" in outcome.reason
+    assert [p.name for p in out.iterdir()] == ["a.json"]
+    assert (out / "a.json").read_text() == content
+    assert predict(file, out, overwrite=True)["predict/a"].status == "predicted"
+
+
 def test_an_interruption_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a", "b", "c"):
         write_scan(tmp_path / "in" / f"{name}.nii.gz", seed=ord(name))
