@@ -254,6 +254,47 @@ def test_cases_that_fail_are_outcomes(tmp_path: Path) -> None:
     assert "is not DICOM" in series.reason
 
 
+class FailingNetwork(torch.nn.Module):
+    """The nearest mean, except that some cases meet an error of memory or of the program."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nearest_mean()
+        self.case = ""
+
+    def forward(self, windows: torch.Tensor) -> torch.Tensor:
+        if self.case == "predict/a_gpu":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+        if self.case == "predict/b_host":
+            torch.empty(1 << 58)
+        if self.case == "predict/c_odd":
+            raise KeyError("axis")
+        scores: torch.Tensor = self.network(windows)
+        return scores
+
+
+def test_one_case_too_large_or_odd_does_not_end_the_run(tmp_path: Path) -> None:
+    for name in ("a_gpu", "b_host", "c_odd", "d"):
+        write_scan(tmp_path / "in" / f"{name}.nii.gz")
+    network = FailingNetwork()
+    outcomes = predict_cases(
+        inputs_of(tmp_path / "in"),
+        replace(MODEL, network=network),
+        tmp_path / "out",
+        PredictOptions(),
+        on_start=lambda case: setattr(network, "case", case),
+    )
+    assert [(o.status, o.code) for o in outcomes] == [
+        ("failed", "out-of-memory"),
+        ("failed", "out-of-memory"),
+        ("failed", "internal"),
+        ("predicted", ""),
+    ]
+    assert all("does not fit the memory" in o.reason and "--windows-per-call 1" in o.reason for o in outcomes[:2])
+    assert "KeyError" in outcomes[2].reason
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["d.json", "d.nii.gz"]
+
+
 def test_names_that_would_collide_are_refused(tmp_path: Path) -> None:
     files = [write_scan(tmp_path / folder / name) for folder, name in (("p", "A.nii.gz"), ("q", "a.nii.gz"))]
     with pytest.raises(ConfigError, match="one name"):
