@@ -9,6 +9,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from pydicom.uid import generate_uid
 
 from ftengine.errors import ConfigError, FailureCode
 from ftengine.evaluation import prediction
@@ -22,6 +23,7 @@ from ftengine.store.reader import open_store
 from ftengine.store.writer import Provenance, create_store, write_volume
 from ftengine.training.distributed import World
 from ftengine.volume.nifti import write_nifti
+from tests.recipes import save_series
 from tests.support import make_store, organ_volume, small_config
 
 CONFIG = small_config(inference__overlap=0.25)
@@ -198,6 +200,39 @@ def test_a_json_file_of_somebody_else_is_not_replaced(tmp_path: Path, content: s
     assert [p.name for p in out.iterdir()] == ["a.json"]
     assert (out / "a.json").read_text() == content
     assert predict(file, out, overwrite=True)["predict/a"].status == "predicted"
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_results_inside_a_folder_of_inputs_do_not_become_inputs(tmp_path: Path, linked: bool) -> None:
+    scans = tmp_path / "scans"
+    write_scan(scans / "a_ct.nii.gz")
+    write_scan(scans / "more" / "b.nii.gz")
+    source = scans
+    if linked:
+        source = tmp_path / "link"
+        source.symlink_to(scans)
+    out = scans / "predictions"
+
+    def run() -> dict[str, Outcome]:
+        return predict(find_inputs([str(source)], CONFIG, "w", out=out), out, probabilities=True)
+
+    assert {case: o.status for case, o in run().items()} == dict.fromkeys(("predict/a", "predict/more/b"), "predicted")
+    assert {case: o.status for case, o in run().items()} == dict.fromkeys(("predict/a", "predict/more/b"), "complete")
+    with pytest.raises(ConfigError, match="is a folder of inputs"):
+        find_inputs([str(source)], CONFIG, "w", out=scans)
+    single = find_inputs([str(scans / "a_ct.nii.gz")], CONFIG, "w", out=scans)  # nothing is searched
+    assert [one.case for one in single] == ["predict/a"]
+
+
+def test_results_do_not_change_the_layout_of_a_folder_of_dicom(tmp_path: Path) -> None:
+    source = tmp_path / "series"
+    uid = generate_uid()
+    save_series(source / "first", 8, skip=range(4, 8), series=uid)  # only the layout dicom joins the halves
+    save_series(source / "second", 8, skip=range(4), series=uid)
+    before = inputs_of(source)
+    write_scan(source / "out" / "a.nii.gz")
+    assert len(before) == 1
+    assert find_inputs([str(source)], CONFIG, "w", out=source / "out") == before
 
 
 def test_an_interruption_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
