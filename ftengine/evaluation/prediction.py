@@ -10,7 +10,7 @@ raises   ConfigError before anything is predicted, OSError of the output folder;
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,7 +37,7 @@ from ftengine.evaluation.prediction_outputs import (
     places_of,
     read_record,
 )
-from ftengine.evaluation.sliding_windows import OnWindows, Slab, chosen_precision, slabs_of
+from ftengine.evaluation.sliding_windows import OnWindows, chosen_precision, slabs_of
 from ftengine.geometry import Grid, from_ras, ras_grid
 from ftengine.training.distributed import ALONE, World
 from ftengine.training.memory import is_out_of_memory
@@ -212,7 +212,7 @@ def _predict(
         scan = one.read(region.spacing_mm_zyx)
         target = scan.native if options.grid == "native" else scan.grid
         odd, notes = implausible_scan(scan.image_hu, scan.grid.spacing_mm_zyx), scan.notes
-        label = _label_on(target, scan, model, folder, places, on_windows)
+        label = _label_on(one.case, target, scan, model, folder, places, on_windows)
         del scan  # its voxels are not needed to write the result
         counts = _count(label, region.num_classes)
         if slices:
@@ -247,13 +247,11 @@ def _slices(one: Input) -> list[Any]:
 
 
 def _label_on(
-    target: Grid, scan: Scan, model: Model, folder: Path, places: Places, on_windows: OnWindows
+    case: str, target: Grid, scan: Scan, model: Model, folder: Path, places: Places, on_windows: OnWindows
 ) -> NDArray[np.uint8]:
     """The label map uint8 [z, y, x] in the axis order of ``target``; probabilities are written on the way where they are asked for."""
     ras = ras_grid(target)
-    slabs = _finite(
-        slabs_of(scan.image_hu, model.network, model.config, model.device, on_windows=on_windows), places.label.name
-    )
+    slabs = slabs_of(scan.image_hu, model.network, model.config, model.device, case=case, on_windows=on_windows)
     label = np.empty(ras.shape_zyx, dtype=np.uint8)
     if places.probabilities is None:
         for found in onto_grid(slabs, scan.grid, ras):
@@ -266,18 +264,6 @@ def _label_on(
             files.add(found.probabilities)
         files.finish(target)
     return from_ras(label, target)
-
-
-def _finite(slabs: Iterable[Slab], name: str) -> Iterator[Slab]:
-    """The slabs; CaseError where a score is no number: its voxels would become background without a word."""
-    for slab in slabs:
-        if not math.isfinite(float(slab.scores.sum())):
-            raise CaseError(
-                f"{name}: the network gives NaN or infinity.",
-                "With --precision fp16 use bf16 or fp32; else the weights are damaged, or their training diverged.",
-                code=FailureCode.NOT_FINITE,
-            )
-        yield slab
 
 
 def _count(label: NDArray[np.uint8], num_classes: int) -> list[int]:
