@@ -15,7 +15,7 @@ from ftengine.errors import CaseError, ConfigError
 from ftengine.evaluation.lesions import Lesions, ScoredLesion
 from ftengine.evaluation.metrics import CaseScore, ClassScore, FullScoring, is_small, summarize
 from ftengine.evaluation.pairs import pair_files
-from ftengine.evaluation.scoring_jobs import Job, ScoreArrays, ScoreFiles, run_jobs
+from ftengine.evaluation.scoring_jobs import Job, ScoreArrays, ScoreFiles, Unpredicted, run_jobs
 from ftengine.evaluation.tables import csv_text
 from ftengine.store.folds import cases_of_kind
 from ftengine.store.reader import Store
@@ -128,7 +128,8 @@ def evaluate_checkpoint(
 
     ``overlap`` replaces the checkpoint's ``inference.overlap``, ``settings`` keys of its ``evaluation``,
     ``keys`` any others, dotted. workers: with more than one,
-    volumes are scored in that many processes while the next one is predicted. Raises ConfigError where nothing is left to score.
+    volumes are scored in that many processes while the next one is predicted. A volume whose scores are NaN or infinite is listed as
+    failed. Raises ConfigError where nothing is left to score.
     """
     # what scores files need not have what runs networks
     from ftengine.evaluation.infer import check_trained_for, predict_volume
@@ -148,7 +149,11 @@ def evaluate_checkpoint(
     def predicted() -> Iterator[Job]:
         for case in wanted:
             patch = store.read_volume(case)
-            label = predict_volume(network, patch.image, config, device)
+            try:
+                label = predict_volume(network, patch.image, config, device, case=case)
+            except CaseError as error:
+                yield Unpredicted(case, error)
+                continue
             yield ScoreArrays(case, label, patch.label, store.labels, full)
 
     result = Evaluation(settings=config.evaluation)

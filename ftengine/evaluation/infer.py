@@ -28,14 +28,16 @@ def predict_volume(
     config: Config,
     device: torch.device,
     *,
+    case: str = "volume",
     on_windows: OnWindows = lambda _done, _total: None,
 ) -> NDArray[np.uint8]:
     """Label map uint8 [z, y, x] of a volume int16 HU [z, y, x] that is RAS+ at the region's spacing.
 
     Sliding windows of the patch size with ``config.inference`` (``sliding_windows.slabs_of``); the class of the highest mean score.
+    case: its name in errors. Raises CaseError where scores are NaN or infinite, MemoryLimitError where a call does not fit the device.
     """
     labels = np.empty(image_hu.shape, dtype=np.uint8)
-    for slab in slabs_of(image_hu, network, config, device, on_windows=on_windows):
+    for slab in slabs_of(image_hu, network, config, device, case=case, on_windows=on_windows):
         finished = slab.labels
         labels[slab.first_z : slab.first_z + len(finished)] = finished
     return labels

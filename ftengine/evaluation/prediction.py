@@ -4,13 +4,13 @@
 input    a segmenter's checkpoint, ``Input``s, ``PredictOptions``; several processes share the cases out
 does     reads, streams windows, brings scores to the native grid, warns of implausible scans, commits
 output   one ``Outcome`` a case, in the order of the cases, on every rank
-raises   ConfigError before anything is predicted; errors of single cases become outcomes
+raises   ConfigError before anything is predicted, OSError of the output folder; errors of single cases become outcomes
 =======  ==========================================================================================
 """
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch import nn
 
 from ftengine import __version__
 from ftengine.config import Config
-from ftengine.errors import CaseError, ConfigError, FailureCode, StoreError
+from ftengine.errors import CaseError, ConfigError, FailureCode, FtengineError, MemoryLimitError, StoreError
 from ftengine.evaluation.onto_grid import onto_grid
 from ftengine.evaluation.plausibility import implausible_scan, missing_organs
 from ftengine.evaluation.prediction_inputs import GridName, Input, Scan
@@ -37,9 +37,10 @@ from ftengine.evaluation.prediction_outputs import (
     places_of,
     read_record,
 )
-from ftengine.evaluation.sliding_windows import OnWindows, Slab, chosen_precision, slabs_of
+from ftengine.evaluation.sliding_windows import OnWindows, chosen_precision, slabs_of
 from ftengine.geometry import Grid, from_ras, ras_grid
 from ftengine.training.distributed import ALONE, World
+from ftengine.training.memory import is_out_of_memory
 from ftengine.volume.nifti import write_nifti
 from ftengine.volume.readers import STRICT, ReadOptions
 
@@ -153,9 +154,25 @@ def _outcome_of(one: Input, model: Model, out: Path, options: PredictOptions, on
             check_replaceable(places)
         made = _predict(one, model, places, options, identity, on_windows)
         return Outcome(one.case, "predicted", str(places.label), **made, seconds=time.perf_counter() - started)
-    except (CaseError, StoreError) as error:
-        code = error.code.value if isinstance(error, CaseError) else "store"
-        return Outcome(one.case, "failed", reason=str(error), code=code, seconds=time.perf_counter() - started)
+    except Exception as error:  # noqa: BLE001 - one odd scan must not end a run over thousands
+        reason, code = _failure(one.case, error)
+        return Outcome(one.case, "failed", reason=reason, code=code, seconds=time.perf_counter() - started)
+
+
+def _failure(case: str, error: Exception) -> tuple[str, str]:
+    """Reason and code of a case that failed. Raises again what every case would meet: wrong settings, a disk that is full."""
+    if isinstance(error, CaseError):
+        return str(error), error.code.value
+    if isinstance(error, StoreError):
+        return str(error), "store"
+    if isinstance(error, MemoryLimitError) or is_out_of_memory(error):
+        found = " ".join(str(error).split())[:160] or type(error).__name__
+        advice = "Use --windows-per-call 1, leave out --probabilities, or predict it on a larger machine."
+        return f"{case}: does not fit the memory ({found}). {advice}", FailureCode.OUT_OF_MEMORY.value
+    if isinstance(error, FtengineError | OSError):
+        raise error
+    advice = "Please report it with the scan's kind and origin; leave the scan out meanwhile."
+    return f"{case}: an unexpected {type(error).__name__} while predicting. {advice}", FailureCode.INTERNAL.value
 
 
 def _complete(one: Input, places: Places, record: dict[str, Any]) -> Outcome:
@@ -192,25 +209,18 @@ def _predict(
     region = model.config.region
     slices = _slices(one) if options.file_format == "dicom-seg" else []
     with partial_folder(places) as folder:
-        try:
-            scan = one.read(region.spacing_mm_zyx)
-            target = scan.native if options.grid == "native" else scan.grid
-            odd, notes = implausible_scan(scan.image_hu, scan.grid.spacing_mm_zyx), scan.notes
-            label = _label_on(target, scan, model, folder, places, on_windows)
-            del scan  # its voxels are not needed to write the result
-            counts = _count(label, region.num_classes)
-            if slices:
-                from ftengine.evaluation.dicom_seg import write_dicom_seg
+        scan = one.read(region.spacing_mm_zyx)
+        target = scan.native if options.grid == "native" else scan.grid
+        odd, notes = implausible_scan(scan.image_hu, scan.grid.spacing_mm_zyx), scan.notes
+        label = _label_on(one.case, target, scan, model, folder, places, on_windows)
+        del scan  # its voxels are not needed to write the result
+        counts = _count(label, region.num_classes)
+        if slices:
+            from ftengine.evaluation.dicom_seg import write_dicom_seg
 
-                write_dicom_seg(folder / places.label.name, label, target, slices, region, model.sha256)
-            else:
-                write_nifti(folder / places.label.name, label, target)
-        except MemoryError as error:
-            raise CaseError(
-                f"{one.case}: does not fit the memory.",
-                "Use --windows-per-call 1, leave out --probabilities, or predict it on a larger machine.",
-                code=FailureCode.OUT_OF_MEMORY,
-            ) from error
+            write_dicom_seg(folder / places.label.name, label, target, slices, region, model.sha256)
+        else:
+            write_nifti(folder / places.label.name, label, target)
         voxel_ml = math.prod(target.spacing_mm_zyx) / 1000
         class_voxels = {name: counts[value] for name, value in region.labels.items()}
         missing = missing_organs({name: count * voxel_ml for name, count in class_voxels.items()}, region)
@@ -237,13 +247,11 @@ def _slices(one: Input) -> list[Any]:
 
 
 def _label_on(
-    target: Grid, scan: Scan, model: Model, folder: Path, places: Places, on_windows: OnWindows
+    case: str, target: Grid, scan: Scan, model: Model, folder: Path, places: Places, on_windows: OnWindows
 ) -> NDArray[np.uint8]:
     """The label map uint8 [z, y, x] in the axis order of ``target``; probabilities are written on the way where they are asked for."""
     ras = ras_grid(target)
-    slabs = _finite(
-        slabs_of(scan.image_hu, model.network, model.config, model.device, on_windows=on_windows), places.label.name
-    )
+    slabs = slabs_of(scan.image_hu, model.network, model.config, model.device, case=case, on_windows=on_windows)
     label = np.empty(ras.shape_zyx, dtype=np.uint8)
     if places.probabilities is None:
         for found in onto_grid(slabs, scan.grid, ras):
@@ -256,18 +264,6 @@ def _label_on(
             files.add(found.probabilities)
         files.finish(target)
     return from_ras(label, target)
-
-
-def _finite(slabs: Iterable[Slab], name: str) -> Iterator[Slab]:
-    """The slabs; CaseError where a score is no number: its voxels would become background without a word."""
-    for slab in slabs:
-        if not math.isfinite(float(slab.scores.sum())):
-            raise CaseError(
-                f"{name}: the network gives NaN or infinity.",
-                "With --precision fp16 use bf16 or fp32; else the weights are damaged, or their training diverged.",
-                code=FailureCode.NOT_FINITE,
-            )
-        yield slab
 
 
 def _count(label: NDArray[np.uint8], num_classes: int) -> list[int]:

@@ -24,7 +24,7 @@ from ftengine.files import sha256_of_files
 from ftengine.geometry import FloatZYX, Grid
 from ftengine.store.folds import rows_in
 from ftengine.store.reader import Store, open_store
-from ftengine.volume.cases import Source
+from ftengine.volume.cases import Source, real_path
 from ftengine.volume.dicom import ordered_slices
 from ftengine.volume.layouts.choose import find_cases
 from ftengine.volume.readers import STRICT, ReadOptions, is_dicom, read_volume
@@ -176,11 +176,13 @@ def find_inputs(
     split: str | None = None,
     fold: int | None = None,
     reading: ReadOptions = STRICT,
+    out: Path | None = None,
 ) -> list[Input]:
     """The cases of files, folders and stores, sorted by name.
 
-    split, fold: of stores; without them all volumes. Raises ConfigError for places that are missing, a store of another region, a
-    selection without a store, and two cases whose results would have one name.
+    split, fold: of stores; without them all volumes. out: the folder of the results; what lies in it is not searched for inputs. Raises
+    ConfigError for places that are missing, a store of another region, a selection without a store, two cases whose results would have one
+    name, and ``out`` among the places.
     """
     stores = [open_store(place) for place in places if is_store(place)]
     files = [Path(place) for place in places if not is_store(place)]
@@ -192,11 +194,24 @@ def find_inputs(
         used = rows_in(store.select(["split", "fold"]), split=split, fold=fold)
         inputs += [StoreInput(store, case) for case, is_used in zip(store.cases, used, strict=True) if is_used]
     if files:
-        found = find_cases(files, layout=layout, dataset=DATASET)
+        results = frozenset[Path]() if out is None else _results_among(files, out)
+        found = find_cases(files, layout=layout, dataset=DATASET, skip=results)
         inputs += [FileInput(source, reading) for source in found.sources]
     if not inputs:
         raise ConfigError(f"{', '.join(places)}: holds no volume to predict. Choose another --split or --fold.")
     return sorted(_with_different_names(inputs), key=lambda one: one.stem)
+
+
+def _results_among(files: Sequence[Path], out: Path) -> frozenset[Path]:
+    """The real path of ``out``, to be left out of a search. ConfigError where it is one of the folders that are searched."""
+    real = real_path(out)
+    for place in files:
+        if place.is_dir() and real_path(place) == real:
+            raise ConfigError(
+                f"--out {shown(out)}: is a folder of inputs, and a later run would take its results for inputs. Choose another folder, one "
+                "inside it for instance."
+            )
+    return frozenset({real})
 
 
 def is_store(place: str) -> bool:

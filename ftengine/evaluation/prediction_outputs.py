@@ -70,7 +70,8 @@ def read_record(places: Places, identity: Mapping[str, Any]) -> dict[str, Any] |
 def check_replaceable(places: Places) -> None:
     """CaseError where ``commit`` would remove a file that no prediction wrote, or that was changed since: perhaps somebody's corrections."""
     record = _record(places)
-    for path in _in_the_way(places, record):
+    foreign = [places.record] if record is None and places.record.exists() else []
+    for path in (*foreign, *_in_the_way(places, record)):
         if record is None or record["files"].get(path.name) != _digest(path):
             raise CaseError(
                 f"{path}: is there and is not, or no longer, what ftengine predict wrote.",

@@ -82,6 +82,18 @@ class ScoreArrays:
         return score_case(self.case, self.predicted, self.truth, self.labels, self.full)
 
 
+@dataclass(frozen=True)
+class Unpredicted:
+    """A case without a label map to score, and why."""
+
+    case: str
+    error: CaseError
+
+    def run(self) -> CaseScore:
+        """Always raises the CaseError."""
+        raise self.error
+
+
 def run_jobs(jobs: Iterable[Job], workers: int) -> Iterator[Outcome]:
     """Run all jobs and yield each case's name with its scores or its error, in the order in which they end.
 

@@ -4,7 +4,7 @@
 input    a volume int16 HU [z, y, x] at the region's spacing; a network; ``config.inference``
 does     windows the HU patch by patch, evaluates windows in MONAI's order, sums weighted scores in a ring of ``patch_z`` slices
 output   ``Slab``s in order of z: the weighted mean of the scores of all windows that hold a voxel
-raises   MemoryLimitError where a call does not fit the device
+raises   MemoryLimitError where a call does not fit the device; CaseError where a score is NaN or infinite
 =======  ==========================================================================================
 
 The windows, their order, their weights and the order of the sums are those of MONAI's ``sliding_window_inference``: on the CPU the scores
@@ -12,6 +12,7 @@ are the same bit by bit. What is held is ``classes * patch_z * y * x`` float32 i
 for 7 classes of 1000 x 512 x 512 voxels and patches of 96.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import combinations, product
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ftengine.config import Config
-from ftengine.errors import MemoryLimitError
+from ftengine.errors import CaseError, FailureCode, MemoryLimitError
 from ftengine.geometry import Box, IntZYX, int_zyx
 from ftengine.training.learner import Precision, autocast
 
@@ -124,13 +125,15 @@ def slabs_of(
     config: Config,
     device: torch.device,
     *,
+    case: str = "volume",
     on_windows: OnWindows = lambda _done, _total: None,
 ) -> Iterator[Slab]:
     """The scores of a volume int16 HU [z, y, x], RAS+ at the region's spacing, a few slices at a time, in order of z, each slice once.
 
     A volume smaller than the patch is padded on both sides with the low end of the window, as MONAI pads with 0. With
     ``inference.skip_air`` windows whose voxels all lie at or below that end are not evaluated: their voxels get the mean of the other
-    windows that hold them, and where there is none they are background.
+    windows that hold them, and where there is none they are background. case: its name in errors. Raises CaseError where a score is NaN or
+    infinite: its voxels would become background without a word.
     """
     settings, patch = config.inference, int_zyx(config.region.patch_zyx)
     evaluate = WindowScores(network, config, device)
@@ -150,6 +153,7 @@ def slabs_of(
                 _fill_background(scores, weights, 1.0 if evaluate.is_probability else _AIR_LOGIT)
             slab = view.unpadded(first_z, scores)
             if slab is not None:
+                _check_finite(slab[1], case)
                 yield Slab(*slab, evaluate.is_probability)
 
     for done in range(0, len(starts), settings.windows_per_call):
@@ -249,6 +253,15 @@ class _Ring:
             self._scores[:, taken] = 0.0
             self._weights[taken] = 0.0
             self._first_z += count
+
+
+def _check_finite(scores: torch.Tensor, case: str) -> None:
+    if not math.isfinite(float(scores.sum())):
+        raise CaseError(
+            f"{case}: the network gives NaN or infinity.",
+            "With inference.precision fp16 use bf16 or fp32; else the weights are damaged, or their training diverged.",
+            code=FailureCode.NOT_FINITE,
+        )
 
 
 def _fill_background(scores: torch.Tensor, weights: torch.Tensor, value: float) -> None:

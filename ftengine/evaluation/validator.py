@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ftengine.config import Config
-from ftengine.errors import ConfigError
+from ftengine.errors import CaseError, ConfigError, DivergedError
 from ftengine.evaluation.infer import predict_volume
 from ftengine.evaluation.metrics import score_case
 from ftengine.store.folds import cases_of_kind
@@ -17,7 +17,8 @@ def build_validation(
 ) -> Validation:
     """Validation on the tumour-annotated volumes of a split or a fold: sliding windows with ``config.inference``, as ``ftengine predict``.
 
-    A volume's score is the Dice of each tumour class that its truth holds. Raises ConfigError where no volume is left.
+    A volume's score is the Dice of each tumour class that its truth holds; a network that gives NaN or infinity for one has none, and is a
+    DivergedError. Raises ConfigError where no volume is left.
     """
     cases = cases_of_kind(store, "tumor", split, fold)
     if not cases:
@@ -29,7 +30,10 @@ def build_validation(
 
     def score(network: nn.Module, case: str) -> dict[str, float]:
         patch = store.read_volume(case)
-        predicted = predict_volume(network, patch.image, config, device)
+        try:
+            predicted = predict_volume(network, patch.image, config, device, case=case)
+        except CaseError as error:
+            raise DivergedError(f"validation: {error} The last checkpoint, if there is one, is kept.") from error
         scored = score_case(case, predicted, patch.label, tumors).classes
         return {
             name: of_class.dice

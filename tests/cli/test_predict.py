@@ -135,7 +135,9 @@ def test_two_processes_share_the_cases_and_the_first_reports(weights: Path, scan
         for rank in range(2)
     ]
     ended = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [1, 1], ended
+    assert [process.returncode for process in processes] == [1, 0], (
+        ended
+    )  # only the first tells torchrun that cases failed
     document = json.loads(ended[0][0])
     assert ended[1][0] == ""
     assert [p["case"] for p in document["predictions"]] == ["predict/a", "predict/b", "predict/c"]

@@ -9,6 +9,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from pydicom.uid import generate_uid
 
 from ftengine.errors import ConfigError, FailureCode
 from ftengine.evaluation import prediction
@@ -22,6 +23,7 @@ from ftengine.store.reader import open_store
 from ftengine.store.writer import Provenance, create_store, write_volume
 from ftengine.training.distributed import World
 from ftengine.volume.nifti import write_nifti
+from tests.recipes import save_series
 from tests.support import make_store, organ_volume, small_config
 
 CONFIG = small_config(inference__overlap=0.25)
@@ -186,6 +188,53 @@ def test_work_of_others_is_not_replaced(tmp_path: Path) -> None:
         predict(file, tmp_path)
 
 
+@pytest.mark.parametrize("content", ['{"patient": 7}', "[1, 2]", "no JSON"])
+def test_a_json_file_of_somebody_else_is_not_replaced(tmp_path: Path, content: str) -> None:
+    file = write_scan(tmp_path / "a.nii.gz")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "a.json").write_text(content)
+    outcome = predict(file, out)["predict/a"]
+    assert (outcome.status, outcome.code) == ("failed", FailureCode.DUPLICATE_NAME.value)
+    assert "a.json" in outcome.reason
+    assert [p.name for p in out.iterdir()] == ["a.json"]
+    assert (out / "a.json").read_text() == content
+    assert predict(file, out, overwrite=True)["predict/a"].status == "predicted"
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_results_inside_a_folder_of_inputs_do_not_become_inputs(tmp_path: Path, linked: bool) -> None:
+    scans = tmp_path / "scans"
+    write_scan(scans / "a_ct.nii.gz")
+    write_scan(scans / "more" / "b.nii.gz")
+    source = scans
+    if linked:
+        source = tmp_path / "link"
+        source.symlink_to(scans)
+    out = scans / "predictions"
+
+    def run() -> dict[str, Outcome]:
+        return predict(find_inputs([str(source)], CONFIG, "w", out=out), out, probabilities=True)
+
+    assert {case: o.status for case, o in run().items()} == dict.fromkeys(("predict/a", "predict/more/b"), "predicted")
+    assert {case: o.status for case, o in run().items()} == dict.fromkeys(("predict/a", "predict/more/b"), "complete")
+    with pytest.raises(ConfigError, match="is a folder of inputs"):
+        find_inputs([str(source)], CONFIG, "w", out=scans)
+    single = find_inputs([str(scans / "a_ct.nii.gz")], CONFIG, "w", out=scans)  # nothing is searched
+    assert [one.case for one in single] == ["predict/a"]
+
+
+def test_results_do_not_change_the_layout_of_a_folder_of_dicom(tmp_path: Path) -> None:
+    source = tmp_path / "series"
+    uid = generate_uid()
+    save_series(source / "first", 8, skip=range(4, 8), series=uid)  # only the layout dicom joins the halves
+    save_series(source / "second", 8, skip=range(4), series=uid)
+    before = inputs_of(source)
+    write_scan(source / "out" / "a.nii.gz")
+    assert len(before) == 1
+    assert find_inputs([str(source)], CONFIG, "w", out=source / "out") == before
+
+
 def test_an_interruption_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a", "b", "c"):
         write_scan(tmp_path / "in" / f"{name}.nii.gz", seed=ord(name))
@@ -238,6 +287,47 @@ def test_cases_that_fail_are_outcomes(tmp_path: Path) -> None:
     assert list((tmp_path / "nan").iterdir()) == []
     (series,) = predict(tmp_path / "in" / "good.nii.gz", tmp_path / "seg", file_format="dicom-seg").values()
     assert "is not DICOM" in series.reason
+
+
+class FailingNetwork(torch.nn.Module):
+    """The nearest mean, except that some cases meet an error of memory or of the program."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nearest_mean()
+        self.case = ""
+
+    def forward(self, windows: torch.Tensor) -> torch.Tensor:
+        if self.case == "predict/a_gpu":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+        if self.case == "predict/b_host":
+            torch.empty(1 << 58)
+        if self.case == "predict/c_odd":
+            raise KeyError("axis")
+        scores: torch.Tensor = self.network(windows)
+        return scores
+
+
+def test_one_case_too_large_or_odd_does_not_end_the_run(tmp_path: Path) -> None:
+    for name in ("a_gpu", "b_host", "c_odd", "d"):
+        write_scan(tmp_path / "in" / f"{name}.nii.gz")
+    network = FailingNetwork()
+    outcomes = predict_cases(
+        inputs_of(tmp_path / "in"),
+        replace(MODEL, network=network),
+        tmp_path / "out",
+        PredictOptions(),
+        on_start=lambda case: setattr(network, "case", case),
+    )
+    assert [(o.status, o.code) for o in outcomes] == [
+        ("failed", "out-of-memory"),
+        ("failed", "out-of-memory"),
+        ("failed", "internal"),
+        ("predicted", ""),
+    ]
+    assert all("does not fit the memory" in o.reason and "--windows-per-call 1" in o.reason for o in outcomes[:2])
+    assert "KeyError" in outcomes[2].reason
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["d.json", "d.nii.gz"]
 
 
 def test_names_that_would_collide_are_refused(tmp_path: Path) -> None:

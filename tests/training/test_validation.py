@@ -9,16 +9,17 @@ import torch
 from torch import nn
 
 from ftengine.assemble import train_segmentation, train_synthesis
-from ftengine.errors import ConfigError
+from ftengine.errors import ConfigError, DivergedError
 from ftengine.evaluation.evaluate import evaluate_checkpoint
 from ftengine.evaluation.metrics import summarize
 from ftengine.evaluation.validator import build_validation
 from ftengine.store import index
 from ftengine.store.reader import Store, open_store
 from ftengine.store.writer import Provenance, create_store, write_volume
-from ftengine.training.checkpoint import load_checkpoint, load_segmenter
+from ftengine.training.checkpoint import load_checkpoint, load_segmenter, save_checkpoint
 from ftengine.training.distributed import World
 from ftengine.training.estimate import rehearse
+from ftengine.training.networks import build_segmenter
 from ftengine.training.run import read_metrics, read_validations
 from ftengine.training.validation import Validation, validate
 from tests.support import organ_volume, ras_grid_at, small_config
@@ -259,3 +260,18 @@ def test_a_rehearsal_does_not_draw(store: Store, whole: Path, monkeypatch: pytes
 
 def _refuse(*_: object, **__: object) -> None:
     raise AssertionError("a rehearsal trains only")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_scores_that_are_no_numbers_are_not_taken_for_background(store: Store, tmp_path: Path, workers: int) -> None:
+    network = build_segmenter(CONFIG)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.fill_(torch.nan)
+    save_checkpoint(tmp_path / "nan.pt", "segmenter", CONFIG, {"model": network.state_dict()})
+    evaluated = evaluate_checkpoint(tmp_path / "nan.pt", store, device=CPU, split="val", workers=workers)
+    assert (evaluated.cases, evaluated.exit_code) == ([], 4)
+    assert list(evaluated.failed) == ["t/3", "t/4"]
+    assert "t/3: the network gives NaN or infinity" in evaluated.failed["t/3"]
+    with pytest.raises(DivergedError, match="validation: t/3: the network gives NaN"):
+        validate(build_validation(CONFIG, store, device=CPU, split="val"), network, World())

@@ -52,13 +52,14 @@ def find_cases(
     label_map: Mapping[int, int] | None = None,
     organ_label_map: Mapping[int, int] | None = None,
     absolute_paths: bool = False,
+    skip: frozenset[Path] = frozenset(),
 ) -> Discovery:
     """Find the cases of ``sources``, each a file or folder of the layout (``auto``: each is looked at on its own).
 
     labels, organ_labels, pairs: as ``discover.discover_all``; ``labels`` and ``pairs`` not where a list states the labels. region_labels:
     label names of the region -> values, by which the names in a ``dataset.json`` are checked and mapped; None takes its values as they
     are. label_map, organ_label_map: value in the files -> value in the region, stated by the user; both end in ``Source``.
-    absolute_paths: a manifest may name files outside its folder.
+    absolute_paths: a manifest may name files outside its folder. skip: real paths of folders that are not searched, such as that of results.
     """
     if layout != "auto" and layout not in LAYOUTS:
         raise ConfigError(f"--layout {layout}: want auto, {', '.join(LAYOUTS)}.")
@@ -66,12 +67,12 @@ def find_cases(
         if not exists(source):
             raise ConfigError(f"{shown(source)}: no such file or folder; want {SUPPORTED}. Check the path.")
     check_dataset(dataset)
-    skip = label_folders(labels, organ_labels)
+    without = skip | label_folders(labels, organ_labels)
     walk = Walk()
     stated = dict(pairs or {})
     for source in sources:
         if layout == "auto":
-            choice = Choice("folder", "paired with a label") if source in stated else choose(source)
+            choice = Choice("folder", "paired with a label") if source in stated else choose(source, skip)
             walk.notes.append(f"{shown(source)}: layout {choice.layout} ({choice.because})")
         else:
             choice = Choice(next(known for known in LAYOUTS if known == layout), "")
@@ -93,7 +94,7 @@ def find_cases(
             source,
             choice.layout,
             walk,
-            skip,
+            without,
             stated,
             dataset,
             region_labels,
@@ -149,8 +150,8 @@ def _manifests(folder: Path) -> list[Path]:
     return [path for path in entries(folder) if manifest.is_manifest(path)]
 
 
-def choose(source: Path) -> Choice:
-    """The layout of a file or folder, by what is there; ConfigError where it may be several."""
+def choose(source: Path, skip: frozenset[Path] = frozenset()) -> Choice:
+    """The layout of a file or folder, by what is there outside of ``skip``; ConfigError where it may be several."""
     if not source.is_dir():
         if source.name.lower().endswith(manifest.EXTENSIONS):
             return Choice("csv", "a manifest by its name")
@@ -161,7 +162,7 @@ def choose(source: Path) -> Choice:
             f"{shown(source)}: may have the layout {' or '.join(f'{c.layout} ({c.because})' for c in fits)}. "
             + _NAME_IT.format(" or ".join(c.layout for c in fits))
         )
-    return fits[0] if fits else _by_content(source)
+    return fits[0] if fits else _by_content(source, skip)
 
 
 def _by_list(folder: Path) -> Choice | None:
@@ -202,11 +203,11 @@ def _by_manifest(folder: Path) -> Choice | None:
     return Choice("csv", f"{files[0].name} has a column image") if files else None
 
 
-def _by_content(root: Path) -> Choice:
+def _by_content(root: Path, skip: frozenset[Path]) -> Choice:
     """``dicom`` where the images below ``root`` are DICOM alone, else ``folder``; ConfigError for a folder of data sets."""
     others: list[Path] = []
     has_images = False
-    for folder, relative in folders(root, ()):
+    for folder, relative in folders(root, skip):
         if relative and relative[-1] == nnunet.TRAIN_IMAGES:
             raise ConfigError(
                 f"{shown(root)}: holds a data set of its own in {shown(folder.parent)}, whose labels would be taken for images. Give each data set as a "
