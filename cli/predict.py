@@ -119,7 +119,7 @@ def predict(
     config = config.with_overrides({f"inference.{key}": value for key, value in given.items() if value is not None})
     reading = ReadOptions(assume_orientation, allow_gaps, nan)
     options = PredictOptions(grid, file_format, probabilities, overwrite, reading)  # type: ignore[arg-type]  # it checks them
-    inputs = find_inputs(places, config, checkpoint, layout=layout, split=split, fold=fold, reading=reading)
+    inputs = find_inputs(places, config, checkpoint, layout=layout, split=split, fold=fold, reading=reading, out=out)
     with joined(patience=timedelta(days=7)) as world:
         model = Model(network, config, sha256_of(checkpoint), resolve_device(device_name_for(device, world)))
         mine = len(inputs[world.rank :: world.size])
@@ -140,8 +140,11 @@ def predict(
                 on_windows=lambda done, total: reporter.parts("windows", done, total),
                 on_outcome=show,
             )
-    if world.is_main:
-        _report(outcomes, config, as_json=as_json)
+        if world.is_main:
+            _report(outcomes, config, as_json=as_json)
+        world.gather(None)  # torchrun ends all processes when one fails: none ends before the report is out
+    if not world.is_main:
+        return
     failed = sum(o.status == "failed" for o in outcomes)
     raise typer.Exit(0 if not failed else 1 if failed < len(outcomes) else 4)
 

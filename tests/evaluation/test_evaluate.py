@@ -16,7 +16,7 @@ from ftengine.errors import CaseError, ConfigError, FailureCode
 from ftengine.evaluation.evaluate import Evaluation, cases_csv, evaluate_folders, load_evaluation
 from ftengine.evaluation.metrics import CaseScore
 from ftengine.evaluation.pairs import pair_files
-from ftengine.evaluation.scoring_jobs import run_jobs
+from ftengine.evaluation.scoring_jobs import Job, run_jobs
 from ftengine.geometry import grid_from_matrix
 from ftengine.volume.nifti import write_nifti
 
@@ -259,7 +259,7 @@ class Raises:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_no_exception_of_a_case_ends_the_others(workers: int) -> None:
-    jobs = [Raises("big", MemoryError()), Raises("odd", ZeroDivisionError("by\nzero")), Lives("1")]
+    jobs: list[Job] = [Raises("big", MemoryError()), Raises("odd", ZeroDivisionError("by\nzero")), Lives("1")]
     outcomes = dict(run_jobs(jobs, workers))
     big, odd = outcomes["big"], outcomes["odd"]
     assert outcomes["1"] == CaseScore("1", {})
