@@ -58,7 +58,7 @@ def by_monai(image_hu: NDArray[np.int16], network: nn.Module, config: Config) ->
     return scores[0]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     shape=st.tuples(*[st.integers(4, 45)] * 3),
     patch=st.tuples(*[st.sampled_from((8, 12, 16))] * 3),
