@@ -35,6 +35,7 @@ def test_the_quick_demo_runs_every_stage(tmp_path: Path) -> None:
     assert sorted(set(store.index.column("annotation").to_pylist())) == ["organ", "tumor"]
     assert summary["quality"]["by_organ"]["liver"]["painted"] > 0
     report = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
+    assert len(report.encode()) < 5_000_000
     assert "phantom" in report
     assert not re.search(r'(src|href)="https?://', report)
 

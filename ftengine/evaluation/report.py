@@ -34,9 +34,9 @@ from ftengine.evaluation.run_folder import RunLog, figure, mapping
 from ftengine.evaluation.scores import Scores, tumor_classes
 from ftengine.evaluation.statistics import paired_tests
 from ftengine.evaluation.svg_panels import data_uri
+from ftengine.files import write_text_whole
 from ftengine.quality.calibrate import Calibration
 
-MAX_BYTES = 5_000_000
 _MANY_CASES = 24  # from which the table of cases is folded
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _TENTHS = range(1, 11)
@@ -98,10 +98,8 @@ class ReportData:
 
 
 def write_report(path: Path, data: ReportData) -> None:
-    """Write the report as one HTML file (UTF-8); its folder is made. Raises ConfigError where a run's picture is no PNG file."""
-    text = page(data)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    """Write the report whole as one HTML file (UTF-8); its folder is made. Raises ConfigError where a run's picture is no PNG file."""
+    write_text_whole(path, page(data), durable=False)
 
 
 def page(data: ReportData) -> str:
