@@ -12,6 +12,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,23 +89,21 @@ def run_jobs(
     todo = [job for job in jobs if not is_done(job.key)]
     board = _Board(todo, is_done, stop_after_s, watcher or Watcher())
     workers = [_Worker(crew, number) for number in range(min(crew.num_workers, max(1, len(todo))))]
-    runners = [threading.Thread(target=_serve, args=(board, worker)) for worker in workers]
-    for runner in runners:
-        runner.start()
-    try:
-        for runner in runners:
-            while runner.is_alive():
-                runner.join(timeout=0.5)
-    except KeyboardInterrupt:
-        board.close()
-        raise
-    finally:
-        for worker in workers:
-            worker.stop()
-        for runner in runners:
-            runner.join()
-        for worker in workers:
-            worker.close()
+    with ThreadPoolExecutor(len(workers)) as pool:
+        # futures, as an interrupt of Thread.join can take a thread for ended that is not (CPython 90882)
+        runners = [pool.submit(_serve, board, worker) for worker in workers]
+        try:
+            for runner in runners:
+                runner.result()
+        except BaseException:
+            board.close()
+            raise
+        finally:
+            for worker in workers:
+                worker.stop()
+            wait(runners)
+            for worker in workers:
+                worker.close()
     board.outcome.num_left = sum(not is_done(job.key) for job in todo)
     return board.outcome
 
@@ -189,6 +188,8 @@ class _Worker:
         self._log = crew.logs / f"worker-{number}.log"
         self._environment = {**os.environ, **dict.fromkeys(_THREADS, str(crew.threads))}
         self._process: subprocess.Popen[str] | None = None
+        self._is_stopped = False
+        self._starting = threading.Lock()
 
     def do(self, job: Job, advanced: Callable[[float, str], None]) -> str | None:
         """Do one job; the text of its error, if any. Raises _StoppedError where its process was asked to stop."""
@@ -213,23 +214,28 @@ class _Worker:
         return f"its process ended with code {code}; see {self._log}"
 
     def _running(self) -> "subprocess.Popen[str]":
-        if self._process is None:
-            self._log.parent.mkdir(parents=True, exist_ok=True)
-            with self._log.open("a", encoding="utf-8") as log:
-                self._process = subprocess.Popen(  # noqa: S603 - a module of this package
-                    list(self._crew.command),
-                    env=self._environment,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=log,
-                    text=True,
-                    pass_fds=self._crew.keep_fds,
-                )
-        return self._process
+        with self._starting:
+            if self._is_stopped:
+                raise _StoppedError
+            if self._process is None:
+                self._log.parent.mkdir(parents=True, exist_ok=True)
+                with self._log.open("a", encoding="utf-8") as log:
+                    self._process = subprocess.Popen(  # noqa: S603 - a module of this package
+                        list(self._crew.command),
+                        env=self._environment,
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        stderr=log,
+                        text=True,
+                        pass_fds=self._crew.keep_fds,
+                    )
+            return self._process
 
     def stop(self) -> None:
-        """Ask the process to stop: between jobs it ends at once, inside one it saves its run first."""
-        process = self._process
+        """Ask the process to stop, and start no other: between jobs it ends at once, inside one it saves its run first."""
+        with self._starting:
+            self._is_stopped = True
+            process = self._process
         if process is not None and process.poll() is None:
             process.terminate()
             process.wait()

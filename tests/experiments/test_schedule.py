@@ -79,6 +79,13 @@ class _Told(Watcher):
         self.said.append(f"{job.key} stopped")
 
 
+class _SlowlyTold(_Told):
+    @override
+    def stopped(self, job: Job) -> None:
+        time.sleep(0.5)
+        super().stopped(job)
+
+
 def test_jobs_follow_what_they_need_and_failures_keep_back_nothing_else(tmp_path: Path) -> None:
     told = _Told()
     jobs = [_job("b", "a"), _job("a"), _job("bad"), _job("after", "bad"), _job("bug"), _job("dies"), _job("last")]
@@ -97,9 +104,9 @@ def test_jobs_follow_what_they_need_and_failures_keep_back_nothing_else(tmp_path
 def test_an_interrupt_of_the_whole_group_is_no_failure(tmp_path: Path) -> None:
     code = (
         "import json, sys; from pathlib import Path\n"
-        "from tests.experiments.test_schedule import _Told, _crew, _job\n"
+        "from tests.experiments.test_schedule import _SlowlyTold, _crew, _job\n"
         "from ftengine.experiments.schedule import run_jobs\n"
-        "folder, told = Path(sys.argv[1]), _Told()\n"
+        "folder, told = Path(sys.argv[1]), _SlowlyTold()\n"
         "try:\n"
         "    run_jobs([_job('slow'), _job('b')], _crew(folder), is_done=lambda key: False, watcher=told)\n"
         "except KeyboardInterrupt:\n"
