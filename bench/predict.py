@@ -26,10 +26,10 @@ from torch import nn
 
 from ftengine.bench.timing import Row, as_table, environment, peak_bytes
 from ftengine.config import Config
-from ftengine.evaluation.infer import predict_volume
-from ftengine.evaluation.prediction import Model, PredictOptions, predict_cases
-from ftengine.evaluation.prediction_inputs import find_inputs
 from ftengine.geometry import FloatZYX, IntZYX, grid_from_matrix, reverse_axes
+from ftengine.prediction.infer import predict_volume
+from ftengine.prediction.inputs import find_inputs
+from ftengine.prediction.predict import Model, PredictOptions, predict_cases
 from ftengine.training.checkpoint import load_segmenter, save_weights
 from ftengine.training.networks import build_segmenter, count_parameters
 from ftengine.training.weight_files import sha256_of

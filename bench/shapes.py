@@ -30,7 +30,6 @@ from scipy.stats import ks_2samp
 from ftengine.bench.timing import environment
 from ftengine.config import Config, SynthesisConfig
 from ftengine.errors import ConfigError, FtengineError
-from ftengine.evaluation.pictures import png_bytes
 from ftengine.evaluation.shape_measures import MEASURES, MIN_VOXELS, ShapeMeasures, column, measure_shape
 from ftengine.geometry import (
     FloatZYX,
@@ -42,6 +41,7 @@ from ftengine.geometry import (
     to_ras,
 )
 from ftengine.kernels import tumor_mask
+from ftengine.pictures.panels import png_bytes
 from ftengine.synthesis.shape import TumorDraw, draw_patch, size_class_of
 from ftengine.volume.resample import resample_to
 

@@ -79,8 +79,8 @@ def fid(
     """FID and KID of synthetic against real tumours, by tumour type (Table A4)."""
     from ftengine.assemble import measure_fid
     from ftengine.errors import ConfigError
-    from ftengine.evaluation.fid import compared, read_result
-    from ftengine.evaluation.tumor_images import CropRule
+    from ftengine.fid.fid import compared, read_result
+    from ftengine.fid.tumor_images import CropRule
     from ftengine.files import write_text_whole
     from ftengine.store.reader import open_store
 

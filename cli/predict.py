@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ftengine.config import Config
-    from ftengine.evaluation.prediction import Outcome
+    from ftengine.prediction.predict import Outcome
 
 
 def predict(
@@ -100,8 +100,8 @@ def predict(
     from datetime import timedelta
 
     from ftengine.assemble import resolve_device
-    from ftengine.evaluation.prediction import Model, PredictOptions, predict_cases
-    from ftengine.evaluation.prediction_inputs import find_inputs
+    from ftengine.prediction.inputs import find_inputs
+    from ftengine.prediction.predict import Model, PredictOptions, predict_cases
     from ftengine.training.checkpoint import load_segmenter
     from ftengine.training.distributed import device_name_for, joined
     from ftengine.training.weight_files import sha256_of

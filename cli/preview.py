@@ -39,9 +39,9 @@ def preview(
     """Draw PNG sheets of painted tumours in three planes, and contact.png with all of them: original, mask, synthetic, difference, verdict."""
     from ftengine.assemble import build_bank, check_region, load_painters
     from ftengine.cli.console import load_config
-    from ftengine.evaluation.hu_windows import WindowChoice
-    from ftengine.evaluation.preview import preview as draw
-    from ftengine.evaluation.preview import size_classes
+    from ftengine.pictures.hu_windows import WindowChoice
+    from ftengine.pictures.preview import preview as draw
+    from ftengine.pictures.samples import size_classes
     from ftengine.store.reader import open_store
     from ftengine.training.checkpoint import load_segmenter
 

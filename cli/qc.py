@@ -49,7 +49,7 @@ def calibrate(
     Give a split or a fold that the judge was not trained on. The result is also written beside S.pt, where 'train seg --judge' finds it.
     """
     from ftengine.assemble import calibrate_judge
-    from ftengine.evaluation.calibration import HEADER, heading, sentences, table
+    from ftengine.pictures.calibration import HEADER, heading, sentences, table
     from ftengine.quality.calibrate import calibration_file
     from ftengine.store.reader import open_store
 

@@ -12,8 +12,8 @@ from ftengine.cli.preview import WindowOption
 if TYPE_CHECKING:
     import torch
 
-    from ftengine.evaluation.cases import Predict
-    from ftengine.evaluation.scores import Scores
+    from ftengine.report.cases import Predict
+    from ftengine.report.scores import Scores
     from ftengine.store.reader import Store
 
 
@@ -65,14 +65,16 @@ def report(
     from ftengine.assemble import build_bank, check_region, load_painters, resolve_device
     from ftengine.cli.console import load_config
     from ftengine.errors import ConfigError
-    from ftengine.evaluation.cases import case_figures
-    from ftengine.evaluation.figures import PaintedFigure, painted_figures
-    from ftengine.evaluation.hu_windows import WindowChoice
-    from ftengine.evaluation.preview import Tile, painted_samples
-    from ftengine.evaluation.report import ReportData, write_report
-    from ftengine.evaluation.run_folder import distinct_names, read_runs
-    from ftengine.evaluation.scores import read_scores, tumor_classes, worst_and_best
+    from ftengine.pictures.hu_windows import WindowChoice
+    from ftengine.pictures.samples import painted_samples
+    from ftengine.pictures.sheets import Tile
     from ftengine.quality.calibrate import read_calibration
+    from ftengine.report.cases import case_figures
+    from ftengine.report.data import ReportData
+    from ftengine.report.figures import PaintedFigure, painted_figures
+    from ftengine.report.report import write_report
+    from ftengine.report.run_folder import distinct_names, read_runs
+    from ftengine.report.scores import read_scores, tumor_classes, worst_and_best
     from ftengine.store.reader import open_store
     from ftengine.training.checkpoint import load_segmenter
 
@@ -148,9 +150,9 @@ def _predictors(
     store: "Store", checkpoints: list[Path], folders: list[Path], device: "torch.device"
 ) -> "list[tuple[str, Predict]]":
     """(name, what gives the prediction of a case) of each checkpoint or folder."""
-    from ftengine.evaluation.cases import predictions_in
-    from ftengine.evaluation.infer import check_trained_for, predict_volume
-    from ftengine.evaluation.run_folder import distinct_names
+    from ftengine.prediction.infer import check_trained_for, predict_volume
+    from ftengine.report.cases import predictions_in
+    from ftengine.report.run_folder import distinct_names
     from ftengine.training.checkpoint import load_segmenter
 
     def of_checkpoint(path: Path) -> "Predict":
@@ -170,9 +172,9 @@ def _scored(
     device: "torch.device",
 ) -> "list[Scores]":
     """Evaluations of the annotated volumes, for predictions that none was given of."""
-    from ftengine.evaluation.cases import score_predictions
     from ftengine.evaluation.evaluate import evaluate_checkpoint
-    from ftengine.evaluation.scores import scores_of
+    from ftengine.report.cases import score_predictions
+    from ftengine.report.scores import scores_of
     from ftengine.store.folds import cases_of_kind
 
     if checkpoints:

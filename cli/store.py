@@ -30,7 +30,7 @@ def info(
 
     opened = open_store(store)
     if picture is not None:
-        from ftengine.evaluation.store_picture import draw_store
+        from ftengine.pictures.store_picture import draw_store
 
         draw_store(opened, picture)
     document = describe_store(opened, list_cases=cases)

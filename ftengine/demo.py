@@ -17,18 +17,19 @@ from typing import Any
 from ftengine.assemble import calibrate_judge, load_painters, resolve_device, train_segmentation, train_synthesis
 from ftengine.config import Config
 from ftengine.errors import ConfigError
-from ftengine.evaluation.cases import Predict, case_figures
 from ftengine.evaluation.evaluate import Evaluation, evaluate_checkpoint
-from ftengine.evaluation.figures import painted_figures
-from ftengine.evaluation.hu_windows import WindowChoice
-from ftengine.evaluation.infer import predict_volume
 from ftengine.evaluation.metrics import summarize
-from ftengine.evaluation.preview import painted_samples
-from ftengine.evaluation.report import Introduction, ReportData, write_report
-from ftengine.evaluation.run_folder import read_run
-from ftengine.evaluation.scores import scores_of, worst_and_best
 from ftengine.geometry import FloatZYX, IntZYX
+from ftengine.pictures.hu_windows import WindowChoice
+from ftengine.pictures.samples import painted_samples
+from ftengine.prediction.infer import predict_volume
 from ftengine.quality.calibrate import Calibration
+from ftengine.report.cases import Predict, case_figures
+from ftengine.report.data import Introduction, ReportData
+from ftengine.report.figures import painted_figures
+from ftengine.report.report import write_report
+from ftengine.report.run_folder import read_run
+from ftengine.report.scores import scores_of, worst_and_best
 from ftengine.store.case import Annotation, ConvertOptions
 from ftengine.store.convert import convert_cases
 from ftengine.store.reader import Store, open_store

@@ -25,10 +25,14 @@ ALLOWED = {
     "synthesis": BASE | {"kernels"},
     "quality": BASE | {"kernels"},
     "training": BASE | {"loader", "synthesis", "quality"},
-    "evaluation": BASE | {"volume", "store", "loader", "synthesis", "quality", "training"},
-    "organs": BASE | {"store", "training", "evaluation"},
+    "prediction": BASE | {"volume", "store", "training"},
+    "evaluation": BASE | {"volume", "store", "training", "prediction"},
+    "fid": BASE | {"store", "synthesis", "quality", "training", "evaluation"},
+    "pictures": BASE | {"volume", "store", "loader", "synthesis", "quality", "training"},
+    "report": BASE | {"volume", "store", "quality", "training", "evaluation", "pictures"},
+    "organs": BASE | {"store", "training", "prediction"},
     "experiments": BASE | {"volume", "datasets", "store", "quality", "training", "evaluation", "assemble"},
-    "turing": BASE | {"store", "synthesis", "quality", "evaluation"},
+    "turing": BASE | {"store", "synthesis", "quality", "evaluation", "pictures"},
     "adapters": BASE | {"store", "loader", "synthesis", "quality", "training", "assemble"},
 }
 

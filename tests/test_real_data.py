@@ -13,9 +13,9 @@ import torch
 from ftengine.assemble import build_loader, build_synthesis_stage, train_segmentation
 from ftengine.config import Config
 from ftengine.evaluation.evaluate import evaluate_checkpoint
-from ftengine.evaluation.prediction import Model, PredictOptions, predict_cases
-from ftengine.evaluation.prediction_inputs import FileInput
-from ftengine.evaluation.preview import preview
+from ftengine.pictures.preview import preview
+from ftengine.prediction.inputs import FileInput
+from ftengine.prediction.predict import Model, PredictOptions, predict_cases
 from ftengine.store.convert import ConversionReport, convert_cases
 from ftengine.store.export import export_case
 from ftengine.store.reader import Store, open_store

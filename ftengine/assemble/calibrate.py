@@ -56,7 +56,7 @@ def calibrate_judge(
     nothing: every P is kept. Writes ``calibration.json`` and ``calibration.png`` into ``out``, and the former beside the judge, where
     ``train_segmentation`` finds it. Raises ConfigError where no volume is left or none holds a tumour.
     """
-    from ftengine.evaluation.calibration import draw_calibration  # matplotlib, which training does not need
+    from ftengine.pictures.calibration import draw_calibration  # matplotlib, which training does not need
     from ftengine.store.folds import cases_of_kind
 
     check_region(config, store)

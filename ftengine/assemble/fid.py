@@ -19,8 +19,8 @@ from ftengine.assemble.build import (
 )
 from ftengine.config import Config
 from ftengine.errors import ConfigError
-from ftengine.evaluation.feature_networks import FeatureNetwork, load_features
-from ftengine.evaluation.fid import (
+from ftengine.fid.feature_networks import FeatureNetwork, load_features
+from ftengine.fid.fid import (
     FeatureSet,
     FidResult,
     OnTumor,
@@ -34,7 +34,7 @@ from ftengine.evaluation.fid import (
     settings_of,
     shares_of,
 )
-from ftengine.evaluation.tumor_images import CropRule
+from ftengine.fid.tumor_images import CropRule
 from ftengine.quality.judge import SegmenterJudge
 from ftengine.store.folds import rows_in
 from ftengine.store.reader import Store

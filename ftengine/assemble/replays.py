@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ftengine.assemble.build import build_bank, build_synthesis_stage, check_region, load_painters, resolve_device
-from ftengine.evaluation.replayed import ReplayedPatch, replayed_patches
 from ftengine.loader.stages import Stage
+from ftengine.pictures.replayed import ReplayedPatch, replayed_patches
 from ftengine.store.reader import open_store
 from ftengine.training.checkpoint import load_checkpoint
 from ftengine.training.replay import Replay, read_replay, rebuild

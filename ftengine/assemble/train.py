@@ -220,7 +220,7 @@ def _pictures(config: Config, store: Store, segmenter: nn.Module, split: str | N
     shown = config.with_overrides({"qc.retries": 0})
 
     def draw(generator: nn.Module, folder: Path) -> list[Path]:
-        from ftengine.evaluation.preview import preview  # matplotlib, which runs without pictures do not need
+        from ftengine.pictures.preview import preview  # matplotlib, which runs without pictures do not need
 
         number = config.generator_training.num_pictures
         sheets = preview(

@@ -132,7 +132,7 @@ def evaluate_checkpoint(
     failed. Raises ConfigError where nothing is left to score.
     """
     # what scores files need not have what runs networks
-    from ftengine.evaluation.infer import check_trained_for, predict_volume
+    from ftengine.prediction.infer import check_trained_for, predict_volume
     from ftengine.training.checkpoint import load_segmenter
 
     network, config = load_segmenter(checkpoint)

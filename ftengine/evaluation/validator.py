@@ -5,8 +5,8 @@ from torch import nn
 
 from ftengine.config import Config
 from ftengine.errors import CaseError, ConfigError, DivergedError
-from ftengine.evaluation.infer import predict_volume
 from ftengine.evaluation.metrics import score_case
+from ftengine.prediction.infer import predict_volume
 from ftengine.store.folds import cases_of_kind
 from ftengine.store.reader import Store
 from ftengine.training.validation import Validation

@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 
 from ftengine import __version__
 from ftengine.errors import ConfigError
-from ftengine.evaluation.infer import check_trained_for, predict_volume
 from ftengine.geometry import FloatZYX
 from ftengine.organs.labeler import describe, weights_hash
+from ftengine.prediction.infer import check_trained_for, predict_volume
 from ftengine.store.reader import Store
 from ftengine.training.checkpoint import load_segmenter
 

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from ftengine.config import Config
 from ftengine.errors import ConfigError
-from ftengine.evaluation.pictures import central_voxel, equivalent_diameter_mm
 from ftengine.geometry import Box, FloatZYX, IntZYX, int_zyx
+from ftengine.pictures.panels import central_voxel, equivalent_diameter_mm
 from ftengine.quality.calibrate import MIN_VOXELS
 from ftengine.rng import Purpose, patch_rng
 from ftengine.store.folds import rows_in

@@ -10,9 +10,10 @@ from typer.testing import CliRunner
 from ftengine.assemble import SynthesisStage, build_bank, calibrate_judge, train_segmentation, train_synthesis
 from ftengine.cli.main import app
 from ftengine.errors import ConfigError
-from ftengine.evaluation.calibration import HEADER, draw_calibration, sentences, table
-from ftengine.evaluation.report import ReportData, write_report
+from ftengine.pictures.calibration import HEADER, draw_calibration, sentences, table
 from ftengine.quality.calibrate import Calibration, calibration_file, read_calibration
+from ftengine.report.data import ReportData
+from ftengine.report.report import write_report
 from ftengine.store.reader import Store, open_store
 from ftengine.store.subset import make_subset
 from ftengine.synthesis.bank import TumorBank

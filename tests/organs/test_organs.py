@@ -19,11 +19,11 @@ from ftengine import __version__
 from ftengine.assemble import train_segmentation
 from ftengine.config import Config
 from ftengine.errors import ConfigError, StoreError
-from ftengine.evaluation.infer import predict_volume
 from ftengine.geometry import FloatZYX
 from ftengine.organs.labeler import weights_hash
 from ftengine.organs.run import LabelReport, Selection, label_store, open_labeler, selected_cases
 from ftengine.organs.with_checkpoint import CheckpointLabeler
+from ftengine.prediction.infer import predict_volume
 from ftengine.store import index
 from ftengine.store.convert import convert_cases
 from ftengine.store.location import locate

@@ -12,8 +12,8 @@ from ftengine.adapters.torch_dataset import PatchDataset
 from ftengine.assemble import build_bank, build_loader, build_synthesis_stage, train_segmentation
 from ftengine.config import DIVERSE, Config
 from ftengine.errors import ConfigError, StoreError
-from ftengine.evaluation.preview import preview
 from ftengine.geometry import IntZYX
+from ftengine.pictures.preview import preview
 from ftengine.store import index
 from ftengine.store.reader import Store, open_store
 from ftengine.store.subset import make_subset

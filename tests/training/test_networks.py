@@ -9,7 +9,7 @@ import torch
 
 from ftengine.config import Config, NetworkConfig
 from ftengine.errors import ConfigError
-from ftengine.evaluation.infer import predict_volume
+from ftengine.prediction.infer import predict_volume
 from ftengine.synthesis.inference import Inference
 from ftengine.training.checkpoint import load_segmenter, save_checkpoint
 from ftengine.training.networks import (

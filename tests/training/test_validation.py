@@ -250,7 +250,7 @@ def test_a_rehearsal_refuses_what_the_run_would(
 
 
 def test_a_rehearsal_does_not_draw(store: Store, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ftengine.evaluation.preview.preview", _refuse)
+    monkeypatch.setattr("ftengine.pictures.preview.preview", _refuse)
     config = CONFIG.with_overrides({"generator_training.pictures_every": 1})
     train = partial(train_synthesis, store_path=store.path, baseline=whole / "best.pt", split="train")
     assert rehearse("generator", config, partial(train, val_split="val")).step_s is not None

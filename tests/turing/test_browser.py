@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ftengine.bench.turing import Server
-from ftengine.evaluation.pictures import radiological, windowed
+from ftengine.pictures.panels import radiological, windowed
 from ftengine.store.reader import Store
 from ftengine.turing.score import score_studies
 from ftengine.turing.study import StudyFolder, read_key

@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ftengine.evaluation.pictures import class_color, png_bytes
+from ftengine.pictures.panels import class_color, png_bytes
 
 _OUTCOMES = (
     ("dice", "Dice in the organ"),

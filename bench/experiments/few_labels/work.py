@@ -26,8 +26,8 @@ from ftengine.bench.experiments.few_labels.protocol import Protocol
 from ftengine.bench.experiments.few_labels.scores import VolumeScore, count_tumors, score_volume, summarize
 from ftengine.bench.experiments.few_labels.units import Unit, run_folder
 from ftengine.config import Config
-from ftengine.evaluation.infer import predict_volume
 from ftengine.experiments.serve import InterruptedRunError
+from ftengine.prediction.infer import predict_volume
 from ftengine.quality.contrast import contrast_hu
 from ftengine.store.reader import open_store
 from ftengine.training.checkpoint import load_segmenter
