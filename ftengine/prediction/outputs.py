@@ -82,13 +82,17 @@ def check_replaceable(places: Places) -> None:
 
 @contextmanager
 def partial_folder(places: Places) -> Iterator[Path]:
-    """An empty folder beside the results, gone when the block is left, also by an interruption."""
-    shutil.rmtree(places.partial, ignore_errors=True)  # of a run that was killed
-    places.partial.mkdir(parents=True)
+    """An empty folder beside the results, gone when the block is left, also by an interruption: of the block, or of the lines here."""
     try:
-        yield places.partial
-    finally:
-        shutil.rmtree(places.partial, ignore_errors=True)
+        try:
+            shutil.rmtree(places.partial, ignore_errors=True)  # of a run that was killed
+            places.partial.mkdir(parents=True)
+            yield places.partial
+        finally:
+            shutil.rmtree(places.partial, ignore_errors=True)
+    except KeyboardInterrupt:
+        shutil.rmtree(places.partial, ignore_errors=True)  # what the line above was interrupted in
+        raise
 
 
 def commit(places: Places, record: Mapping[str, Any]) -> None:

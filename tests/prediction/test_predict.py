@@ -1,6 +1,7 @@
 """Predicting many cases: what is complete is kept, nothing is half written, files of others stay, odd scans are warned of."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ftengine.errors import ConfigError, FailureCode
 from ftengine.geometry import IntZYX, grid_from_codes, ras_grid
 from ftengine.prediction.infer import predict_volume
 from ftengine.prediction.inputs import FileInput, Input, find_inputs
+from ftengine.prediction.outputs import partial_folder, places_of
 from ftengine.prediction.plausibility import implausible_scan, missing_organs
 from ftengine.prediction.predict import Model, Outcome, PredictOptions, predict_cases, settings_of
 from ftengine.store import index
@@ -397,3 +399,31 @@ def test_organs_that_are_not_there_are_named() -> None:
     (sentence,) = missing_organs({"background": 0, "liver": 12.34, "liver_tumor": 0}, region)
     assert "12.3 ml of liver (floor 200 ml)" in sentence
     assert "another region" in sentence
+
+
+@pytest.mark.parametrize("where", ["made", "removed"])
+def test_an_interrupt_leaves_no_partial_folder_wherever_it_falls(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = places_of(tmp_path, "a", "nifti", with_probabilities=False)
+    calls = 0
+
+    def interrupted(real: Any, *args: Any, **kwargs: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if where == "made":
+            real(*args, **kwargs)
+        if calls == (1 if where == "made" else 2):  # the first removal is that of a killed run's folder
+            raise KeyboardInterrupt
+        if where == "removed":
+            real(*args, **kwargs)
+
+    owner: Any = Path if where == "made" else shutil
+    name = "mkdir" if where == "made" else "rmtree"
+    real = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args, **kwargs: interrupted(real, *args, **kwargs))
+    with pytest.raises(KeyboardInterrupt), partial_folder(places) as folder:
+        (folder / "half").touch()
+    assert list(tmp_path.iterdir()) == []
+    with partial_folder(places) as folder:  # as the next run does
+        assert list(folder.iterdir()) == []

@@ -26,6 +26,9 @@ DESKTOP, TABLET, PHONE = {"width": 1280, "height": 900}, {"width": 820, "height"
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    playwright.expect.set_options(
+        timeout=20_000
+    )  # an answer is on the disk before the page goes on: seconds on a busy disk
     with playwright.sync_playwright() as api:
         browser = api.chromium.launch(executable_path=CHROMIUM)
         yield browser
