@@ -208,6 +208,9 @@ def test_the_report_says_what_the_units_came_to(tmp_path: Path, protocol: Protoc
         for seed, value in enumerate(values):
             write_result(tmp_path, Unit("student", name, seed), _result(value))
     write_result(tmp_path, Unit("segmenter", seed=0), _result(0.4, overlap=0.75))
+    contrast = {"percentiles": {"5": -48.0, "25": -41.0, "50": 35.4, "75": 40.0, "95": 61.0}, "sd": 8.25}
+    passes = {"0.5": 0.5, "0.7": 0.3, "0.9": None}
+    write_result(tmp_path, Unit("generator", "paper", 3), {"painting": {"contrast_hu": contrast, "passes": passes}})
     document = write_report(tmp_path, protocol, {"copy-paste": ["synthesis.synthesizer"]})
     assert json.loads((tmp_path / "summary.json").read_text()) == json.loads(json.dumps(document))
     found = {(c["first"], c["second"]): c for c in document["comparisons"]}
@@ -223,6 +226,7 @@ def test_the_report_says_what_the_units_came_to(tmp_path: Path, protocol: Protoc
     assert document["judges"]["few"][0]["all"] == {"0.5": 1.0, "0.7": 1.0, "0.9": 0.0}
     page = (tmp_path / "results.md").read_text()
     assert "| FreeTumor | 5 | 0.542 ± 0.028 | +0.050 +0.040 +0.020 +0.060 +0.040 | +0.042 ± 0.015 |" in page
+    assert "| paper | 3 | -48 | +35 | +61 | 8.2 |" in page
     assert "copy-paste: this version lacks synthesis.synthesizer" in page
     for picture in ("differences.png", "outcomes.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")

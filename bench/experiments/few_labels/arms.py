@@ -113,6 +113,8 @@ COMPARISONS: tuple[tuple[str, str], ...] = (
     (DIVERSE, SYNTUMOR),
     (DIVERSE, "edge + factor"),
     (DIVERSE, "diverse without G"),
+    ("diverse without G", FREETUMOR),
+    ("diverse without G", SYNTUMOR),
 )
 
 

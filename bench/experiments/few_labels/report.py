@@ -103,7 +103,7 @@ def _arm_document(by_seed: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
         "pass_rate": _spread(rates),
         "painted_share": _spread([r["mix"]["painted"] for r in by_seed.values() if r.get("mix", {}).get("painted")]),
         "contrast_hu": _mean_contrast(contrasts),
-        "train_s": _spread([r["train_s"] for r in by_seed.values() if not r["resumed"]]),
+        "train_s": _median([r["train_s"] for r in by_seed.values() if not r["resumed"]]),
     }
 
 
@@ -120,6 +120,11 @@ def _spread(values: Sequence[float]) -> dict[str, Any] | None:
     if not values:
         return None
     return {"mean": float(np.mean(values)), "sd": sd(values), "n": len(values)}
+
+
+def _median(values: Sequence[float]) -> float | None:
+    """For seconds of wall time, which one paused run would spoil."""
+    return float(np.median(values)) if values else None
 
 
 def _comparison_document(c: Comparison) -> dict[str, Any]:
@@ -145,7 +150,7 @@ def as_markdown(document: Mapping[str, Any], protocol: Protocol) -> str:
         document["notice"],
         "",
         (
-            f"Commit {where['commit']}, Python {where['python']}, torch {where['torch']}, {where['cores']} cores {where['machine']}, device "
+            f"Report by commit {where['commit']}, Python {where['python']}, torch {where['torch']}, {where['cores']} cores {where['machine']}, device "
             f"{document['device']}. `ftengine bench few-labels`, protocol and words: `docs/few-labels.md`."
         ),
         "",
@@ -159,6 +164,7 @@ def as_markdown(document: Mapping[str, Any], protocol: Protocol) -> str:
         *_comparison_table(document),
         *_detail_table(document),
         *_painting_table(document),
+        *_generator_table(document),
         *_judge_table(document),
     ]
     if document.get("unavailable"):
@@ -181,7 +187,7 @@ def _main_table(document: Mapping[str, Any]) -> list[str]:
             "share of the painted patches that quality control let through."
         ),
         "",
-        "| arm | n | Dice | difference by seed | mean ± sd | p | p (Holm) | small any / half | false, ill | false, healthy | passed | train s |",
+        "| arm | n | Dice | difference by seed | mean ± sd | p | p (Holm) | small any / half | false, ill | false, healthy | passed | train s, median |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, arm in document["arms"].items():
@@ -190,7 +196,7 @@ def _main_table(document: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"| {name} | {len(arm['seeds'])} | {_text(f['dice'])} | {by_seed} | {_signed(c)} | {_p(c, 'p')} | {_p(c, 'p_holm')} "
             f"| {_mean(f['small_any'])} / {_mean(f['small_half'])} | {_text(f['false_per_tumor_volume'], 2)} | {_text(f['false_per_healthy_volume'], 2)} "
-            f"| {_mean(arm['pass_rate'])} | {_mean(arm['train_s'], 0)} |"
+            f"| {_mean(arm['pass_rate'])} | {_seconds(arm['train_s'])} |"
         )
     return lines
 
@@ -260,6 +266,26 @@ def _painting_table(document: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _generator_table(document: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for name, by_seed in document["generators"].items():
+        for seed, painting in by_seed.items():
+            contrast = painting["contrast_hu"]
+            if contrast["sd"] is not None:
+                shown = " | ".join(f"{contrast['percentiles'][p]:+.0f}" for p in ("5", "50", "95"))
+                rows.append(f"| {name} | {seed} | {shown} | {contrast['sd']:.1f} |")
+    if not rows:
+        return []
+    return [
+        "",
+        "The same of each G as it was trained, without soft edge, factor or kinds, seed by seed.",
+        "",
+        "| G | seed | 5 % | 50 % | 95 % | sd |",
+        "|---|---|---|---|---|---|",
+        *rows,
+    ]
+
+
 def _judge_table(document: Mapping[str, Any]) -> list[str]:
     lines = [
         "",
@@ -310,6 +336,10 @@ def _signed(comparison: Mapping[str, Any] | None) -> str:
 def _p(comparison: Mapping[str, Any] | None, key: str) -> str:
     value = None if comparison is None else comparison[key]
     return "" if value is None else f"{value:.3f}" if value >= 0.001 else f"{value:.1e}"
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f}"
 
 
 def _share(value: float | None) -> str:
