@@ -115,6 +115,8 @@ COMPARISONS: tuple[tuple[str, str], ...] = (
     (DIVERSE, "diverse without G"),
     ("diverse without G", FREETUMOR),
     ("diverse without G", SYNTUMOR),
+    ("target contrast", FREETUMOR),
+    ("target contrast", SYNTUMOR),
 )
 
 
