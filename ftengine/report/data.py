@@ -12,8 +12,8 @@ from ftengine.report.scores import Scores, tumor_classes
 
 @dataclass(frozen=True)
 class Introduction:
-    """What a reader should know first. notice: what the data are; is_quick: the run was too short to compare anything; steps: what was
-    done, a sentence each; stage_seconds: duration of each stage, in order.
+    """What a reader should know first. notice: what the data are; quick: that the run was too short to compare
+    anything, where it was; steps: what was done, a sentence each; stage_seconds: duration of each stage, in order.
     """
 
     notice: str = ""
