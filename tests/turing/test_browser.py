@@ -5,6 +5,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +259,47 @@ def _swipe(touch: Any, start: list[tuple[float, float]], end: list[tuple[float, 
         touch.send("Input.dispatchTouchEvent", {"type": "touchMove", "touchPoints": points(step / steps)})
     touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
     time.sleep(0.5)  # Chromium takes no tap for a click while it may still be part of the gesture before
+
+
+_PLACES = """window.places = () => [...document.querySelectorAll("#reading button, #reading .tab, #reading .choice, #reading input, textarea")]
+  .filter((e) => e.checkVisibility()).map((e) => {
+    const box = e.getBoundingClientRect(), panel = document.getElementById("answer");
+    const down = scrollY + (panel.contains(e) ? panel.scrollTop : 0);
+    return [e.id || e.textContent || e.value, ...[box.x, box.y + down, box.right, box.bottom + down].map(Math.round)].join(" ");
+  });
+  document.addEventListener("DOMContentLoaded", () => new MutationObserver(() => { window.first ??= places(); })
+    .observe(document.getElementById("viewer"), { attributeFilter: ["aria-busy"] }));"""
+
+
+@pytest.mark.parametrize(
+    "viewport",
+    [DESKTOP, TABLET, PHONE, {"width": 1024, "height": 768}, {"width": 360, "height": 740}],
+    ids=lambda v: str(v["width"]),
+)
+def test_nothing_moves_under_a_finger_while_a_case_is_shown(
+    browser: Any, served: tuple[StudyFolder, Path, Server], viewport: dict[str, int]
+) -> None:
+    """A button that moves between touch and release takes no tap, or its neighbour takes it."""
+    page = browser.new_context(viewport=viewport).new_page()
+    page.add_init_script(_PLACES)
+    page.goto(served[2].links["Ada"])
+    _loaded(page)
+    first = page.evaluate("first")  # of the moment in which the case can be answered
+    assert len(first) > 30
+    page.wait_for_timeout(400)  # what comes late
+    assert page.evaluate("places()") == first
+    slider = page.get_by_label("Slice", exact=True)
+    for act in (
+        *(button.click for button in page.locator("#presets button").all()),
+        *(tab.click for tab in page.locator("#viewer .tab").all()),
+        *(partial(slider.fill, str(number)) for number in (1, 9, 10, 20)),
+        page.locator("#zoom-in").click,
+        page.locator("#point-set").click,
+        page.locator("#point-clear").click,
+        *(choice.click for choice in page.locator(".choice").all()),
+    ):
+        act()
+        assert page.evaluate("places()") == first
 
 
 def test_a_pause_stops_the_clock_and_is_kept(browser: Any, served: tuple[StudyFolder, Path, Server]) -> None:

@@ -168,6 +168,8 @@ function makeView(current) {
   document.querySelector('input[name="tool"][value="scroll"]').checked = true;
   $("mark").checked = true;
   $("mark-label").hidden = current.mark === null;
+  const longest = Math.max(...study.shape_zyx.map((count, axis) => whereText(axis, count).length));
+  $("where").style.minWidth = `${longest}ch`; // nothing moves under a finger when the number grows
   afterPlane();
   afterWindow();
 }
@@ -455,15 +457,17 @@ function afterPlane() {
   afterSlice();
 }
 
+function whereText(axis, number) {
+  return `Slice ${number} of ${study.shape_zyx[axis]}, every ${Number(study.spacing_mm_zyx[axis].toFixed(2))} mm`;
+}
+
 function afterSlice() {
-  const { axis } = PLANES[view.plane], count = study.shape_zyx[axis], number = view.voxel[axis] + 1;
+  const { axis } = PLANES[view.plane], number = view.voxel[axis] + 1, text = whereText(axis, number);
   $("slice").value = number;
-  $("slice").setAttribute("aria-valuetext", `${number} of ${count}`);
+  $("slice").setAttribute("aria-valuetext", `${number} of ${study.shape_zyx[axis]}`);
+  $("where").textContent = text;
   clearTimeout(announce);
-  announce = setTimeout(() => {
-    const mm = Number(study.spacing_mm_zyx[axis].toFixed(2));
-    $("where").textContent = `Slice ${number} of ${count}, every ${mm} mm`;
-  }, 150); // a live region that follows every wheel step would drown a screen reader
+  announce = setTimeout(() => ($("spoken-where").textContent = text), 150); // following every wheel step would drown a screen reader
   draw();
 }
 
