@@ -21,7 +21,7 @@ from ftengine.errors import ConfigError
 from ftengine.evaluation.validator import build_validation
 from ftengine.loader.loader import Loader
 from ftengine.loader.plan import Plan
-from ftengine.quality.calibrate import judge_warning
+from ftengine.quality.calibrate import judge_warning, painter_warning
 from ftengine.quality.gate import QualityGate
 from ftengine.store.reader import Store, open_store
 from ftengine.training.checkpoint import load_segmenter
@@ -77,7 +77,9 @@ def train_segmentation(
             painters = load_painters(here, generator_path, judge_path)
             stage = build_synthesis_stage(here, *painters, with_gate=False, bank=bank)
             gate = QualityGate(config.qc)
-        told = judge_warning(judge_path, config.qc.threshold) if paints and judge_path is not None else None
+        told: list[str | None] = []
+        if paints and judge_path is not None:
+            told = [judge_warning(judge_path, config.qc.threshold), painter_warning(judge_path, generator_path)]
         validation = _validation(config, store, split, val_split, held_out_fold, device)
         with build_loader(
             here,
@@ -121,7 +123,7 @@ def train_segmentation(
                     generator_sha256="" if generator_path is None else sha256_of(generator_path),
                     judge_sha256="" if judge_path is None else sha256_of(judge_path),
                 ),
-                notes=() if told is None else (told,),
+                notes=tuple(text for text in told if text is not None),
                 validation=None if rehearsal else validation,
                 world=world,
             )

@@ -29,17 +29,13 @@ def table(calibration: Calibration) -> list[list[str]]:
         row = [size or "all"]
         for origin in _STYLES:
             values = calibration.proportions(origin, size)
-            contrasts = [
-                t.contrast_hu
-                for t in calibration.tumors
-                if t.origin == origin and size in (None, t.size) and t.contrast_hu is not None
-            ]
+            contrasts = calibration.contrasts_hu(origin, size)
             rate = None if threshold is None else calibration.pass_rate(origin, threshold, size)
             row += [
                 str(len(values)),
                 f"{values.mean():.2f}" if len(values) else "-",
                 "-" if rate is None else f"{rate:.0%}",
-                f"{np.median(contrasts):+.0f}" if contrasts else "-",
+                f"{np.median(contrasts):+.0f}" if len(contrasts) else "-",
             ]
         rows.append(row)
     return rows
@@ -130,6 +126,9 @@ def _finish(axes: Axes, title: str, x: str, y: str) -> None:
 def sentences(calibration: Calibration) -> Sequence[str]:
     """What a reader of the table should know besides."""
     lines = [f"{calibration.advice()[0].upper()}{calibration.advice()[1:].rstrip('.')}."]
+    finding = calibration.side_finding()
+    if finding:
+        lines.append(f"{finding}.")
     if calibration.held_out is False:
         lines.append("The judge was trained on these volumes: it sees more of them than of tumours that are new to it.")
     if calibration.held_out is None:

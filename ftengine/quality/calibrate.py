@@ -28,6 +28,8 @@ THRESHOLDS = tuple(round(0.05 * k, 2) for k in range(1, 20))  # that T is recomm
 LOWEST_THRESHOLD = 0.1  # a judge that fails half of the real tumours even there should not judge
 WANTED_SHARE = 0.5  # of the real tumours that a judge must pass
 FEW_TUMORS = 20  # with fewer, the share at a threshold is uncertain by more than 0.2
+FEW_CONTRASTS = 10  # with fewer real or painted ones, shares that differ by SIDE_GAP may be chance
+SIDE_GAP = 0.5  # between the shares of real and of painted tumours that are brighter than their organ
 MIN_VOXELS = 8  # smaller components are specks of the annotation
 _FILE = ".calibration.json"
 
@@ -122,6 +124,28 @@ class Calibration:
             )
         return f"recommended: qc.threshold={recommended:g}{doubt}, the largest at which it passes at least half of the real tumours"
 
+    def contrasts_hu(self, origin: Origin, size: str | None = None) -> NDArray[np.float64]:
+        """Contrasts of the real or the painted tumours, of one size class or of all, where they could be measured, ascending."""
+        known = [t.contrast_hu for t in self.tumors if t.origin == origin and size in (None, t.size)]
+        return np.sort(np.array([c for c in known if c is not None], dtype=np.float64))
+
+    def side_finding(self) -> str | None:
+        """What to say where painted tumours lie on the other side of their organ's HU than real ones; None where they do not.
+
+        Nothing in Eq. 2-3 tells G the sign of its contrast: it takes the one by which S finds its tumours most easily.
+        """
+        real, painted = self.contrasts_hu("real"), self.contrasts_hu("painted")
+        if min(len(real), len(painted)) < FEW_CONTRASTS:
+            return None
+        share_real, share_painted = float((real > 0).mean()), float((painted > 0).mean())
+        if abs(share_real - share_painted) <= SIDE_GAP:
+            return None
+        return (
+            f"{share_painted:.0%} of {len(painted)} painted tumours are brighter than their organ, but {share_real:.0%} of {len(real)} real ones: "
+            "a student would learn the wrong contrast. Train the generator anew with another seed, or set the contrast yourself "
+            "(synthesis.target_contrast_hu)"
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Plain values: everything, and the pass rates by threshold and size."""
         limits = sorted({*THRESHOLDS, *(() if self.threshold is None else (self.threshold,))})
@@ -130,6 +154,7 @@ class Calibration:
             **{k: v for k, v in asdict(self).items() if k != "tumors"},
             "recommended_threshold": self.recommended_threshold,
             "advice": self.advice(),
+            "side_finding": self.side_finding(),
             "pass_rates": {
                 origin: {
                     size: {f"{t:g}": self.pass_rate(origin, t, None if size == "all" else size) for t in limits}
@@ -294,3 +319,21 @@ def judge_warning(judge: str | Path, threshold: float | None) -> str | None:
         f"{judge}: at T={threshold:g} this judge passes {rate:.0%} of {len(known.proportions('real'))} real tumours{seen}: quality control will "
         f"keep what it finds easy and drop much that is like real ones; {known.advice()}"
     )
+
+
+def painter_warning(judge: str | Path, generator: str | Path | None) -> str | None:
+    """What a run with this generator should be told of the contrast of its tumours; None where there is nothing to say.
+
+    Taken from the calibration beside the judge, if it is of the same judge and the same generator by their SHA-256.
+    """
+    file = calibration_file(judge)
+    if generator is None or not file.is_file():
+        return None
+    try:
+        known = read_calibration(file)
+    except ConfigError:
+        return None  # ``judge_warning`` says so
+    if (known.judge_sha256, known.generator_sha256) != (sha256_of_files(Path(judge)), sha256_of_files(Path(generator))):
+        return None
+    finding = known.side_finding()
+    return None if finding is None else f"{generator}: {finding}"

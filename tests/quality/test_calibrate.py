@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import nn
 
 from ftengine.config import Config, QualityConfig
 from ftengine.errors import ConfigError
+from ftengine.pictures.calibration import sentences
 from ftengine.quality.calibrate import (
     Calibration,
     JudgedTumor,
@@ -19,6 +21,7 @@ from ftengine.quality.calibrate import (
     find_real_tumors,
     judge_real_tumors,
     judge_warning,
+    painter_warning,
     read_calibration,
     write_calibration,
 )
@@ -184,3 +187,49 @@ def test_training_is_told_what_the_judge_fails(tmp_path: Path) -> None:
     file.write_text(whole)
     judge.write_bytes(b"other weights")
     assert "is of another judge" in (judge_warning(judge, 0.3) or "")
+
+
+def _sided(real_hu: list[float | None], painted_hu: list[float | None], **more: object) -> Calibration:
+    given: dict[Origin, list[float | None]] = {"real": real_hu, "painted": painted_hu}
+    tumors = tuple(JudgedTumor(o, "liver", "small", 10.0, hu, 0.8) for o, values in given.items() for hu in values)
+    return replace(_calibration([]), tumors=tumors, **more)  # type: ignore[arg-type]  # a plain mapping of its fields
+
+
+@pytest.mark.parametrize(
+    ("real_hu", "painted_hu", "is_told"),
+    [
+        ([-30.0] * 10, [25.0] * 10, True),
+        ([20.0] * 10, [-25.0] * 40, True),
+        ([-30.0] * 10, [-5.0] * 10, False),
+        ([-30.0, 30.0] * 5, [-25.0] * 40, False),  # half of them is no other side
+        ([-30.0, 30.0, 30.0] * 4, [-25.0] * 40, True),
+        ([-30.0] * 9, [25.0] * 40, False),  # too few to say
+        ([-30.0] * 9 + [None] * 9, [25.0] * 40, False),
+        ([-30.0] * 40, [], False),
+    ],
+)
+def test_a_generator_of_the_other_contrast_is_told(
+    real_hu: list[float | None], painted_hu: list[float | None], is_told: bool
+) -> None:
+    calibration = _sided(real_hu, painted_hu)
+    assert (calibration.side_finding() is not None) == is_told
+    assert any("brighter than their organ" in line for line in sentences(calibration)) == is_told
+    assert (calibration.to_json()["side_finding"] is not None) == is_told
+
+
+def test_training_is_told_of_the_other_contrast_of_its_own_generator(tmp_path: Path) -> None:
+    judge, generator, other = (tmp_path / name for name in ("S.pt", "G.pt", "G2.pt"))
+    for file in (judge, generator, other):
+        file.write_bytes(file.name.encode())
+    assert painter_warning(judge, generator) is None  # not calibrated: the judge's warning says so
+    shas = {"judge_sha256": sha256_of(judge), "generator_sha256": sha256_of(generator)}
+    write_calibration(_sided([-30.0] * 12, [25.0] * 50, **shas), calibration_file(judge))
+    told = painter_warning(judge, generator) or ""
+    assert "G.pt: 100% of 50 painted tumours are brighter than their organ, but 0% of 12 real ones" in told
+    assert "synthesis.target_contrast_hu" in told
+    assert painter_warning(judge, other) is None
+    assert painter_warning(judge, None) is None
+    write_calibration(_sided([-30.0] * 12, [-25.0] * 50, **shas), calibration_file(judge))
+    assert painter_warning(judge, generator) is None
+    calibration_file(judge).write_text("{")
+    assert painter_warning(judge, generator) is None

@@ -2,18 +2,21 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from ftengine.assemble import train_segmentation, train_synthesis
+from ftengine.assemble import calibrate_judge, train_segmentation, train_synthesis
 from ftengine.config import Config
 from ftengine.errors import ConfigError, RejectionError
 from ftengine.loader import nvtx
+from ftengine.quality.calibrate import JudgedTumor, calibration_file, write_calibration
 from ftengine.store.reader import Store
 from ftengine.training.checkpoint import load_checkpoint, load_generator, load_segmenter
 from ftengine.training.networks import build_segmenter
@@ -183,6 +186,26 @@ def test_almost_nothing_passing_stops_the_run(store: Store, baseline: Path, gene
     logged = read_metrics(tmp_path / "s")
     assert {row["qc/below_min"] for row in logged} == {0.0, 1.0}
     assert len(logged) > int(warned[0].split()[-1])  # it went on after the warning
+
+
+def test_a_generator_of_the_other_contrast_is_told_before_training(
+    store: Store, baseline: Path, generator: Path, tmp_path: Path
+) -> None:
+    judge = tmp_path / "S.pt"
+    shutil.copy(baseline, judge)
+    calibration = calibrate_judge(
+        CONFIG, store, judge_path=judge, generator_path=generator, out=tmp_path / "c", num_painted=4
+    )
+    real = JudgedTumor("real", "liver", "small", 10.0, -30.0, 1.0)
+    painted = JudgedTumor("painted", "liver", "small", 10.0, 20.0, 1.0)
+    write_calibration(replace(calibration, tumors=(real, painted) * 12), calibration_file(judge))
+    warned: list[str] = []
+    config = CONFIG.with_overrides({"training.steps": 1})
+    train_segmentation(
+        config, store.path, tmp_path / "s", generator_path=generator, judge_path=judge, warn=warned.append
+    )
+    assert sum("painted tumours are brighter than their organ, but 0% of 12 real ones" in text for text in warned) == 1
+    assert not any("has not been calibrated" in text for text in warned)
 
 
 # resume
