@@ -167,7 +167,7 @@ def test_ctrl_c_ends_all_workers_with_130(tmp_path: Path) -> None:
     assert running.returncode == 130
     assert "interrupted" in errors
     assert "Traceback" not in errors
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         try:
             os.killpg(running.pid, 0)
