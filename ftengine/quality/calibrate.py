@@ -140,10 +140,14 @@ class Calibration:
         share_real, share_painted = float((real > 0).mean()), float((painted > 0).mean())
         if abs(share_real - share_painted) <= SIDE_GAP:
             return None
+        remedy = (
+            "Train the generator anew with another seed, or set the contrast yourself (synthesis.target_contrast_hu, synthesis.hyperdense_fraction)"
+            if self.generator_sha256
+            else "Choose another contrast in the section synthesis (docs/synthesisers.md)"
+        )
         return (
             f"{share_painted:.0%} of {len(painted)} painted tumours are brighter than their organ, but {share_real:.0%} of {len(real)} real ones: "
-            "a student would learn the wrong contrast. Train the generator anew with another seed, or set the contrast yourself "
-            "(synthesis.target_contrast_hu)"
+            f"a student would learn the wrong contrast. {remedy}"
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -227,6 +227,9 @@ def test_training_is_told_of_the_other_contrast_of_its_own_generator(tmp_path: P
     told = painter_warning(judge, generator) or ""
     assert "G.pt: 100% of 50 painted tumours are brighter than their organ, but 0% of 12 real ones" in told
     assert "synthesis.target_contrast_hu" in told
+    without = _sided([-30.0] * 12, [25.0] * 50).side_finding() or ""
+    assert "generator" not in without  # there is none to train anew
+    assert "Choose another contrast in the section synthesis" in without
     assert painter_warning(judge, other) is None
     assert painter_warning(judge, None) is None
     write_calibration(_sided([-30.0] * 12, [-25.0] * 50, **shas), calibration_file(judge))
